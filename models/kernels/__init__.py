@@ -1,0 +1,41 @@
+"""How the LSTMs of one layer are computed: one interface, several ways.
+
+A kernel is a function `(x, cells) -> hidden`:
+
+    x       (B, N, H, d)   input chunks of the heads
+    cells   2 H `Cell`s in the order (head 0 forward, head 0 backward, head 1 forward, ...)
+    hidden  (B, N, sum u)  hidden states, columns in the cells' order; backward ones at their own token's place
+
+Zero initial state, gates in torch's order i, f, g, o; unit counts may differ from cell to cell.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Cell(NamedTuple):
+    """Weights of one head in one direction, shaped as in `torch.nn.LSTM`."""
+
+    weight_ih: Tensor  # (4 u, d)
+    weight_hh: Tensor  # (4 u, u)
+    bias_ih: Tensor  # (4 u,)
+    bias_hh: Tensor  # (4 u,)
+
+
+Kernel = Callable[[Tensor, Sequence[Cell]], Tensor]
+
+from models.kernels.reference import reference  # noqa: E402  (the kernels need Cell)
+from models.kernels.stock import scan, stock  # noqa: E402
+
+KERNELS: dict[str, Kernel] = {"reference": reference, "torch": scan, "stock": stock}
+BACKENDS = ("auto", "reference", "torch")
+
+
+def pick(backend: str, device: torch.device) -> Kernel:
+    """The kernel for a `--lstm-backend` name. `auto` and `torch`: cuDNN on CUDA, the batched scan elsewhere."""
+    if backend in ("auto", "torch"):
+        return stock if device.type == "cuda" else scan
+    return KERNELS[backend]
