@@ -98,7 +98,7 @@ class MultiHeadBiLSTM(Replacement):
         b, n, dim = x.shape
         p = self.pre_proj(x).view(b, n, self.num_heads, dim // self.num_heads)  # (B, N, H, d)
         cells = [direction.cell() for head in self.lstm for direction in head]
-        hidden = kernels.pick(self.backend, x.device)(p, cells)  # (B, N, sum u)
+        hidden = kernels.pick(self.backend)(p, cells)  # (B, N, sum u)
         heads = hidden.split([sum(pair) for pair in self.units], dim=2)
         return torch.cat([proj(h) for proj, h in zip(self.head_proj, heads, strict=True)], dim=2)
 

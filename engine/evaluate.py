@@ -1,0 +1,30 @@
+"""Exact evaluation: each image counts once, whatever the number of processes."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from utils.distributed import Context
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, context: Context, autocast) -> dict[str, float]:
+    """Cross entropy and top-1 / top-5 accuracy in percent, over the shares of all processes.
+
+    Returns a dictionary with loss, acc1, acc5 and images (the count).
+    """
+    training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=context.device)
+    for images, targets in loader:
+        images, targets = images.to(context.device, non_blocking=True), targets.to(context.device, non_blocking=True)
+        with autocast():
+            logits = model(images)
+        logits = logits.float()
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None])  # (B, 5)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        totals += torch.stack([loss.double(), top[:, 0].sum().double(), top.sum().double(), totals.new_tensor(len(targets))])
+    model.train(training)
+    loss, top1, top5, count = context.sum(totals).tolist()
+    return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": int(count)}
