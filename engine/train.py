@@ -1,0 +1,281 @@
+"""The one training loop: a list of stages, epoch by epoch, resumable at any optimiser step."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import dispatch_clip_grad
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from datasets.loading import Data
+from engine.evaluate import evaluate
+from engine.stages import Optim, Stage, select_trainable
+from models.replace import FarConfig, pack, set_backend, swap_attention
+from utils import checkpoint
+from utils.distributed import Context
+from utils.errors import FarError
+from utils.run_folder import RunFolder
+from utils.seeding import seed_all
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopped(Exception):
+    """SIGTERM came; the run is saved in last.pth."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages share. `select`: a stage hands on its `best` weights by evaluation top-1, or its `last`."""
+
+    seed: int = 42
+    amp: str = "off"
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    select: str = "best"
+    rep_init: str = "value"
+    lstm_backend: str = "auto"
+
+    def autocast(self, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+        dtype = AMP[self.amp]
+        return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def mixer(self, num_classes: int) -> Mixup | None:
+        if self.mixup or self.cutmix:
+            return Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
+        return None
+
+    def criterion(self) -> nn.Module:
+        if self.mixup or self.cutmix:
+            return SoftTargetCrossEntropy()
+        return LabelSmoothingCrossEntropy(self.smoothing) if self.smoothing else nn.CrossEntropyLoss()
+
+
+@dataclass
+class Position:
+    """Where a run stands; all zero is the beginning. `sums` are the epoch's running totals, `best` the stage's top-1."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def sigterm_flag():
+    """Yields a list that becomes non-empty when SIGTERM arrives."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def make_optimizer(model: nn.Module, optim: Optim, updates: int):
+    """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay."""
+    kwargs = {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
+    optimizer = create_optimizer_v2(model, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, optim.sched, num_epochs=optim.epochs, decay_epochs=max(1, optim.epochs // 3), min_lr=optim.min_lr,
+        warmup_lr=optim.warmup_lr, warmup_epochs=min(optim.warmup_epochs, optim.epochs),
+        step_on_epochs=False, updates_per_epoch=updates,
+    )  # fmt: skip
+    return optimizer, scheduler
+
+
+class Trainer:
+    """Runs stages on one model.
+
+    Args:
+        model: the student; blocks are swapped in it as the stages say.
+        config: its configuration, stored with every checkpoint.
+        make_task: (stage, criterion) to a module whose forward(images, targets) gives (loss, parts).
+        resumed: the content of last.pth, or None.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, config: FarConfig, stages: list[Stage], make_task, data: Data,
+        run: RunFolder, context: Context, settings: Settings, resumed: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
+        self.data, self.run, self.context, self.settings = data, run, context, settings
+        self.resumed = resumed
+        self.at = Position(**resumed["position"]) if resumed else Position()
+        self.autocast = settings.autocast(context.device)
+        self.mixup = settings.mixer(data.num_classes)
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.amp == "fp16")
+        # The CPU pays nothing to look at a loss; on CUDA each look waits for the device, so it looks every 20 steps.
+        self.look_every = 1 if context.device.type == "cpu" else 20
+
+    def fit(self) -> dict[str, float]:
+        """Trains every stage; returns the evaluation of the weights the run hands on. Raises Stopped, FarError."""
+        with sigterm_flag() as self.stop:
+            while self.at.stage < len(self.stages):
+                self._stage(self.stages[self.at.stage])
+        self.run.draw()
+        batch_size = self.stages[-1].optim.batch_size if self.stages else 256
+        return evaluate(self.model, self.data.val_loader(batch_size), self.context, self.autocast)
+
+    def _stage(self, stage: Stage) -> None:
+        swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
+        set_backend(self.model, self.settings.lstm_backend)
+        self.model.to(self.context.device)
+        count = select_trainable(self.model, stage)
+        self._say(f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, {stage.optim.epochs} epochs")
+        loader = self.data.train_loader(stage.optim.batch_size)
+        self.updates = math.ceil(len(loader) / stage.optim.accum_steps)
+        self.optimizer, self.scheduler = make_optimizer(self.model, stage.optim, self.updates)
+        if self.resumed:
+            self.optimizer.load_state_dict(self.resumed["optimizer"])
+            self.scaler.load_state_dict(self.resumed["scaler"])
+            self.resumed = None
+        task = self.make_task(stage, self.settings.criterion()).to(self.context.device)
+        if self.context.world > 1:
+            ids = [self.context.device.index] if self.context.device.type == "cuda" else None
+            task = DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
+        val = self.data.val_loader(stage.optim.batch_size)
+        if self.at.epoch == 0 and self.at.step == 0:
+            self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
+            self._report(stage, {}, evaluate(self.model, val, self.context, self.autocast), 0.0, 0)
+        while self.at.epoch < stage.optim.epochs:
+            started = time.perf_counter()
+            images = self._epoch(task, stage, loader)
+            sums = self.context.sum(torch.tensor(list(self.at.sums.values()), dtype=torch.float64)).tolist()
+            train = dict(zip(self.at.sums, sums, strict=True))
+            seen = train.pop("images")
+            self.at.epoch, self.at.step, self.at.sums = self.at.epoch + 1, 0, {}
+            seconds = time.perf_counter() - started
+            self._report(
+                stage, {name: value / seen for name, value in train.items()},
+                evaluate(self.model, val, self.context, self.autocast), seconds, images * self.context.world,
+            )  # fmt: skip
+            self._save_last()
+        self._hand_on()
+
+    def _epoch(self, task: nn.Module, stage: Stage, loader) -> int:
+        """One pass over the training split from the position's step on; returns the images this process saw."""
+        device, accum, total = self.context.device, stage.optim.accum_steps, len(loader)
+        task.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.data.at(loader, self.at.stage * 10_000 + self.at.epoch, self.at.step)
+        bar = tqdm(
+            total=total, initial=self.at.step, desc=f"{stage.name} {self.at.epoch + 1}/{stage.optim.epochs}",
+            unit="step", leave=False, disable=not self.context.main, mininterval=0.5,
+        )  # fmt: skip
+        pending: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+        count, started, shown = 0, time.perf_counter(), math.nan
+        for step, (images, targets) in enumerate(loader, start=self.at.step):
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            seed_all(self.settings.seed, self.context.rank, self.at.stage, self.at.epoch, step)
+            if self.mixup is not None:
+                if len(images) % 2:
+                    images, targets = images[:-1], targets[:-1]  # Mixup pairs images
+                images, targets = self.mixup(images, targets)
+            update = (step + 1) % accum == 0 or step + 1 == total
+            group = min(accum, total - step // accum * accum)  # the last group of an epoch may be smaller
+            joined = contextlib.nullcontext() if update or self.context.world == 1 else task.no_sync()
+            with joined:
+                with self.autocast():
+                    loss, parts = task(images, targets)
+                self.scaler.scale(loss / group).backward()
+            pending.append((step, len(images), {"loss": loss.detach(), **parts}))
+            count += len(images)
+            if update:
+                self.scheduler.step_update(self.at.epoch * self.updates + step // accum)
+                if stage.optim.clip_grad is not None:
+                    self.scaler.unscale_(self.optimizer)
+                    dispatch_clip_grad(trained, stage.optim.clip_grad)
+            look = step + 1 == total or (step + 1) % self.look_every == 0
+            if look:
+                shown = self._flush(pending, stage)
+            if update:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            rate = count * self.context.world / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{shown:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.2e}", img_s=f"{rate:.0f}", refresh=False)
+            if update and look and step + 1 < total and self._asked_to_stop():
+                self.at.step = step + 1
+                self._save_last()
+                bar.close()
+                raise Stopped(f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {step + 1}: {self.run.path}/last.pth "
+                              "holds it; the same command with --resume goes on")  # fmt: skip
+        bar.close()
+        return count
+
+    def _flush(self, pending: list, stage: Stage) -> float:
+        """Adds the collected losses to the epoch's sums; stops on the first that is not finite."""
+        value = math.nan
+        for step, size, parts in pending:
+            value = parts["loss"].item()
+            if not math.isfinite(value):
+                raise FarError(
+                    f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage {stage.name}; the last good "
+                    f"checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
+                )
+            for name, part in [("images", 1.0), *parts.items()]:
+                self.at.sums[name] = self.at.sums.get(name, 0.0) + float(part) * size
+        pending.clear()
+        return value
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process got SIGTERM; all learn it at the same step."""
+        return bool(self.context.sum(torch.tensor([float(bool(self.stop))])).item())
+
+    def _save_last(self) -> None:
+        sums = self.at.sums
+        if sums and self.context.world > 1:
+            # The sums of a stopped epoch belong to all processes: rank 0 stores them all, the others go on from zero.
+            values = self.context.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+            sums = dict(zip(sums, values, strict=True))
+        self.run.save("last.pth", {
+            **pack(self.model, self.config),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "position": {**vars(self.at), "sums": sums},
+        })  # fmt: skip
+        self.context.barrier()
+
+    def _report(self, stage: Stage, train: dict, val: dict, seconds: float, images: int) -> None:
+        """Keeps the stage's best weights and logs the epoch."""
+        if self.settings.select == "last" or val["acc1"] > self.at.best:
+            self.at.best = val["acc1"]
+            self.run.save("best.pth", pack(self.model, self.config))
+        row = {
+            "stage": stage.name, "stage_index": self.at.stage, "epoch": self.at.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"], "train": train, "val": val,
+            "seconds": round(seconds, 3), "images_per_s": round(images / seconds, 1) if seconds else 0.0,
+        }  # fmt: skip
+        self.run.log(row)
+        losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())
+        when = f"epoch {self.at.epoch}/{stage.optim.epochs}" if train else "before training"
+        self._say(f"  {when}: top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} {losses}".rstrip())
+
+    def _hand_on(self) -> None:
+        """The next stage starts from this one's selected weights."""
+        if self.context.main:
+            state = checkpoint.load(self.run.path / "best.pth", "--output-dir")["model"]
+            self.model.load_state_dict(state)
+        self.context.broadcast_module(self.model)
+        self.at = Position(stage=self.at.stage + 1)
+        if self.at.stage == len(self.stages):
+            self._save_last()
+
+    def _say(self, text: str) -> None:
+        if self.context.main:
+            tqdm.write(text)

@@ -1,0 +1,30 @@
+"""FAR: train a teacher, replace its attention, distil, move downstream, evaluate. See README.md."""
+
+import sys
+
+import utils  # noqa: F401  (first: makes torchvision importable beside a torch it was not built for)
+from utils import distributed
+from utils.errors import run_script
+
+from engine.train import Stopped  # isort: skip
+from engine.jobs import JOBS, build_parser  # isort: skip
+
+# Where downstream finds a FAR model when --far-weight is not given, by scale.
+PRETRAINED_PATH = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/far/best.pth"}
+PRETRAINED_PATH_PRUNE = {"Tiny": "", "Small": "", "Base": "", "Micro": ""}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser(__doc__).parse_args(argv)
+    try:
+        context = distributed.start(args.distributed, args.device)
+        JOBS[args.mode](args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
+    except Stopped as stopped:
+        print(stopped)
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
