@@ -116,6 +116,8 @@ class Trainer:
         self.data, self.run, self.context, self.settings = data, run, context, settings
         self.resumed = resumed
         self.at = Position(**resumed["position"]) if resumed else Position()
+        if not context.main:
+            self.at.sums = dict.fromkeys(self.at.sums, 0.0)  # a stopped epoch's totals are stored once, for all processes
         self.autocast = settings.autocast(context.device)
         self.mixup = settings.mixer(data.num_classes)
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.amp == "fp16")
@@ -209,13 +211,16 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
             bar.update()
             rate = count * self.context.world / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{shown:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.2e}", img_s=f"{rate:.0f}", refresh=False)
+            lr = self.optimizer.param_groups[0]["lr"]
+            bar.set_postfix(loss=f"{shown:.4f}", lr=f"{lr:.2e}", img_s=f"{rate:.0f}", refresh=False)
             if update and look and step + 1 < total and self._asked_to_stop():
                 self.at.step = step + 1
                 self._save_last()
                 bar.close()
-                raise Stopped(f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {step + 1}: {self.run.path}/last.pth "
-                              "holds it; the same command with --resume goes on")  # fmt: skip
+                raise Stopped(
+                    f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {step + 1}: "
+                    f"{self.run.path / 'last.pth'} holds it; the same command with --resume goes on"
+                )
         bar.close()
         return count
 
@@ -241,7 +246,6 @@ class Trainer:
     def _save_last(self) -> None:
         sums = self.at.sums
         if sums and self.context.world > 1:
-            # The sums of a stopped epoch belong to all processes: rank 0 stores them all, the others go on from zero.
             values = self.context.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
             sums = dict(zip(sums, values, strict=True))
         self.run.save("last.pth", {
