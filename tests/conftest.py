@@ -1,0 +1,78 @@
+"""Shared fixtures: small runs of main.py, fake data in real layouts, weights made here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import utils  # noqa: F401  (first: makes torchvision importable)
+from PIL import Image
+
+import main
+
+ROOT = Path(__file__).parent.parent
+QUIET = ["--aa", "none", "--reprob", "0", "--color-jitter", "0", "--num-workers", "0"]
+DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--batch-size", "64", "--block-ft-batch-size", "64",
+          "--train-subset", "0.1", *QUIET]  # fmt: skip
+
+
+def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
+    """`count` noise JPEGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+
+
+def image_folder(root: Path, classes: int = 2, count: int = 4, size: int = 40) -> Path:
+    """train/ and val/ class folders."""
+    for split in ("train", "val"):
+        for c in range(classes):
+            write_images(root / split / f"class{c}", count, size, seed=c)
+    return root
+
+
+def launch(*command: str, cwd: Path, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    """Runs a command of the README from `cwd`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """A DeiT-Micro teacher's best.pth, one epoch old."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    assert main.main(["--mode", "teacher", *DIGITS, "--epochs", "1", "--output-dir", str(folder)]) == 0
+    return folder / "best.pth"
+
+
+@pytest.fixture(scope="session")
+def far(tmp_path_factory, teacher) -> Path:
+    """A FAR model's run folder, one epoch a stage."""
+    folder = tmp_path_factory.mktemp("far") / "run"
+    args = ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
+    assert main.main([*args, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def failure(capsys):
+    """Runs main.py in this process, expects exit code 2 and one line; returns it."""
+    from utils.errors import run_script
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        try:
+            code = run_script(main.main, [str(a) for a in argv])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return run

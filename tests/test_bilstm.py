@@ -1,0 +1,109 @@
+"""The replacement computes what it says, against torch's own LSTM and a float64 loop."""
+
+import pytest
+import torch
+
+from models.bilstm import REPLACEMENTS, MultiHeadBiLSTM
+from models.deit import create_teacher
+from models.kernels import KERNELS
+from models.replace import FarConfig, build, describe, pack, parse_blocks, replaced_blocks, swap_attention
+from utils.errors import FarError
+
+RAGGED = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(5, 5), (1, 1), (2, 31)]]
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("units", RAGGED)
+def test_multi_head_equals_dense_lstm_with_blocks_on_its_diagonal(units):
+    m = MultiHeadBiLSTM(192, 3, 197, units).double()
+    torch.nn.init.normal_(m.lstm[1][1].bias_hh)
+    x = torch.randn(2, 197, 192, dtype=torch.float64)
+    dense, width = m.to_dense(), max(max(pair) for pair in units)
+    out, _ = dense(m.pre_proj(x))  # (B, N, 2 H width)
+    out = out.unflatten(2, (2, 3, width))
+    z = [p(torch.cat([out[:, :, 0, h, :f], out[:, :, 1, h, :b]], 2))
+         for h, (p, (f, b)) in enumerate(zip(m.head_proj, units, strict=True))]  # fmt: skip
+    assert relative_error(m(x), m.post_proj(torch.cat(z, 2))) < 1e-10
+    off_diagonal = dense.weight_hh_l0.unflatten(0, (4, 3, width)).unflatten(3, (3, width))[:, 0, :, 1]
+    assert off_diagonal.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(KERNELS) - {"reference"}))
+@pytest.mark.parametrize("units", RAGGED)
+@pytest.mark.parametrize("tokens", [1, 2, 65])
+def test_kernels_match_the_reference_forward_and_backward(name, units, tokens):
+    m = MultiHeadBiLSTM(192, 3, tokens, units).double()
+    x = torch.randn(3, 3, tokens, 64, dtype=torch.float64).transpose(1, 2).requires_grad_()  # not contiguous
+    cells = [direction.cell() for head in m.lstm for direction in head]
+    weights = [x, *m.lstm.parameters()]
+    expected, got = (KERNELS[k](x, cells) for k in ("reference", name))
+    direction = torch.randn_like(expected)
+    assert relative_error(got, expected) < 1e-12
+    # At one token the recurrent weights have no gradient: both must say zero.
+    ours = torch.autograd.grad(got, weights, direction, materialize_grads=True)
+    theirs = torch.autograd.grad(expected, weights, direction, materialize_grads=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_heads_are_independent():
+    m = MultiHeadBiLSTM(192, 3, 20)
+    p = torch.randn(1, 20, 3, 64)
+    q = p.clone()
+    q[:, :, 1] += 1
+    cells = [direction.cell() for head in m.lstm for direction in head]
+    a, b = (KERNELS["torch"](t, cells).unflatten(2, (3, 128)) for t in (p, q))
+    assert torch.equal(a[:, :, [0, 2]], b[:, :, [0, 2]]) and not torch.equal(a[:, :, 1], b[:, :, 1])
+
+
+@pytest.mark.parametrize("name", sorted(REPLACEMENTS))
+def test_swap_carries_the_output_projection_over_and_leaves_other_blocks(name):
+    model = create_teacher("DeiT-Micro", 10, 32).eval()
+    before = [block.attn for block in model.blocks]
+    swap_attention(model, (1, 3), name)
+    assert replaced_blocks(model) == (1, 3)
+    assert model.blocks[0].attn is before[0]
+    assert torch.equal(model.blocks[3].attn.post_proj.weight, before[3].proj.weight)
+    assert model.blocks[3].attn.post_proj not in model.blocks[3].attn.mixing_parts()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_every_token_is_read_from_both_sides():
+    m = MultiHeadBiLSTM(64, 2, 65)
+    x = torch.randn(1, 65, 64, requires_grad=True)
+    grad = torch.autograd.grad(m.mix(x)[0, 32].sum(), x)[0].abs().sum(2)[0]
+    assert (grad[[30, 31, 32, 33, 34]] > 0).all()
+
+
+def test_value_init_copies_the_teachers_value_projection():
+    model = create_teacher("DeiT-Micro", 10, 32)
+    value = model.blocks[0].attn.qkv.weight[128:].clone()
+    swap_attention(model, (0,), "multi-lstm", "value")
+    assert torch.equal(model.blocks[0].attn.pre_proj.weight, value)
+
+
+def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too():
+    units = {"2": [[3, 32], [32, 1]]}
+    model = build(FarConfig("DeiT-Micro", 7, 32, replaced=(0, 2), units=units))
+    packed = pack(model, FarConfig("DeiT-Micro", 7, 32))
+    again = build(FarConfig(**packed["config"]))
+    again.load_state_dict(packed["model"])
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+    assert describe(again, FarConfig("DeiT-Micro", 7, 32)).pruned
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"), [("0-11", range(12)), ("0,2,5-7", (0, 2, 5, 6, 7)), (["0", "2", "5-7"], (0, 2, 5, 6, 7)), ("all", range(12))]
+)
+def test_replace_reads_indices_and_ranges(text, blocks):
+    assert parse_blocks(text, 12) == tuple(blocks)
+
+
+@pytest.mark.parametrize("text", ["12", "0-12", "3-1", "-1", "a", "1-"])
+def test_replace_refuses_what_is_no_block(text):
+    with pytest.raises(FarError, match="--replace"):
+        parse_blocks(text, 12)

@@ -1,0 +1,19 @@
+"""torchvision imports beside a torch its operators were not built for."""
+
+from utils import torchvision_ops
+from tests.conftest import ROOT, launch
+
+
+def test_shim_is_active_exactly_where_the_compiled_operators_do_not_load():
+    assert torchvision_ops.ensure_loadable() == (not torchvision_ops.compiled_ops_load())
+
+
+def test_importing_utils_first_makes_torchvision_and_timm_importable(tmp_path):
+    done = launch("-c", "import utils, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')", cwd=ROOT)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_shim_stays_away_where_the_operators_load(monkeypatch):
+    monkeypatch.setattr(torchvision_ops, "_library", None)
+    monkeypatch.setattr(torchvision_ops, "compiled_ops_load", lambda: True)
+    assert torchvision_ops.ensure_loadable() is False and torchvision_ops._library is None
