@@ -78,13 +78,13 @@ def _folder(root: Path, train: bool, download: bool) -> Dataset:
 
 def _flowers(root: Path, train: bool, download: bool) -> Dataset:
     # As in DeiT's transfer experiments: the 1,020 + 1,020 labelled images train, the 6,149 test images evaluate.
-    parts = [tv.Flowers102(root, split=s, download=download) for s in (("train", "val") if train else ("test",))]
+    parts = [tv.Flowers102(root, split=s, download=download, loader=read_image) for s in (("train", "val") if train else ("test",))]
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
 def _inaturalist(year: str) -> Build:
     def build(root: Path, train: bool, download: bool) -> Dataset:
-        data = tv.INaturalist(root, version=year, download=download and not (root / year).exists())
+        data = tv.INaturalist(root, version=year, download=download and not (root / year).exists(), loader=read_image)
         listing = root / f"{'train' if train else 'val'}{year}.json"
         listed = json.loads(listing.read_text())["images"]
         wanted = {"/".join(Path(image["file_name"]).parts[-2:]) for image in listed}
@@ -122,7 +122,7 @@ SOURCES: dict[str, Source] = {
     "CIFAR100": _cifar(tv.CIFAR100, 100, "cifar-100-python/"),
     "FLOWER": Source(_flowers, 102, "flowers-102/jpg, imagelabels.mat and setid.mat", "add --download", can_download=True),
     "CAR": Source(
-        lambda root, train, download: tv.StanfordCars(root, split="train" if train else "test"), 196,
+        lambda root, train, download: tv.StanfordCars(root, split="train" if train else "test", loader=read_image), 196,
         "stanford_cars/devkit, cars_train, cars_test and cars_test_annos_withlabels.mat",
         "torchvision can no longer download it; get the Stanford Cars archives and unpack them there",
     ),

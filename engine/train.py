@@ -112,7 +112,10 @@ class Trainer:
         self, model: VisionTransformer, config: FarConfig, stages: list[Stage], make_task, data: Data,
         run: RunFolder, context: Context, settings: Settings, resumed: dict[str, Any] | None = None,
     ):  # fmt: skip
-        self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
+        self.model, self.config, self.make_task = model, config, make_task
+        self.stages = [stage for stage in stages if stage.optim.epochs]
+        if not self.stages:
+            raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
         self.data, self.run, self.context, self.settings = data, run, context, settings
         self.resumed = resumed
         self.at = Position(**resumed["position"]) if resumed else Position()
@@ -130,8 +133,8 @@ class Trainer:
             while self.at.stage < len(self.stages):
                 self._stage(self.stages[self.at.stage])
         self.run.draw()
-        batch_size = self.stages[-1].optim.batch_size if self.stages else 256
-        return evaluate(self.model, self.data.val_loader(batch_size), self.context, self.autocast)
+        loader = self.data.val_loader(self.stages[-1].optim.batch_size)
+        return evaluate(self.model, loader, self.context, self.autocast)
 
     def _stage(self, stage: Stage) -> None:
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)

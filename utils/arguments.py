@@ -102,7 +102,7 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
         g.add_argument(f"--{prefix}{name}", **kwargs)
 
     add("batch-size", type=SIZE, default=256, help="images a process and step")
-    add("epochs", type=COUNT, default=epochs, help="passes over the training images, each step of --step blocks")
+    add("epochs", type=COUNT, default=epochs, help="passes over the training images, for each step of --step blocks; 0 leaves the stage out")
     add("lr", type=RATE, default=lr, help="peak rate for a global batch of 512")
     add("warmup-epochs", type=RATE, default=5, help="epochs of linear warm-up")
     add("warmup-lr", type=RATE, default=warmup_lr, help="rate at the start of warm-up")

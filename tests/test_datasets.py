@@ -1,0 +1,169 @@
+"""Every data set of the table through torchvision's own classes, on tiny fixtures in exactly their layouts."""
+
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from sklearn.datasets import load_digits
+from tests.conftest import image_folder, write_images
+from torchvision import datasets as tv
+
+from datasets.loading import Data, DataConfig
+from datasets.registry import SOURCES, build_split, count_classes
+from utils.distributed import Context
+from utils.errors import FarError
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def cifar(root, monkeypatch, kind, folder, label):
+    folder = root / folder
+    folder.mkdir(parents=True)
+    listed = {"train_list": ["train"], "test_list": ["test"]}
+    for attribute, names in listed.items():
+        for name in names:
+            data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+            (folder / name).write_bytes(pickle.dumps({"data": data, label: [0, 1, 2, 3]}))
+        monkeypatch.setattr(kind, attribute, [[n, md5(folder / n)] for n in names])
+    (folder / "meta").write_bytes(pickle.dumps({"names": list("abcd")}))
+    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "names", "md5": md5(folder / "meta")})
+
+
+def flowers(root, monkeypatch):
+    base = root / "flowers-102"
+    (base / "jpg").mkdir(parents=True)
+    for i in range(1, 9):
+        Image.new("RGB", (40, 40), (i * 30, 0, 0)).save(base / "jpg" / f"image_{i:05d}.jpg")
+    savemat(base / "imagelabels.mat", {"labels": np.array([[1, 2, 3, 4, 5, 102, 7, 8]])})
+    savemat(base / "setid.mat", {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 6, 7]]})
+    files = {k: (f, md5(base / f)) for k, f in (("label", "imagelabels.mat"), ("setid", "setid.mat"))}
+    monkeypatch.setattr(tv.Flowers102, "_file_dict", {**tv.Flowers102._file_dict, **files})
+
+
+def cars(root, monkeypatch):
+    base = root / "stanford_cars"
+    kind = [("fname", object), ("class", int)]
+    for split, where in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        write_images(base / f"cars_{split}", 3)
+        (base / where).parent.mkdir(parents=True, exist_ok=True)
+        savemat(base / where, {"annotations": np.array([[(f"{i}.jpg", i + 1) for i in range(3)]], dtype=kind)})
+    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([["a", "b", "c"]], dtype=object)})
+
+
+def inat(root, year):
+    names = []
+    for c in range(2):
+        folder = root / year / "Plantae" / str(c)
+        write_images(folder, 3)
+        names += [f"train_val{year}/Plantae/{c}/{i}.jpg" for i in range(3)]
+    (root / f"train{year}.json").write_text(json.dumps({"images": [{"file_name": n} for n in names if "2.jpg" not in n]}))
+    (root / f"val{year}.json").write_text(json.dumps({"images": [{"file_name": n} for n in names if "2.jpg" in n]}))
+
+
+FIXTURES = {
+    "IMNET": (lambda root, mp: image_folder(root), 8, 8, 1000),
+    "FOLDER": (lambda root, mp: image_folder(root, classes=3), 12, 12, 3),
+    "CIFAR10": (lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels"), 4, 4, 10),
+    "CIFAR100": (lambda root, mp: cifar(root, mp, tv.CIFAR100, "cifar-100-python", "fine_labels"), 4, 4, 100),
+    "FLOWER": (flowers, 4, 3, 102),
+    "CAR": (cars, 3, 3, 196),
+    "INAT18": (lambda root, mp: inat(root, "2018"), 4, 2, 8142),
+    "INAT19": (lambda root, mp: inat(root, "2019"), 4, 2, 1010),
+    "DIGITS": (lambda root, mp: None, 1437, 360, 10),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_each_data_set_reads_its_own_layout(name, tmp_path, monkeypatch):
+    make, train_size, val_size, classes = FIXTURES[name]
+    make(tmp_path, monkeypatch)
+    train, val = (build_split(name, tmp_path, t) for t in (True, False))
+    assert (len(train), len(val), count_classes(name, train)) == (train_size, val_size, classes)
+    data = Data(DataConfig(name, tmp_path, 32 if name == "DIGITS" else 48, num_workers=0), Context())
+    images, labels = next(iter(data.at(data.train_loader(2), 0)))
+    side = 32 if name == "DIGITS" else 48
+    assert images.shape == (2, 3, side, side) and images.dtype == torch.float32 and labels.max() < classes
+    assert len(next(iter(data.val_loader(2)))[0]) == 2
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"DIGITS"}))
+def test_a_missing_folder_says_what_was_looked_for_and_how_to_get_it(name, tmp_path):
+    with pytest.raises(FarError, match="--data-path") as error:
+        build_split(name, tmp_path / "nowhere", True)
+    assert SOURCES[name].layout in str(error.value) and SOURCES[name].get in str(error.value)
+
+
+def test_digits_splits_are_disjoint_complete_and_stratified():
+    train, val = (build_split("DIGITS", None, t) for t in (True, False))
+    pixels = sorted(np.asarray(image).tobytes() for split in (train, val) for image in split.images)
+    source = load_digits().images
+    expected = sorted(np.repeat(np.round(i * 255 / 16).astype(np.uint8)[..., None], 3, 2).tobytes() for i in source)
+    assert pixels == expected
+    assert np.bincount(val.targets).min() >= 34
+
+
+def digits(seed=0, **kwargs):
+    world, rank = kwargs.pop("world", 1), kwargs.pop("rank", 0)
+    return Data(DataConfig("DIGITS", None, 32, num_workers=kwargs.pop("num_workers", 0), seed=seed, **kwargs), Context(rank, world))
+
+
+def batches(data, epoch=0, size=64, start=0):
+    return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
+
+
+def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
+    first, again = batches(digits(subset=0.1)), batches(digits(subset=0.1, num_workers=2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    data = digits(subset=0.1)
+    batches(data, epoch=0)
+    late = batches(data, epoch=1)
+    assert torch.equal(batches(digits(subset=0.1), epoch=1, start=1)[0][0], late[1][0])
+    assert not torch.equal(first[0][0], late[0][0])
+    assert not torch.equal(first[0][0], batches(digits(seed=1, subset=0.1))[0][0])
+
+
+def test_global_batches_are_the_same_whatever_the_world_size():
+    alone = batches(digits(), size=64)
+    parts = [batches(digits(world=2, rank=r), size=32) for r in range(2)]
+    for (x, _), (a, _), (b, _) in zip(alone, *parts, strict=False):
+        key = lambda t: sorted(row.sum().item() for row in t)  # noqa: E731
+        assert key(x) == key(torch.cat([a, b]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 7])
+def test_evaluation_shares_hold_every_image_once(world):
+    labels = torch.cat([y for r in range(world) for _, y in digits(world=world, rank=r).val_loader(50)])
+    assert labels.bincount().tolist() == np.bincount(build_split("DIGITS", None, False).targets).tolist()
+
+
+def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_images():
+    data = digits(subset=0.2, repeated_aug=True)
+    indices = [key[0] for batch in data.train_loader(32).batch_sampler for key in batch]
+    assert set(np.unique(indices, return_counts=True)[1]) <= {1, 2, 3} and len(set(indices)) < len(indices)
+    key = next(i for i in indices if indices.count(i) > 1)
+    a, b = [data.train[k][0] for batch in data.train_loader(32).batch_sampler for k in batch if k[0] == key][:2]
+    assert not torch.equal(a, b)
+
+
+def test_subset_and_holdout_take_their_shares():
+    data = digits(subset=0.5, holdout=0.2)
+    assert (len(data.train), len(data.val)) == (575, 287)
+    held = {i for i in data.val.data.indices}
+    assert not held & {data.train.data.dataset.indices[i] for i in data.train.data.indices}
+
+
+def test_undecodable_image_is_named_through_a_worker_too(tmp_path):
+    image_folder(tmp_path)
+    (tmp_path / "train/class1/3.jpg").write_bytes(b"no image")
+    for workers in (0, 1):
+        data = Data(DataConfig("FOLDER", tmp_path, 32, num_workers=workers), Context())
+        with pytest.raises(FarError, match=r"class1/3\.jpg: not a readable image") as error:
+            batches(data, size=2)
+        assert "\n" not in str(error.value)
