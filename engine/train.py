@@ -174,14 +174,18 @@ class Trainer:
 
     def _epoch(self, task: nn.Module, stage: Stage, loader) -> int:
         """One pass over the training split from the position's step on; returns the images this process saw."""
-        device, accum, total = self.context.device, stage.optim.accum_steps, len(loader)
+        total = len(loader)
         task.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         self.data.at(loader, self.at.stage * 10_000 + self.at.epoch, self.at.step)
-        bar = tqdm(
+        with tqdm(
             total=total, initial=self.at.step, desc=f"{stage.name} {self.at.epoch + 1}/{stage.optim.epochs}",
             unit="step", leave=False, disable=not self.context.main, mininterval=0.5,
-        )  # fmt: skip
+        ) as bar:  # fmt: skip
+            return self._steps(task, stage, loader, bar)
+
+    def _steps(self, task: nn.Module, stage: Stage, loader, bar: tqdm) -> int:
+        device, accum, total = self.context.device, stage.optim.accum_steps, len(loader)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         pending: list[tuple[int, int, dict[str, torch.Tensor]]] = []
         count, started, shown = 0, time.perf_counter(), math.nan
         for step, (images, targets) in enumerate(loader, start=self.at.step):
@@ -219,12 +223,10 @@ class Trainer:
             if update and look and step + 1 < total and self._asked_to_stop():
                 self.at.step = step + 1
                 self._save_last()
-                bar.close()
                 raise Stopped(
                     f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {step + 1}: "
                     f"{self.run.path / 'last.pth'} holds it; the same command with --resume goes on"
                 )
-        bar.close()
         return count
 
     def _flush(self, pending: list, stage: Stage) -> float:

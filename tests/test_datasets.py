@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
-from tests.conftest import image_folder, write_images
 from torchvision import datasets as tv
 
 from datasets.loading import Data, DataConfig
 from datasets.registry import SOURCES, build_split, count_classes
+from tests.conftest import image_folder, write_images
 from utils.distributed import Context
 from utils.errors import FarError
 

@@ -1,7 +1,7 @@
 """torchvision imports beside a torch its operators were not built for."""
 
-from utils import torchvision_ops
 from tests.conftest import ROOT, launch
+from utils import torchvision_ops
 
 
 def test_shim_is_active_exactly_where_the_compiled_operators_do_not_load():

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from tests.conftest import DIGITS, ROOT, launch
 
 import main
 from engine.evaluate import evaluate
 from engine.train import Settings
 from models.replace import load_model
+from tests.conftest import DIGITS, ROOT, launch
 from utils.checkpoint import load
 from utils.distributed import Context
 

@@ -1,0 +1,230 @@
+"""main.py from the outside: commands as written, flags that act, mistakes told in one line."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+import main
+from engine.jobs import build_parser
+from models.deit import create_teacher
+from tests.conftest import DIGITS, QUIET, ROOT, image_folder, launch
+from utils.checkpoint import load
+
+SMALL = ["--epochs", "1", "--block-ft-epochs", "1", *QUIET]
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def torchrun(*command, cwd, processes=2, **kwargs):
+    return launch("-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master-port={free_port()}",
+                  str(ROOT / "main.py"), *command, cwd=cwd, **kwargs)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def imnet(tmp_path_factory):
+    """A fake IMNET and a DeiT-Tiny made here, in the layouts of the real ones."""
+    root = tmp_path_factory.mktemp("imnet")
+    image_folder(root / "data/IMNET", classes=2, count=4)
+    torch.manual_seed(0)
+    state = create_teacher("DeiT-Tiny", 1000, 224).state_dict()
+    torch.save({"model": state}, root / "tiny.pth")
+    safetensors.torch.save_file(state, root / "tiny.safetensors")
+    return root
+
+
+def test_section_7_torchrun_line_runs_as_written_on_a_fake_imnet(imnet):
+    done = torchrun(
+        "--distributed", "--mode", "train", "--rep-by", "multi-lstm", "--base-model", "DeiT-Tiny", "--batch-size", "2", "--scale",
+        "Tiny", "--block-ft-lr", "2e-5", "--block-ft-batch-size", "2", "--skip-train-attn", *SMALL,
+        "--base-weight", "tiny.pth", "--output-dir", "runs/torchrun", cwd=imnet,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("starts from fresh modules") == 1  # rank 0 alone speaks
+    assert {p.name for p in (imnet / "runs/torchrun").iterdir()} >= {"last.pth", "best.pth", "log.jsonl"}
+
+
+def test_section_7_single_process_line_runs_with_timms_published_layout(imnet):
+    done = launch(str(ROOT / "main.py"), "--mode", "train", "--rep-by", "multi-lstm", "--base-weight", "tiny.safetensors",
+                  "--batch-size", "4", "--block-ft-batch-size", "4", *SMALL, "--output-dir", "runs/one", cwd=imnet)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    state = load(imnet / "runs/one/best.pth", "--test")
+    assert state["config"]["replaced"] == tuple(range(12)) and state["config"]["base_model"] == "DeiT-Tiny"
+
+
+@pytest.mark.parametrize("line", [
+    "--distributed --mode train --rep-by multi-lstm --base-model DeiT-Base --batch-size 64 --scale Base --block-ft-lr 2e-5 "
+    "--block-ft-batch-size 64 --skip-train-attn",
+    "--distributed --mode train --rep-by multi-lstm --base-model DeiT-Small --batch-size 64 --scale Small --block-ft-lr 2e-5 "
+    "--block-ft-batch-size 64 --skip-train-attn",
+    "--mode train --rep-by multi-lstm",
+    "--mode downstream --scale Small --dataset CIFAR10 --lr 5e-5 --epochs 1000 --reprob 0.0 --drop-path 0.0",
+    "--mode downstream --ds-pruned --scale Base --dataset FLOWER --lr 5e-5 --epochs 1000 --reprob 0.0 --drop-path 0.0",
+])  # fmt: skip
+def test_the_lines_of_section_7_parse_as_written(line):
+    build_parser("").parse_args(line.split())
+
+
+def test_defaults_are_those_of_the_published_code():
+    args = vars(build_parser("").parse_args([]))
+    expected = {
+        "batch_size": 256, "epochs": 200, "lr": 5e-4, "warmup_epochs": 5, "warmup_lr": 1e-5, "sched": "cosine", "opt": "adamw",
+        "weight_decay": 0.05, "drop_path": 0.1, "block_ft_batch_size": 256, "block_ft_epochs": 100, "block_ft_lr": 5e-5,
+        "block_ft_warmup_epochs": 5, "block_ft_warmup_lr": 1e-6, "train_loss": "combine", "block_ft_train_loss": "classification",
+        "train_mode": "sequential", "step": 12, "seed": 42, "num_workers": 8, "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1",
+        "train_interpolation": "bicubic", "eval_crop_ratio": 0.875, "reprob": 0.25, "remode": "pixel", "recount": 1,
+        "train_subset": 1.0, "clip_grad": None,
+    }  # fmt: skip
+    assert {k: args[k] for k in expected} == expected
+
+
+def test_two_processes_with_half_the_batch_give_the_weights_of_one(teacher, tmp_path):
+    common = ["--mode", "train", "--dataset", "DIGITS", "--scale", "Micro", *QUIET, "--train-subset", "0.1", "--base-weight", str(teacher),
+              "--epochs", "2", "--block-ft-epochs", "1", "--drop-path", "0", "--select", "last"]  # fmt: skip
+    # Augmentation follows from the sample, not the process, so even the random crops agree.
+    one = launch(str(ROOT / "main.py"), *common, "--batch-size", "32", "--block-ft-batch-size", "32", "--output-dir", "a", cwd=tmp_path)
+    two = torchrun("--distributed", *common, "--batch-size", "16", "--block-ft-batch-size", "16", "--output-dir", "b", cwd=tmp_path)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    a, b = (load(tmp_path / run / "best.pth", "--test")["model"] for run in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
+    ours, theirs = (json.loads((tmp_path / run / "result.json").read_text()) for run in "ab")
+    assert ours["images"] == theirs["images"] == 360 and ours["acc1"] == pytest.approx(theirs["acc1"], abs=0.3)
+
+
+def test_two_nodes_on_loopback_train_together(teacher, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master-addr=127.0.0.1",
+               f"--master-port={port}"]  # fmt: skip
+    script = [str(ROOT / "main.py"), "--distributed", "--mode", "train", *DIGITS, "--base-weight", str(teacher), *SMALL, "--output-dir", "run"]
+    agents = [
+        subprocess.Popen([*command, f"--node-rank={rank}", *script], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        for rank in range(2)
+    ]
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert (tmp_path / "run/best.pth").exists() and "before training" not in outputs[1]
+
+
+def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(far, tmp_path, capsys):
+    data = image_folder(tmp_path / "data", classes=3)
+    common = ["--dataset", "FOLDER", "--data-path", str(data), "--batch-size", "4", *QUIET]
+    for mode in ("full", "FC", "FC+head"):
+        run = tmp_path / mode
+        assert main.main(["--mode", "downstream", *common, "--far-weight", str(far / "best.pth"), "--ds-mode", mode,
+                          "--epochs", "1", "--select", "last", "--output-dir", str(run)]) == 0  # fmt: skip
+        before, after = load(far / "best.pth", "--t")["model"], load(run / "best.pth", "--t")["model"]
+        changed = {k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])}
+        expected = {"full": lambda k: True, "FC": lambda k: ".mlp." in k, "FC+head": lambda k: ".mlp." in k}[mode]
+        assert {k for k in changed if not k.startswith("head.")} == {k for k in before if expected(k) and not k.startswith("head.")}
+        assert after["head.weight"].shape[0] == 3
+    capsys.readouterr()
+    assert main.main(["--mode", "eval", *common, "--far-weight", str(tmp_path / "full/best.pth")]) == 0
+    assert "on 12 images" in capsys.readouterr().out
+
+
+def test_block_distill_starts_from_attention_stage_weights(far, teacher, tmp_path):
+    args = ["--mode", "block-distill", *DIGITS, "--base-weight", str(teacher), "--attn-weight", str(far / "best.pth"), "--block-ft-epochs", "1"]
+    assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
+    first = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    assert first["stage"] == "block" and first["val"]["acc1"] == json.loads((far / "result.json").read_text())["acc1"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    good = image_folder(tmp_path / "good")
+    empty = image_folder(tmp_path / "empty")
+    for image in (empty / "train/class1").iterdir():
+        image.unlink()
+    truncated = tmp_path / "truncated.pth"
+    truncated.write_bytes(teacher.read_bytes()[: 100_000])
+    torch.save(create_teacher("DeiT-Micro", 10, 32), tmp_path / "module.pth")
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    torch.save(create_teacher("DeiT-Tiny", 10, 32).state_dict(), tmp_path / "tiny.pth")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    train = ["--mode", "train", *DIGITS, "--output-dir", "out"]
+    weight = ["--base-weight", teacher]
+    folder = ["--mode", "teacher", "--dataset", "FOLDER", "--scale", "Micro", *QUIET, "--output-dir", "out"]
+    cases = [
+        ([*train, *weight, "--dataset", "NOPE"], "--dataset NOPE"),
+        ([*folder, "--data-path", "nowhere"], "--data-path nowhere"),
+        ([*folder, "--data-path", empty], "class1: an empty class folder"),
+        ([*train, *weight, "--base-model", "DeiT-Tiny"], "--scale Micro"),
+        ([*train, *weight, "--replace", "0-4"], "--replace 0-4"),
+        ([*train, "--base-weight", truncated], "truncated.pth"),
+        ([*train, "--base-weight", "missing.pth"], "--base-weight missing.pth: no such file"),
+        ([*train, "--base-weight", "module.pth"], "refuses to execute"),
+        ([*train, "--base-weight", "evil.pth"], "refuses to execute"),
+        ([*train, "--base-weight", "tiny.pth"], "another architecture|has shape"),
+        ([*train, "--base-weight", far / "best.pth"], "is a FAR model"),
+        ([*folder, *weight, "--mode", "train", "--data-path", good], "10 classes"),
+        (["--mode", "eval", *DIGITS, "--far-weight", truncated], "truncated.pth"),
+        (["--mode", "eval", *DIGITS, "--far-weight", "tiny.pth"], "not a FAR checkpoint"),
+        (["--mode", "eval", "--dataset", "FOLDER", "--data-path", good, "--far-weight", far / "best.pth"], "knows 10 classes"),
+        (["--mode", "downstream", *DIGITS, "--ds-pruned", "--far-weight", far / "best.pth"], "--ds-pruned"),
+        (["--mode", "downstream", "--dataset", "DIGITS", "--scale", "Base"], "PRETRAINED_PATH"),
+        (["--mode", "downstream", "--dataset", "DIGITS", "--scale", "Tiny", "--far-weight", far / "best.pth"], "--scale"),
+        ([*train, *weight, "--distributed"], "--distributed: not started by torchrun"),
+        ([*train, *weight, "--resume"], "--resume: no run in out"),
+        ([*train], "no published weights"),
+        (["--mode", "train", "--dataset", "IMNET", "--data-path", good, "--output-dir", "out"], "--base-weight: no weights for DeiT-Tiny"),
+        ([*train, *weight, "--batch-size", "0"], "--batch-size"),
+        ([*train, *weight, "--opt", "nope"], "--opt nope"),
+        ([*train, *weight, "--no-such-flag"], "--no-such-flag"),
+        ([*train, *weight, "--download"], "--download"),
+        ([*train, *weight, "--epochs", "0", "--block-ft-epochs", "0"], "nothing would train"),
+    ]  # fmt: skip
+    for argv, expected in cases:
+        assert re.search(expected, failure(*argv)), argv
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--distributed is missing" in failure(*train, *weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, teacher):
+    args = ["--mode", "train", *DIGITS, "--base-weight", teacher, "--epochs", "1", "--output-dir", far]
+    assert "--block-ft-epochs 1, not 2" in failure(*args, "--block-ft-epochs", "2", "--resume")
+    assert "already holds a run" in failure(*args, "--block-ft-epochs", "1")
+
+
+def test_an_undecodable_image_stops_the_run_by_name(failure, tmp_path):
+    root = image_folder(tmp_path / "data")
+    (root / "train/class0/2.jpg").write_bytes(b"broken")
+    line = failure("--mode", "teacher", "--dataset", "FOLDER", "--data-path", root, "--scale", "Micro", *QUIET, "--epochs", "1",
+                   "--batch-size", "4", "--output-dir", tmp_path / "run")  # fmt: skip
+    assert "class0/2.jpg: not a readable image" in line
+
+
+def test_more_processes_than_images_is_refused(teacher):
+    from datasets.loading import Data, DataConfig
+    from utils.distributed import Context
+    from utils.errors import FarError
+
+    with pytest.raises(FarError, match="--nproc_per_node"):
+        Data(DataConfig("DIGITS", None, 32, subset=0.001), Context(0, 2))
+
+
+def test_help_is_grouped_and_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    text = capsys.readouterr().out
+    for piece in ("distillation (modes train, block-distill)", "augmentation", "(default: 0.0005)", "(default: cosine)"):
+        assert piece in text
