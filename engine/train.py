@@ -46,7 +46,7 @@ class Settings:
     mixup: float = 0.0
     cutmix: float = 0.0
     select: str = "best"
-    rep_init: str = "value"
+    rep_init: str = "chrono"
     lstm_backend: str = "auto"
 
     def autocast(self, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:

@@ -52,7 +52,7 @@ def parse_blocks(text: str | Sequence[str], depth: int) -> tuple[int, ...]:
     return tuple(sorted(blocks))
 
 
-def swap_attention(model: VisionTransformer, blocks: Iterable[int], rep_by: str, init: str = "value", units=None) -> None:
+def swap_attention(model: VisionTransformer, blocks: Iterable[int], rep_by: str, init: str = "chrono", units=None) -> None:
     """Replaces the attention of the named blocks in place, post_proj carried over; blocks already replaced are left alone."""
     units = units or {}
     num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens

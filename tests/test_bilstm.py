@@ -107,3 +107,12 @@ def test_replace_reads_indices_and_ranges(text, blocks):
 def test_replace_refuses_what_is_no_block(text):
     with pytest.raises(FarError, match="--replace"):
         parse_blocks(text, 12)
+
+
+def test_chrono_init_spreads_memory_over_the_tokens():
+    model = create_teacher("DeiT-Micro", 10, 32)
+    swap_attention(model, (0,), "multi-lstm", "chrono")
+    direction = model.blocks[0].attn.lstm[0][1]
+    forget, write = direction.bias_ih[32:64], direction.bias_ih[:32]
+    assert torch.equal(forget, -write) and forget.min() >= 0 and 2 < forget.exp().max() <= 64
+    assert direction.bias_hh.abs().max() == 0

@@ -155,7 +155,7 @@ def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_ima
 def test_subset_and_holdout_take_their_shares():
     data = digits(subset=0.5, holdout=0.2)
     assert (len(data.train), len(data.val)) == (575, 287)
-    held = {i for i in data.val.data.indices}
+    held = set(data.val.data.indices)
     assert not held & {data.train.data.dataset.indices[i] for i in data.train.data.indices}
 
 

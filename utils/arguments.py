@@ -64,8 +64,8 @@ def add_model_group(parser: Parser, models, scales, replacements) -> None:
                    help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained")  # fmt: skip
     g.add_argument("--rep-by", choices=tuple(replacements), default="multi-lstm", help="what replaces attention")
     g.add_argument("--replace", nargs="+", default=["all"], metavar="BLOCKS", help="blocks to replace: 0-11 or 0,2,5-7")
-    g.add_argument("--rep-init", choices=("value", "random"), default="value",
-                   help="pre_proj starts as the teacher's value projection, or random")  # fmt: skip
+    g.add_argument("--rep-init", choices=("chrono", "value", "random"), default="chrono",
+                   help="value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither")  # fmt: skip
     g.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier and in the MLPs' projections")
     g.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
 
