@@ -12,7 +12,7 @@ from timm.optim import list_optimizers
 from datasets.loading import Data, DataConfig
 from engine.distill import LOSSES, Distillation, mean_similarity_of_z
 from engine.evaluate import evaluate
-from engine.stages import Optim, Stage, distillation
+from engine.stages import Optim, Stage, distillation, with_epochs
 from engine.train import AMP, Settings, Trainer
 from models.bilstm import REPLACEMENTS
 from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_published_weights, load_teacher_weights
@@ -140,7 +140,7 @@ def teacher(args: Namespace, context: Context, paths: Paths) -> None:
     model = create_teacher(config.base_model, config.num_classes, config.img_size, args.drop, args.drop_path)
     if args.base_weight and not load_teacher_weights(model, args.base_weight, head=False):
         say(context, f"--base-weight {args.base_weight}: its classifier has another class count; a fresh one is trained")
-    stages = [Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))]
+    stages = with_epochs([Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))])
     run = RunFolder(vars(args), args.mode, context)
     model, last = from_last(args, run, model, config)
     task = partial(classify, model=model)
@@ -166,6 +166,7 @@ def train(args: Namespace, context: Context, paths: Paths) -> None:
         blocks, args.train_mode, args.step, None if skip else optim_from(args, "", context), args.train_loss, block,
         args.block_ft_train_loss, args.block_ft_mode, block if args.finetune_head else None, bool(args.attn_weight),
     )  # fmt: skip
+    stages = with_epochs(stages)
     run = RunFolder(vars(args), args.mode, context)
     model, last = from_last(args, run, model, config)
     reference.to(context.device)
@@ -231,7 +232,7 @@ def downstream(args: Namespace, context: Context, paths: Paths) -> None:
         if args.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
     blocks = tuple(range(len(model.blocks)))
-    stages = [Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))]
+    stages = with_epochs([Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))])
     run = RunFolder(vars(args), args.mode, context)
     model, last = from_last(args, run, model, config)
     task = partial(classify, model=model)

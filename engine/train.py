@@ -112,10 +112,7 @@ class Trainer:
         self, model: VisionTransformer, config: FarConfig, stages: list[Stage], make_task, data: Data,
         run: RunFolder, context: Context, settings: Settings, resumed: dict[str, Any] | None = None,
     ):  # fmt: skip
-        self.model, self.config, self.make_task = model, config, make_task
-        self.stages = [stage for stage in stages if stage.optim.epochs]
-        if not self.stages:
-            raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
+        self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
         self.data, self.run, self.context, self.settings = data, run, context, settings
         self.resumed = resumed
         self.at = Position(**resumed["position"]) if resumed else Position()

@@ -1,0 +1,183 @@
+"""The whole of FAR on the handwritten digits: teacher, attention swapped and distilled, evaluated, moved downstream.
+
+    python3 demo.py                      one seed, pictures and a table in runs/demo
+    python3 demo.py --seeds 0 1 2        the accuracies of several seeds
+    python3 demo.py --ablation           the choices behind the defaults, tuned on held-out training images
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import main
+import utils  # noqa: F401  (first: makes torchvision importable)
+from datasets.loading import Data, DataConfig
+from datasets.registry import Digits
+from engine.distill import mean_similarity_of_z
+from models.replace import load_model, swap_attention
+from utils.arguments import COUNT, SIZE, Parser
+from utils.checkpoint import write_atomic
+from utils.distributed import Context
+from utils.errors import FarError, run_script
+from utils.figures import save_figure, similarity_bars
+
+COMMON = ["--scale", "Micro", "--unscale-lr", "--batch-size", "64", "--block-ft-batch-size", "64", "--aa", "none", "--reprob", "0", "--color-jitter", "0", "--smoothing", "0", "--drop-path", "0", "--num-workers", "0", "--select", "last", "--clip-grad", "1", "--block-ft-clip-grad", "1"]
+DIGITS = ["--dataset", "DIGITS"]
+TEACHER = ["--mode", "teacher", "--epochs", "40", "--lr", "2e-3", "--warmup-epochs", "8"]
+ATTN = ["--mode", "train", "--epochs", "20", "--lr", "1e-2", "--warmup-epochs", "3", "--block-ft-epochs", "0"]
+BLOCK = ["--mode", "block-distill", "--block-ft-epochs", "8", "--block-ft-lr", "1e-3", "--block-ft-warmup-epochs", "1", "--block-ft-train-loss", "combine"]
+DOWNSTREAM = ["--mode", "downstream", "--dataset", "FOLDER", "--epochs", "5", "--lr", "1e-3", "--warmup-epochs", "1"]
+
+
+def write_parity(root: Path) -> None:
+    """The same images under another label set, as class folders: is the digit even or odd? Train and val stay apart."""
+    for split in ("train", "val"):
+        digits = Digits(train=split == "train")
+        for i, (image, label) in enumerate(zip(digits.images, digits.targets, strict=True)):
+            path = root / split / ("odd" if label % 2 else "even") / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+
+
+class Demo:
+    """Runs main.py's modes one after the other in a folder; an interrupted demo goes on where it stopped."""
+
+    def __init__(self, root: Path, seed: int, data: list[str], epochs: str = ""):
+        self.root, self.seed, self.data, self.epochs = root, seed, data, epochs
+        self.seconds: dict[str, float] = {}
+
+    def stage(self, name: str, *argv: str) -> dict:
+        """One call of main.py into root/name; returns its result.json."""
+        run, started = self.root / name, time.perf_counter()
+        timing = self.root / f"{name}.seconds"
+        if not (run / "result.json").exists():
+            resume = ["--resume"] if (run / "args.json").exists() else []
+            print(f"\n== {name}: python3 main.py {' '.join(argv)}", flush=True)
+            main.main([*COMMON, *self._shrunk(argv), "--seed", str(self.seed), "--output-dir", str(run), *resume])
+            if not (run / "result.json").exists():
+                raise FarError(f"{run}: the demo was stopped; run it again to go on")
+            timing.write_text(f"{time.perf_counter() - started:.1f}")
+        self.seconds[name] = float(timing.read_text())
+        return json.loads((run / "result.json").read_text())
+
+    def _shrunk(self, argv: tuple[str, ...]) -> list[str]:
+        """Epochs cut down where `--epochs` asks for it; a stage left out with 0 epochs stays out."""
+        cut = list(argv)
+        for flag in ("--epochs", "--block-ft-epochs"):
+            if self.epochs and flag in cut and cut[cut.index(flag) + 1] != "0":
+                cut[cut.index(flag) + 1] = self.epochs
+        return cut
+
+    def best(self, name: str) -> str:
+        return str(self.root / name / "best.pth")
+
+    def run(self) -> dict:
+        teacher = self.stage("teacher", *TEACHER, *self.data)
+        weight = ["--base-weight", self.best("teacher"), *self.data]
+        attn = self.stage("attn", *ATTN, *weight)
+        far = self.stage("far", *BLOCK, *weight, "--attn-weight", self.best("attn"))
+        write_parity(self.root / "data" / "parity")
+        moved = ["--data-path", str(self.root / "data" / "parity"), "--far-weight", self.best("far")]
+        downstream = self.stage("downstream", *DOWNSTREAM, *moved)
+        before = self.z_before()
+        after = [attn["z_similarity"][str(i)] for i in range(len(before))]
+        save_figure(similarity_bars({"before training": before, "after stage attn": after}), self.root / "similarity.png")
+        return {
+            "seed": self.seed, "teacher_acc1": teacher["acc1"], "attn_acc1": attn["acc1"], "far_acc1": far["acc1"],
+            "downstream_acc1": downstream["acc1"], "teacher_params": teacher["parameters"], "far_params": far["parameters"],
+            "z_before": before, "z_after_attn": after, "seconds": self.seconds, "total_seconds": sum(self.seconds.values()),
+        }  # fmt: skip
+
+    def z_before(self) -> list[float]:
+        """Mean cosine similarity of z per block, fresh modules against the teacher, on the evaluation split."""
+        teacher, config = load_model(self.best("teacher"), "--base-weight")
+        student, _ = load_model(self.best("teacher"), "--base-weight")
+        torch.manual_seed(self.seed)
+        blocks = range(len(student.blocks))
+        swap_attention(student, blocks, "multi-lstm")
+        loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(64)
+        return list(mean_similarity_of_z(student, teacher, loader, blocks, Context()).values())
+
+
+def table(summary: dict) -> str:
+    lines = [f"{'model':<28}{'top-1 %':>9}{'parameters':>12}{'seconds':>9}"]
+    seconds = summary["seconds"]
+    for label, acc, params, time_s in (
+        ("teacher (attention)", "teacher_acc1", "teacher_params", seconds["teacher"]),
+        ("FAR after stage attn", "attn_acc1", "far_params", seconds["attn"]),
+        ("FAR after stage block", "far_acc1", "far_params", seconds["far"]),
+        ("FAR downstream (even/odd)", "downstream_acc1", "far_params", seconds["downstream"]),
+    ):
+        lines.append(f"{label:<28}{summary[acc]:>9.2f}{summary[params]:>12,}{time_s:>9.1f}")
+    return "\n".join(lines)
+
+
+ABLATION = {
+    "default (student input, chrono, attn then block)": ([], [], True),
+    "--distill-input teacher": (["--distill-input", "teacher"], ["--distill-input", "teacher"], True),
+    "--rep-init value": (["--rep-init", "value"], [], True),
+    "--rep-init random": (["--rep-init", "random"], [], True),
+    "stage block alone, same epochs": ([], ["--block-ft-epochs", "28", "--block-ft-lr", "3e-3", "--block-ft-warmup-epochs", "3"], False),
+    "stage attn alone, same epochs": (["--epochs", "28"], None, True),
+}
+
+
+def ablation(root: Path, seeds: list[int]) -> None:
+    """Same budget of 28 epochs for each row, evaluated on a fifth of the training images, kept out of training."""
+    rows: dict[str, list[float]] = {name: [] for name in ["teacher", *ABLATION]}
+    for seed in seeds:
+        demo = Demo(root / str(seed), seed, [*DIGITS, "--holdout", "0.2"])
+        rows["teacher"].append(demo.stage("teacher", *TEACHER, *demo.data)["acc1"])
+        weight = ["--base-weight", demo.best("teacher"), *demo.data]
+        for k, (name, (attn, block, with_attn)) in enumerate(ABLATION.items()):
+            start = []
+            if with_attn:
+                result = demo.stage(f"attn{k}", *ATTN, *weight, *attn)
+                start = ["--attn-weight", demo.best(f"attn{k}")]
+            if block is not None:
+                result = demo.stage(f"far{k}", *BLOCK, *weight, *start, *block)
+            rows[name].append(result["acc1"])
+            write_json(root / "ablation.json", rows)
+    print(f"\n{'top-1 % on held-out training images':<52}{'seeds ' + ' '.join(map(str, seeds)):>24}{'mean':>8}")
+    for name, values in rows.items():
+        print(f"{name:<52}{' '.join(f'{v:.2f}' for v in values):>24}{mean(values):>8.2f}")
+
+
+def write_json(path: Path, content) -> None:
+    write_atomic(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def demo(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--seeds", type=COUNT, nargs="+", default=[0], help="several seeds run in folders of their own")
+    parser.add_argument("--ablation", action="store_true", help="measure the choices behind the defaults instead")
+    parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try the demo out")
+    parser.add_argument("--train-subset", default="1.0", help="share of the training images, to try the demo out")
+    args = parser.parse_args(argv)
+    root = args.output_dir
+    if (root / "summary.json").exists():
+        shutil.rmtree(root)  # finished: start afresh; an unfinished one goes on instead
+    root.mkdir(parents=True, exist_ok=True)
+    if args.ablation:
+        ablation(root, args.seeds)
+        return 0
+    epochs = str(args.epochs or "")
+    summaries = []
+    for seed in args.seeds:
+        folder = root if len(args.seeds) == 1 else root / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", args.train_subset], epochs).run())
+        print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
+    write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
+    print(f"\nwritten to {root}: summary.json, similarity.png, and a folder of curves and weights for each stage")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(demo))
