@@ -26,12 +26,13 @@ from utils.distributed import Context
 from utils.errors import FarError, run_script
 from utils.figures import save_figure, similarity_bars
 
-COMMON = ["--scale", "Micro", "--unscale-lr", "--batch-size", "64", "--block-ft-batch-size", "64", "--aa", "none", "--reprob", "0", "--color-jitter", "0", "--smoothing", "0", "--drop-path", "0", "--num-workers", "0", "--select", "last", "--clip-grad", "1", "--block-ft-clip-grad", "1"]
+COMMON = """--scale Micro --unscale-lr --batch-size 64 --block-ft-batch-size 64 --aa none --reprob 0 --color-jitter 0
+--smoothing 0 --drop-path 0 --num-workers 0 --select last --clip-grad 1 --block-ft-clip-grad 1""".split()
 DIGITS = ["--dataset", "DIGITS"]
-TEACHER = ["--mode", "teacher", "--epochs", "40", "--lr", "2e-3", "--warmup-epochs", "8"]
-ATTN = ["--mode", "train", "--epochs", "20", "--lr", "1e-2", "--warmup-epochs", "3", "--block-ft-epochs", "0"]
-BLOCK = ["--mode", "block-distill", "--block-ft-epochs", "8", "--block-ft-lr", "1e-3", "--block-ft-warmup-epochs", "1", "--block-ft-train-loss", "combine"]
-DOWNSTREAM = ["--mode", "downstream", "--dataset", "FOLDER", "--epochs", "5", "--lr", "1e-3", "--warmup-epochs", "1"]
+TEACHER = "--mode teacher --epochs 40 --lr 2e-3 --warmup-epochs 8".split()
+ATTN = "--mode train --epochs 20 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()
+BLOCK = "--mode block-distill --block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split()
+DOWNSTREAM = "--mode downstream --dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()
 
 
 def write_parity(root: Path) -> None:
