@@ -29,8 +29,8 @@ from utils.figures import save_figure, similarity_bars
 COMMON = """--scale Micro --unscale-lr --batch-size 64 --block-ft-batch-size 64 --aa none --reprob 0 --color-jitter 0
 --smoothing 0 --drop-path 0 --num-workers 0 --select last --clip-grad 1 --block-ft-clip-grad 1""".split()
 DIGITS = ["--dataset", "DIGITS"]
-TEACHER = "--mode teacher --epochs 40 --lr 2e-3 --warmup-epochs 8".split()
-ATTN = "--mode train --epochs 20 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()
+TEACHER = "--mode teacher --epochs 50 --lr 2e-3 --warmup-epochs 8".split()
+ATTN = "--mode train --epochs 24 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()
 BLOCK = "--mode block-distill --block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split()
 DOWNSTREAM = "--mode downstream --dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()
 
@@ -123,13 +123,13 @@ ABLATION = {
     "--distill-input teacher": (["--distill-input", "teacher"], ["--distill-input", "teacher"], True),
     "--rep-init value": (["--rep-init", "value"], [], True),
     "--rep-init random": (["--rep-init", "random"], [], True),
-    "stage block alone, same epochs": ([], ["--block-ft-epochs", "28", "--block-ft-lr", "3e-3", "--block-ft-warmup-epochs", "3"], False),
-    "stage attn alone, same epochs": (["--epochs", "28"], None, True),
+    "stage block alone, same epochs": ([], ["--block-ft-epochs", "32", "--block-ft-lr", "3e-3", "--block-ft-warmup-epochs", "3"], False),
+    "stage attn alone, same epochs": (["--epochs", "32"], None, True),
 }
 
 
 def ablation(root: Path, seeds: list[int]) -> None:
-    """Same budget of 28 epochs for each row, evaluated on a fifth of the training images, kept out of training."""
+    """Same budget of 32 epochs for each row, evaluated on a fifth of the training images, kept out of training."""
     rows: dict[str, list[float]] = {name: [] for name in ["teacher", *ABLATION]}
     for seed in seeds:
         demo = Demo(root / str(seed), seed, [*DIGITS, "--holdout", "0.2"])
