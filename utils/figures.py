@@ -30,7 +30,8 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
             if row["epoch"] == 0:
                 axis.axvline(i, color="0.8", lw=0.8, zorder=0)
                 if axis is accuracy:
-                    axis.annotate(row["stage"], (i, 0.02), xycoords=("data", "axes fraction"), fontsize=7, color="0.4")
+                    axis.annotate(row["stage"], (i, 0.5), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
+                                  fontsize=7, color="0.4", rotation=90)
         axis.legend(fontsize=7)
     return figure
 
@@ -44,7 +45,7 @@ def similarity_bars(similarity: dict[str, list[float]]) -> Figure:
         bars = axis.bar([i + (k - (len(similarity) - 1) / 2) * width for i in range(len(values))], values, width,
                         label=label, color=COLOURS[k])  # fmt: skip
         axis.bar_label(bars, fmt="%.2f", fontsize=7)
-    axis.set(xlabel="block", ylabel="cosine similarity of z", ylim=(min(0, *map(min, similarity.values())) - 0.05, 1.2))
+    axis.set(xlabel="block", ylabel="cosine similarity of z", ylim=(min(0, *map(min, similarity.values())) - 0.1, 1.2))
     axis.set_xticks(range(len(values)))
     axis.axhline(0, color="0.5", lw=0.6)
     axis.legend(fontsize=8, ncols=2, loc="upper center")

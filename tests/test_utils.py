@@ -1,0 +1,65 @@
+"""Checkpoints are written whole or not at all; draws follow from their key."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from models.deit import create_teacher, load_teacher_weights
+from utils import checkpoint
+from utils.errors import FarError
+from utils.seeding import seed_all, seeded
+
+
+def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, {"x": torch.ones(2)})
+
+    def broken(file):
+        file.write(b"half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        checkpoint.write_atomic(path, broken)
+    assert torch.equal(checkpoint.load(path, "--t")["x"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("size", [0, 10, 2000])
+def test_damaged_files_are_one_clear_error(tmp_path, size):
+    checkpoint.save(tmp_path / "a.pth", {"x": torch.ones(4000)})
+    (tmp_path / "b.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:size])
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.pth").read_bytes()[:size])
+    for name in ("b.pth", "b.safetensors"):
+        with pytest.raises(FarError, match=f"--t .*{name}"):
+            checkpoint.load(tmp_path / name, "--t")
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_draws_follow_from_the_key_and_leave_the_outside_alone():
+    seed_all(1, 2)
+    first = draws()
+    with seeded(7):
+        inside = draws()
+    second = draws()
+    seed_all(1, 2)
+    assert draws() == first
+    with seeded(8):
+        other = draws()
+    with seeded(7):
+        assert draws() == inside != other
+    assert draws() == second
+
+
+def test_position_embeddings_are_resized_when_teacher_weights_are_loaded(tmp_path):
+    small = create_teacher("DeiT-Micro", 10, 32)
+    torch.save(small.state_dict(), tmp_path / "a.pth")
+    large = create_teacher("DeiT-Micro", 10, 48)
+    load_teacher_weights(large, tmp_path / "a.pth")
+    assert large.pos_embed.shape[1] == 145
+    torch.testing.assert_close(large.pos_embed[:, 0], small.pos_embed[:, 0])
+    assert torch.equal(large.blocks[2].attn.qkv.weight, small.blocks[2].attn.qkv.weight)
