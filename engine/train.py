@@ -89,7 +89,9 @@ def sigterm_flag():
 def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay."""
     kwargs = {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
-    optimizer = create_optimizer_v2(model, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
+    plain = optim.opt == "sgd" and not optim.momentum  # timm's sgd is Nesterov's, which needs momentum
+    name = "momentum" if plain else optim.opt
+    optimizer = create_optimizer_v2(model, opt=name, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
     scheduler, _ = create_scheduler_v2(
         optimizer, optim.sched, num_epochs=optim.epochs, decay_epochs=max(1, optim.epochs // 3), min_lr=optim.min_lr,
         warmup_lr=optim.warmup_lr, warmup_epochs=min(optim.warmup_epochs, optim.epochs),

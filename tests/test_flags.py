@@ -9,7 +9,8 @@ import main
 from models.kernels import KERNELS
 from utils.checkpoint import load
 
-BASE = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.05", "--num-workers", "0", "--select", "last", "--seed", "3"]
+BASE = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.05", "--num-workers", "0", "--select", "last", "--seed", "3",
+        "--holdout", "0.02"]  # fmt: skip
 TEACH = ["--mode", "teacher", *BASE, "--batch-size", "24", "--epochs", "2"]
 QUIET = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
 
