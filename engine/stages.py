@@ -31,7 +31,8 @@ class Optim:
 class Stage:
     """`swapped`: blocks replaced when the stage begins; `blocks`: those it trains; `parts`: a key of PARTS.
 
-    `loss`: a key of engine.distill.LOSSES; `target`: what its similarity compares, `z` or `output`.
+    `loss`: a key of engine.distill.LOSSES; `target`: what its similarity compares, `z` or `output`;
+    `select`: the weights it hands on, `best` or `last`; empty is what the settings say.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage:
     loss: str
     target: str
     optim: Optim
+    select: str = ""
 
 
 def _of_blocks(pick: Callable[[nn.Module], Iterable[nn.Module]]):

@@ -118,6 +118,7 @@ class Trainer:
         self.data, self.run, self.context, self.settings = data, run, context, settings
         self.resumed = resumed
         self.at = Position(**resumed["position"]) if resumed else Position()
+        self.trace: list[dict[str, float]] = []  # the process's own losses step by step, not yet written
         if not context.main:
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)  # a stopped epoch's totals are stored once, for all processes
         self.autocast = settings.autocast(context.device)
@@ -184,6 +185,7 @@ class Trainer:
 
     def _steps(self, task: nn.Module, stage: Stage, loader, bar: tqdm) -> int:
         device, accum, total = self.context.device, stage.optim.accum_steps, len(loader)
+        self.trace_every = math.ceil(total / 50)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         pending: list[tuple[int, int, dict[str, torch.Tensor]]] = []
         count, started, shown = 0, time.perf_counter(), math.nan
@@ -238,8 +240,11 @@ class Trainer:
                     f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage {stage.name}; the last good "
                     f"checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
-            for name, part in [("images", 1.0), *parts.items()]:
-                self.at.sums[name] = self.at.sums.get(name, 0.0) + float(part) * size
+            values = {name: float(part) for name, part in parts.items()}
+            for name, part in [("images", 1.0), *values.items()]:
+                self.at.sums[name] = self.at.sums.get(name, 0.0) + part * size
+            if step % self.trace_every == 0:
+                self.trace.append({"stage_index": self.at.stage, "epoch": self.at.epoch, "step": step, **values})
         pending.clear()
         return value
 
@@ -257,11 +262,13 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "position": {**vars(self.at), "sums": sums},
         })  # fmt: skip
+        self.run.append("steps.jsonl", self.trace)
+        self.trace = []
         self.context.barrier()
 
     def _report(self, stage: Stage, train: dict, val: dict, seconds: float, images: int) -> None:
         """Keeps the stage's best weights and logs the epoch."""
-        if self.settings.select == "last" or val["acc1"] > self.at.best:
+        if (stage.select or self.settings.select) == "last" or val["acc1"] > self.at.best:
             self.at.best = val["acc1"]
             self.run.save("best.pth", pack(self.model, self.config))
         row = {
@@ -269,7 +276,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"], "train": train, "val": val,
             "seconds": round(seconds, 3), "images_per_s": round(images / seconds, 1) if seconds else 0.0,
         }  # fmt: skip
-        self.run.log(row)
+        self.run.append("log.jsonl", [row])
         losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())
         when = f"epoch {self.at.epoch}/{stage.optim.epochs}" if train else "before training"
         self._say(f"  {when}: top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} {losses}".rstrip())

@@ -14,6 +14,8 @@ from models.deit import TEACHERS, create_teacher
 from utils.checkpoint import load, load_into
 from utils.errors import FarError
 
+MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
+
 
 @dataclass(frozen=True)
 class FarConfig:
@@ -21,6 +23,7 @@ class FarConfig:
 
     replaced: indices of the replaced blocks; empty is a plain teacher.
     units: kept units u[h][r] of those replaced blocks that were pruned, by block index (as text: it is stored as JSON too).
+    mlp: hidden units of those MLPs that were pruned, by block index.
     """
 
     base_model: str
@@ -29,10 +32,11 @@ class FarConfig:
     rep_by: str = "multi-lstm"
     replaced: tuple[int, ...] = ()
     units: dict[str, list[list[int]]] = field(default_factory=dict)
+    mlp: dict[str, int] = field(default_factory=dict)
 
     @property
     def pruned(self) -> bool:
-        return bool(self.units)
+        return bool(self.units or self.mlp)
 
 
 def parse_blocks(text: str | Sequence[str], depth: int) -> tuple[int, ...]:
@@ -72,13 +76,15 @@ def replaced_blocks(model: VisionTransformer) -> tuple[int, ...]:
 def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
     """The configuration of the model as it now is: which blocks are replaced, which units are left."""
     units = {}
+    hidden = {str(i): block.mlp.fc1.out_features for i, block in enumerate(model.blocks)}
+    hidden = {i: width for i, width in hidden.items() if width != MLP_RATIO * model.embed_dim}
     for index in (replaced := replaced_blocks(model)):
         attn = model.blocks[index].attn
         if isinstance(attn, MultiHeadBiLSTM):
             full = model.embed_dim // attn.num_heads
             if any(u != full for pair in attn.units for u in pair):
                 units[str(index)] = attn.units
-    return replace(config, num_classes=model.num_classes, replaced=replaced, units=units)
+    return replace(config, num_classes=model.num_classes, replaced=replaced, units=units, mlp=hidden)
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -92,6 +98,9 @@ def build(config: FarConfig, drop: float = 0.0, drop_path: float = 0.0) -> Visio
     """The model a configuration describes, weights fresh."""
     model = create_teacher(config.base_model, config.num_classes, config.img_size, drop, drop_path)
     swap_attention(model, config.replaced, config.rep_by, units=config.units)
+    for index, width in config.mlp.items():
+        mlp = model.blocks[int(index)].mlp
+        mlp.fc1, mlp.fc2 = nn.Linear(model.embed_dim, width), nn.Linear(width, model.embed_dim)
     return model
 
 

@@ -36,7 +36,8 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 
 COUNT, SIZE = number(int, 0), number(int, 1)
-RATE, SHARE = number(float, 0), number(float, 0, 1)
+RATE, SHARE, PART = number(float, 0), number(float, 0, 1), number(float, 0, 1, open_low=True)
+OnOff = argparse.BooleanOptionalAction
 
 
 def optional_rate(text: str) -> float | None:
@@ -76,7 +77,7 @@ def add_data_group(parser: Parser) -> None:
     g.add_argument("--data-path", type=Path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=SIZE, help="image side in pixels; default 224, DeiT-Micro 32")
-    g.add_argument("--train-subset", type=number(float, 0, 1, True), default=1.0, help="share of the training images used")
+    g.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images used")
     g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.0,
                    help="evaluate on this share of the training split, kept out of training: for tuning choices")  # fmt: skip
     g.add_argument("--num-workers", type=COUNT, default=8, help="loader processes; results do not depend on it")
@@ -84,7 +85,7 @@ def add_data_group(parser: Parser) -> None:
     g.add_argument("--color-jitter", type=RATE, default=0.3, help="used where --aa is none")
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
     g.add_argument("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="resizing")
-    g.add_argument("--eval-crop-ratio", type=number(float, 0, 1, True), default=0.875, help="centre crop over resized side")
+    g.add_argument("--eval-crop-ratio", type=PART, default=0.875, help="centre crop over resized side")
     g.add_argument("--reprob", type=SHARE, default=0.25, help="random erasing: probability")
     g.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing: fill")
     g.add_argument("--recount", type=SIZE, default=1, help="random erasing: rectangles")

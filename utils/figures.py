@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for colour-blind readers
@@ -49,4 +50,49 @@ def similarity_bars(similarity: dict[str, list[float]]) -> Figure:
     axis.set_xticks(range(len(values)))
     axis.axhline(0, color="0.5", lw=0.6)
     axis.legend(fontsize=8, ncols=2, loc="upper center")
+    return figure
+
+
+def pruning_curves(steps: list[dict[str, float]], reg: int) -> Figure:
+    """Loss, Hoyer-square and share of weak units over the steps of a regularized training."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(1, 3), (
+        ("loss", f"training loss (--reg {reg})"), ("hoyer_square", "Hoyer-square of the units"), ("sparsity", "share of weak units"),
+    ), strict=True):  # fmt: skip
+        axis.plot([row[key] for row in steps], color=COLOURS[0], lw=1)
+        axis.set(xlabel="recorded step", ylabel=label)
+    return figure
+
+
+def kept_units(units: dict[str, list[list[int]]], full: int) -> Figure:
+    """Heat map of u[h][r]: a row a block, a column a head and direction; `full` units were there before pruning."""
+    blocks = sorted(units, key=int)
+    table = np.array([np.ravel(units[b]) for b in blocks])
+    figure = Figure(figsize=(1.8 + 0.45 * table.shape[1], 1.2 + 0.32 * len(blocks)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(table, cmap="viridis", vmin=0, vmax=full, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        axis.text(column, row, value, ha="center", va="center", fontsize=7, color="white" if value < 0.6 * full else "black")
+    axis.set_xticks(range(table.shape[1]), [f"{k // 2}{'fb'[k % 2]}" for k in range(table.shape[1])], fontsize=7)
+    axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
+    axis.set(xlabel="head, forward or backward", ylabel="block")
+    figure.colorbar(image, label=f"kept units of {full}")
+    return figure
+
+
+def sweep_curve(points: list[dict], unpruned: dict, teacher: dict | None) -> Figure:
+    """Top-1 against parameters at each keep ratio, with the unpruned FAR and the teacher marked."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    points = sorted(points, key=lambda p: p["parameters"])
+    axis.plot([p["parameters"] / 1e6 for p in points], [p["acc1"] for p in points], color=COLOURS[0], marker="o", label="pruned FAR")
+    for p in points:
+        axis.annotate(f"{p['keep_ratio']:g}", (p["parameters"] / 1e6, p["acc1"]), xytext=(0, -11), textcoords="offset points",
+                      fontsize=7, ha="center")  # fmt: skip
+    for label, row, marker, colour in (("unpruned FAR", unpruned, "s", COLOURS[1]), ("teacher (attention)", teacher, "D", COLOURS[2])):
+        if row:
+            axis.plot(row["parameters"] / 1e6, row["acc1"], ls="", marker=marker, color=colour, label=label)
+    axis.margins(y=0.15)
+    axis.set(xlabel="parameters (millions); labels are keep ratios", ylabel="top-1 (%)")
+    axis.legend(fontsize=8)
     return figure

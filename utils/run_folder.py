@@ -1,4 +1,4 @@
-"""A run's folder: args.json, log.jsonl, curves.png, last.pth, best.pth. Only rank 0 writes."""
+"""A run's folder: args.json, log.jsonl, steps.jsonl, curves.png, last.pth, best.pth. Only rank 0 writes."""
 
 import json
 import platform
@@ -54,7 +54,8 @@ class RunFolder:
         if context.main and not self.resumed:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("args.json", {"args": record, "versions": versions()})
-            (self.path / "log.jsonl").unlink(missing_ok=True)
+            for name in ("log.jsonl", "steps.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
         context.barrier()
 
     def _check(self, written: Path, record: dict[str, Any]) -> None:
@@ -82,17 +83,18 @@ class RunFolder:
             text = json.dumps(content, indent=2).encode()
             checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
 
-    def rows(self) -> list[dict[str, Any]]:
-        path = self.path / "log.jsonl"
+    def rows(self, name: str = "log.jsonl") -> list[dict[str, Any]]:
+        path = self.path / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Appends one epoch's line; an epoch run again after a kill replaces its own line."""
-        if not self.context.main:
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Adds lines to log.jsonl (an epoch each) or steps.jsonl (a step each); what runs again after a kill replaces its own."""
+        if not self.context.main or not rows:
             return
-        kept = [r for r in self.rows() if (r["stage_index"], r["epoch"]) < (row["stage_index"], row["epoch"])]
-        text = "".join(json.dumps(r) + "\n" for r in [*kept, row]).encode()
-        checkpoint.write_atomic(self.path / "log.jsonl", lambda file: file.write(text))
+        place = lambda row: (row["stage_index"], row["epoch"], row.get("step", 0))  # noqa: E731
+        kept = [r for r in self.rows(name) if place(r) < place(rows[0])]
+        text = "".join(json.dumps(r) + "\n" for r in [*kept, *rows]).encode()
+        checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
 
     def draw(self) -> None:
         if self.context.main and (rows := self.rows()):

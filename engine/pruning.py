@@ -1,0 +1,221 @@
+"""What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
+
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from engine.count import count_all
+from engine.distill import Distillation
+from engine.evaluate import evaluate
+from engine.hoyer import REGULARIZERS, Regularized, lstm_norms, mlp_norms
+from engine.jobs import data_from, from_last, load_teacher, optim_from, say
+from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink_lstms, shrink_mlps
+from engine.stages import Stage
+from engine.train import AMP, Settings, Trainer
+from models.deit import SCALES, TEACHERS
+from models.kernels import BACKENDS
+from models.replace import describe, load_model, pack, set_backend
+from utils import arguments
+from utils.arguments import Parser
+from utils.distributed import Context
+from utils.errors import FarError
+from utils.figures import kept_units, pruning_curves, save_figure, sweep_curve
+from utils.run_folder import RunFolder
+
+SENSITIVITY = 0.75
+
+
+def ratios(text: str) -> list[float]:
+    return [arguments.PART(word) for word in text.split(",")]
+
+
+def build_parser(description: str) -> Parser:
+    parser = Parser(description=description)
+    arguments.add_run_group(parser, BACKENDS, tuple(AMP))
+    g = parser.add_argument_group("model")
+    g.add_argument("--model-path", type=Path, metavar="FILE", help="the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
+    g.add_argument("--scale", choices=tuple(SCALES), help="which model; default what the checkpoint holds, else Tiny")
+    g.add_argument("--base-model", choices=tuple(TEACHERS), help="long form of --scale")
+    g.add_argument("--base-weight", type=Path, metavar="FILE", help="the teacher's weights, for --distill and the sweep's plot")
+    g.add_argument("--drop", type=arguments.SHARE, default=0.0, help="dropout before the classifier and in the MLPs' projections")
+    g.add_argument("--drop-path", type=arguments.SHARE, default=0.1, help="stochastic depth at the last block")
+    g = parser.add_argument_group("regularization")
+    g.add_argument("--reg", type=int, choices=tuple(REGULARIZERS), default=3, help="0 none, 1 group L1, 2 group Hoyer, 3 group Hoyer-square")
+    g.add_argument("--decay", type=arguments.RATE, default=1e-4, help="the regularizer's weight in the loss")
+    g.add_argument("--distill", action=arguments.OnOff, default=None,
+                   help="the teacher's block outputs besides the labels, in both trainings; default: on with --base-weight")  # fmt: skip
+    g = parser.add_argument_group("what to remove (one of these)")
+    g.add_argument("--sensitivity", type=arguments.RATE, default=None,
+                   help=f"units whose group norm is below this share of their block's mean; default {SENSITIVITY}, "
+                        "which took a third of the digits model's units for less than half a point")  # fmt: skip
+    g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
+    g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
+    g.add_argument("--sweep", type=ratios, metavar="R,R,...", help="prune and fine-tune at each of these keep ratios, and plot them")
+    g.add_argument("--prune-mlp", type=arguments.PART, nargs="?", const=0.5, metavar="R",
+                   help="shrink the MLPs' hidden units to this share too, ranked among themselves; 0.5 if no share is given")  # fmt: skip
+    arguments.add_data_group(parser)
+    arguments.add_optim_group(parser, "optimisation while regularizing", "", 200, 5e-4, 1e-5)
+    arguments.add_optim_group(parser, "optimisation of the fine-tuning", "ft-", 30, 5e-6, 1e-6)
+    parser.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
+    return parser
+
+
+class Pruning:
+    """One command: the model, its data and teacher, and a folder a training."""
+
+    def __init__(self, args: Namespace, context: Context, pretrained: dict[str, str]):
+        chosen = [f for f in ("sensitivity", "keep_ratio", "target_params", "sweep") if getattr(args, f) is not None]
+        if len(chosen) > 1:
+            flags = " and ".join("--" + f.replace("_", "-") for f in chosen)
+            raise FarError(f"{flags}: each says by itself what to remove; give one of them")
+        if args.distill and not args.base_weight:
+            raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
+        torch.manual_seed(args.seed)
+        self.args, self.context = args, context
+        self.path = self._find(args, pretrained)
+        self.model, self.config = load_model(self.path, "--model-path", args.drop, args.drop_path)
+        self._check(args)
+        self.data = data_from(args, self.config.img_size, context)
+        if self.data.num_classes != self.config.num_classes:
+            raise FarError(f"--model-path {self.path}: knows {self.config.num_classes} classes, --dataset {args.dataset} has "
+                           f"{self.data.num_classes}; move it there first with main.py --mode downstream")  # fmt: skip
+        self.teacher = load_teacher(args, self.config).to(context.device) if args.base_weight else None
+        self.distill = self.teacher is not None and args.distill is not False
+        self.settings = Settings(args.seed, args.amp, args.smoothing, args.mixup, args.cutmix, args.select, lstm_backend=args.lstm_backend)
+        self.regularize, self.fine_tune = (optim_from(args, prefix, context) for prefix in ("", "ft_"))
+        self._select(self.model)  # a selection that cannot be met is told before hours of training
+
+    def _find(self, args: Namespace, pretrained: dict[str, str]) -> Path:
+        scale = arguments.choose_model(args, SCALES).removeprefix("DeiT-")
+        if not (args.model_path or pretrained.get(scale)):
+            raise FarError(f"--model-path: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint")
+        return args.model_path or Path(pretrained[scale])
+
+    def _check(self, args: Namespace) -> None:
+        if (args.scale or args.base_model) and (asked := arguments.choose_model(args, SCALES)) != self.config.base_model:
+            raise FarError(f"--scale: says {asked}, but {self.path} holds a {self.config.base_model}; make them agree")
+        if args.input_size and args.input_size != self.config.img_size:
+            raise FarError(f"--input-size {args.input_size}: {self.path} was trained at {self.config.img_size}; leave the flag out")
+        if not lstm_norms(self.model):
+            raise FarError(f"--model-path {self.path}: has no LSTM whose units could be pruned; name a FAR model with LSTMs")
+
+    def run(self) -> dict:
+        """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
+        top = RunFolder(vars(self.args), "prune", self.context)
+        self.model.to(self.context.device)
+        report = {"model": str(self.path), "seed": self.args.seed, "rows": [self._measure("before", self.model)]}
+        if self.teacher is not None:
+            report["teacher"] = self._measure("teacher", self.teacher)
+        folder = self._folder(top.path / "regularize")
+        model = self._train(folder, self.model, self.regularize, "regularize")
+        report["rows"].append(self._measure("regularized", model))
+        if self.context.main:
+            save_figure(pruning_curves(folder.rows("steps.jsonl"), self.args.reg), top.path / "regularize.png")
+        if self.args.sweep:
+            report["sweep"] = [self._sweep(top, folder, ratio) for ratio in self.args.sweep]
+            if self.context.main:
+                save_figure(sweep_curve(report["sweep"], report["rows"][0], report.get("teacher")), top.path / "sweep.png")
+        else:
+            report["rows"] += self._prune(top, model)
+            report["units"] = describe(self.last, self.config).units
+        top.write_json("prune_report.json", report)
+        say(self.context, "\n" + table(report))
+        say(self.context, f"\nwritten to {top.path}")
+        return report
+
+    def _sweep(self, top: RunFolder, regularized: RunFolder, ratio: float) -> dict:
+        model, _ = load_model(regularized.path / "best.pth", "--output-dir", self.args.drop, self.args.drop_path)
+        rows = self._prune(self._folder(top.path / f"keep-{ratio:g}"), model.to(self.context.device), ratio)
+        return {"keep_ratio": ratio, "pruned_acc1": rows[0]["acc1"], **rows[1]}
+
+    def _folder(self, path: Path) -> RunFolder:
+        """A training's folder inside this run's; resumed where an earlier call began it."""
+        resume = self.args.resume and (path / "args.json").exists()
+        return RunFolder({**vars(self.args), "output_dir": path, "resume": resume}, "prune", self.context)
+
+    def _train(self, run: RunFolder, model, optim, name: str):
+        """One training in its folder, best.pth holding what it hands on. Without epochs the model is stored as it is."""
+        if run.resumed and (run.path / "result.json").exists():
+            return load_model(run.path / "best.pth", "--resume")[0].to(self.context.device)
+        model, last = from_last(self.args, run, model, self.config)
+        regularizing = name == "regularize"
+        stage = Stage(name, (), tuple(range(len(model.blocks))), "full", "classification", "output", optim,
+                      "last" if regularizing else "")  # fmt: skip  (the best top-1 while regularizing is the least regularized)
+        if self.distill:
+            stage = replace(stage, loss="combine", blocks=tuple(self.config.replaced))
+        set_backend(model, self.args.lstm_backend)
+        if optim.epochs:
+            task = partial(self._task, model, regularizing)
+            result = Trainer(model, self.config, [stage], task, self.data, run, self.context, self.settings, last).fit()
+        else:
+            run.save("best.pth", pack(model, self.config))
+            result = self._evaluate(model)
+        run.write_json("result.json", result)
+        return model
+
+    def _task(self, model, regularizing: bool, stage: Stage, criterion):
+        task = Distillation(model, self.teacher, stage, criterion)
+        if not regularizing:
+            return task
+        return Regularized(task, model, self.args.reg, self.args.decay, self.args.prune_mlp is not None, self.args.sensitivity or SENSITIVITY)
+
+    def _select(self, model, ratio: float | None = None) -> tuple[Kept, Kept]:
+        """The selections the flags ask for: (of LSTM units, of MLP units)."""
+        args, norms, mlp = self.args, lstm_norms(model), {}
+        if args.prune_mlp:
+            mlp = keep_share(mlp_norms(model), args.prune_mlp, "--prune-mlp")
+        for r in [ratio] if ratio else args.sweep or [args.keep_ratio]:
+            if r:
+                kept = keep_share(norms, r, "--sweep" if args.sweep else "--keep-ratio")
+        if args.target_params:
+            removed = sum(model.blocks[i].mlp.fc1.out_features - len(index) for (i,), index in mlp.items())
+            kept = keep_within(model, norms, args.target_params + removed * (2 * model.embed_dim + 1))
+        elif not (args.sweep or args.keep_ratio):
+            kept = keep_above(norms, SENSITIVITY if args.sensitivity is None else args.sensitivity)
+        return kept, mlp
+
+    def _prune(self, run: RunFolder, model, ratio: float | None = None) -> list[dict]:
+        """Shrinks and fine-tunes; returns what was measured after each."""
+        kept, mlp = self._select(model, ratio)
+        shrink_lstms(model, kept)
+        shrink_mlps(model, mlp)
+        rows = [self._measure("pruned", model)]
+        self.last = self._train(run, model, self.fine_tune, "fine-tune")
+        if self.context.main:
+            config = describe(self.last, self.config)
+            full = {str(i): self.model.blocks[i].attn.units for i in self.config.replaced}
+            save_figure(kept_units({**full, **config.units}, self._width()), run.path / "units.png")
+        return [*rows, self._measure("fine-tuned", self.last)]
+
+    def _width(self) -> int:
+        attn = self.model.blocks[self.config.replaced[0]].attn
+        return self.model.embed_dim // attn.num_heads
+
+    def _evaluate(self, model) -> dict[str, float]:
+        autocast = self.settings.autocast(self.context.device)
+        return evaluate(model, self.data.val_loader(self.args.batch_size), self.context, autocast)
+
+    def _measure(self, when: str, model) -> dict:
+        return {"when": when, **self._evaluate(model), **count_all(model, describe(model, self.config))}
+
+
+def table(report: dict) -> str:
+    """The report as text: one line a step, or a keep ratio."""
+    rows = [*report["rows"], *({**r, "when": f"keep {r['keep_ratio']:g}"} for r in report.get("sweep", []))]
+    if "teacher" in report:
+        rows = [report["teacher"], *rows]
+    lines = [f"{'':<13}{'top-1 %':>9}{'top-5 %':>9}{'units':>8}{'parameters':>13}{'M MACs':>9}{'kB':>9}"]
+    for r in rows:
+        lines.append(f"{r['when']:<13}{r['acc1']:>9.2f}{r['acc5']:>9.2f}{r['units']:>8}{r['parameters']:>13,}{r['macs'] / 1e6:>9.1f}"
+                     f"{r['bytes'] / 1e3:>9.0f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def prune(args: Namespace, context: Context, pretrained: dict[str, str]) -> dict:
+    """prune.py's job; see `Pruning`."""
+    return Pruning(args, context, pretrained).run()
+
+
