@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv
@@ -47,6 +47,12 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int):
         return self.images[index], self.targets[index]
+
+
+def photographs() -> dict[str, Image.Image]:
+    """The two photographs that come with scikit-learn, by name: a temple in China, a flower."""
+    bunch = load_sample_images()
+    return {Path(name).stem: Image.fromarray(image) for name, image in zip(bunch.filenames, bunch.images, strict=True)}
 
 
 def read_image(path: str) -> Image.Image:

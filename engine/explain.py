@@ -1,0 +1,112 @@
+"""What a model looks at: measures that serve attention and LSTM alike, and attention's own for comparison.
+
+All maps are over tokens, class token first. Models are put in eval mode by the caller.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from engine.distill import forward_features, output_projection
+
+
+def token_importance(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Gradient of the predicted class's logit times the token that enters a block, summed over channels.
+
+    images (B, 3, S, S). Returns ({block: (B, N)}, predicted classes (B,)). Signed: positive speaks for the class.
+    """
+    blocks = tuple(blocks)
+    with torch.enable_grad():
+        seen = forward_features(model, images.detach().requires_grad_(), blocks)
+        classes = seen.logits.argmax(1)
+        chosen = seen.logits.gather(1, classes[:, None]).sum()
+        gradients = torch.autograd.grad(chosen, [seen.inputs[i] for i in blocks])
+    return {i: (g * seen.inputs[i]).sum(2).detach() for i, g in zip(blocks, gradients, strict=True)}, classes
+
+
+def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
+    """What enters each block's attention (or its replacement): norm1 of the running state, (B, N, D)."""
+    with torch.no_grad():
+        seen = forward_features(model, images, blocks)
+        return {i: model.blocks[i].norm1(x) for i, x in seen.inputs.items()}
+
+
+def attention_weights(attn: nn.Module, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of timm's attention on x (B, N, D): (B, H, N, N), rows summing to 1."""
+    b, n, _ = x.shape
+    q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    return (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(-1)
+
+
+@torch.no_grad()
+def attention_rollout(teacher: VisionTransformer, images: Tensor) -> Tensor:
+    """How much of each input token reaches the class token: the product over blocks of (A + I) / 2, A the mean over heads.
+
+    Abnar & Zuidema, arXiv 2005.00928. Returns (B, N).
+    """
+    blocks = range(len(teacher.blocks))
+    inputs = attention_inputs(teacher, images, blocks)
+    rolled: Tensor | None = None
+    for i in blocks:
+        a = attention_weights(teacher.blocks[i].attn, inputs[i]).mean(1)  # (B, N, N)
+        a = (a + torch.eye(a.shape[1], device=a.device)) / 2
+        rolled = a if rolled is None else a @ rolled
+    return rolled[:, 0]
+
+
+def token_similarity(z: Tensor) -> Tensor:
+    """Cosine between every two tokens of z (B, N, D): (B, N, N)."""
+    z = F.normalize(z.float(), dim=2)
+    return z @ z.transpose(1, 2)
+
+
+def z_of(attn: nn.Module, x: Tensor) -> Tensor:
+    """z (B, N, D) of attention or replacement: what enters its output projection."""
+    kept: list[Tensor] = []
+    handle = output_projection(attn).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    try:
+        attn(x)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def influence(attn: nn.Module, x: Tensor, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """||d z_i / d x_j||, the Frobenius norm of how output token i depends on input token j.
+
+    Args:
+        x: one image's tokens (N, D).
+        probes: Gaussian directions per output token, an unbiased estimate of the square; None takes all D, exactly.
+
+    Returns (N, N), row i the output, column j the input.
+    """
+    n, dim = x.shape
+    count = probes or dim
+    rows = []
+    with torch.enable_grad():
+        copies = x.detach().expand(count, n, dim).clone().requires_grad_()
+        z = z_of(attn, copies)  # (count, N, D)
+        for i in range(n):
+            if probes:
+                directions = torch.randn(count, dim, generator=generator).to(x) / probes**0.5
+            else:
+                directions = torch.eye(dim, device=x.device, dtype=x.dtype)
+            (gradient,) = torch.autograd.grad(z[:, i], copies, directions, retain_graph=True)
+            rows.append(gradient.square().sum((0, 2)).sqrt())
+    return torch.stack(rows)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rho of two maps of the same size (ties broken by place)."""
+    ranks = [t.flatten().argsort(stable=True).argsort(stable=True).double() for t in (a, b)]
+    a, b = (r - r.mean() for r in ranks)
+    return ((a @ b) / (a.norm() * b.norm())).item()
+
+
+def mean_rank_correlation(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The mean of rank_correlation over pairs of maps."""
+    values = [rank_correlation(x, y) for x, y in zip(a, b, strict=True)]
+    return sum(values) / len(values)
