@@ -1,4 +1,4 @@
-"""The whole of FAR on the handwritten digits: teacher, attention swapped and distilled, evaluated, moved downstream.
+"""The whole of FAR on the handwritten digits: teacher, attention swapped and distilled, evaluated, moved downstream, pruned.
 
     python3 demo.py                      one seed, pictures and a table in runs/demo
     python3 demo.py --seeds 0 1 2        the accuracies of several seeds
@@ -15,7 +15,9 @@ from statistics import mean
 import torch
 
 import main
+import prune
 import utils  # noqa: F401  (first: makes torchvision importable)
+import visualization
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
 from engine.distill import mean_similarity_of_z
@@ -32,6 +34,9 @@ DIGITS = ["--dataset", "DIGITS"]
 TEACHER = "--mode teacher --epochs 50 --lr 2e-3 --warmup-epochs 8".split()
 ATTN = "--mode train --epochs 24 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()
 BLOCK = "--mode block-distill --block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split()
+PRUNE = """--epochs 6 --lr 1e-3 --warmup-epochs 1 --decay 1e-3 --keep-ratio 0.5 --ft-epochs 12 --ft-lr 3e-3 --ft-warmup-epochs 1
+--unscale-lr --batch-size 64 --ft-batch-size 64 --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --num-workers 0
+--select last --clip-grad 1 --ft-clip-grad 1""".split()
 DOWNSTREAM = "--mode downstream --dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()
 
 
@@ -46,7 +51,7 @@ def write_parity(root: Path) -> None:
 
 
 class Demo:
-    """Runs main.py's modes one after the other in a folder; an interrupted demo goes on where it stopped."""
+    """Runs the scripts one after the other in a folder; an interrupted demo goes on where it stopped."""
 
     def __init__(self, root: Path, seed: int, data: list[str], epochs: str = ""):
         self.root, self.seed, self.data, self.epochs = root, seed, data, epochs
@@ -54,22 +59,29 @@ class Demo:
 
     def stage(self, name: str, *argv: str) -> dict:
         """One call of main.py into root/name; returns its result.json."""
+        return self._call(name, "main.py", main.main, [*COMMON, *self._shrunk(argv)], "result.json")
+
+    def prune(self, *argv: str) -> dict:
+        """One call of prune.py into root/prune; returns its report."""
+        return self._call("prune", "prune.py", prune.main, self._shrunk(argv), "prune_report.json")
+
+    def _call(self, name: str, script: str, call, argv: list[str], result: str) -> dict:
         run, started = self.root / name, time.perf_counter()
         timing = self.root / f"{name}.seconds"
-        if not (run / "result.json").exists():
+        if not (run / result).exists():
             resume = ["--resume"] if (run / "args.json").exists() else []
-            print(f"\n== {name}: python3 main.py {' '.join(argv)}", flush=True)
-            main.main([*COMMON, *self._shrunk(argv), "--seed", str(self.seed), "--output-dir", str(run), *resume])
-            if not (run / "result.json").exists():
+            print(f"\n== {name}: python3 {script} {' '.join(argv)}", flush=True)
+            call([*argv, "--seed", str(self.seed), "--output-dir", str(run), *resume])
+            if not (run / result).exists():
                 raise FarError(f"{run}: the demo was stopped; run it again to go on")
             timing.write_text(f"{time.perf_counter() - started:.1f}")
         self.seconds[name] = float(timing.read_text())
-        return json.loads((run / "result.json").read_text())
+        return json.loads((run / result).read_text())
 
     def _shrunk(self, argv: tuple[str, ...]) -> list[str]:
         """Epochs cut down where `--epochs` asks for it; a stage left out with 0 epochs stays out."""
         cut = list(argv)
-        for flag in ("--epochs", "--block-ft-epochs"):
+        for flag in ("--epochs", "--block-ft-epochs", "--ft-epochs"):
             if self.epochs and flag in cut and cut[cut.index(flag) + 1] != "0":
                 cut[cut.index(flag) + 1] = self.epochs
         return cut
@@ -85,12 +97,15 @@ class Demo:
         write_parity(self.root / "data" / "parity")
         moved = ["--data-path", str(self.root / "data" / "parity"), "--far-weight", self.best("far")]
         downstream = self.stage("downstream", *DOWNSTREAM, *moved)
+        pruned = self.prune(*PRUNE, *weight, "--model-path", self.best("far"))
+        last = pruned["rows"][-1]
         before = self.z_before()
         after = [attn["z_similarity"][str(i)] for i in range(len(before))]
         save_figure(similarity_bars({"before training": before, "after stage attn": after}), self.root / "similarity.png")
         return {
             "seed": self.seed, "teacher_acc1": teacher["acc1"], "attn_acc1": attn["acc1"], "far_acc1": far["acc1"],
             "downstream_acc1": downstream["acc1"], "teacher_params": teacher["parameters"], "far_params": far["parameters"],
+            "pruned_acc1": last["acc1"], "pruned_params": last["parameters"], "kept_units": last["units"],
             "z_before": before, "z_after_attn": after, "seconds": self.seconds, "total_seconds": sum(self.seconds.values()),
         }  # fmt: skip
 
@@ -106,15 +121,16 @@ class Demo:
 
 
 def table(summary: dict) -> str:
-    lines = [f"{'model':<28}{'top-1 %':>9}{'parameters':>12}{'seconds':>9}"]
+    lines = [f"{'model':<30}{'top-1 %':>9}{'parameters':>12}{'seconds':>9}"]
     seconds = summary["seconds"]
     for label, acc, params, time_s in (
         ("teacher (attention)", "teacher_acc1", "teacher_params", seconds["teacher"]),
         ("FAR after stage attn", "attn_acc1", "far_params", seconds["attn"]),
         ("FAR after stage block", "far_acc1", "far_params", seconds["far"]),
+        ("FAR pruned to half its units", "pruned_acc1", "pruned_params", seconds["prune"]),
         ("FAR downstream (even/odd)", "downstream_acc1", "far_params", seconds["downstream"]),
     ):
-        lines.append(f"{label:<28}{summary[acc]:>9.2f}{summary[params]:>12,}{time_s:>9.1f}")
+        lines.append(f"{label:<30}{summary[acc]:>9.2f}{summary[params]:>12,}{time_s:>9.1f}")
     return "\n".join(lines)
 
 
@@ -175,8 +191,11 @@ def demo(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", args.train_subset], epochs).run())
         print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
+    if len(summaries) == 1:
+        best = [str(root / name / "best.pth") for name in ("teacher", "far", "prune")]
+        visualization.main(["--base-weight", best[0], "--far-weight", best[1], "--pruned-weight", best[2], "--output-dir", str(root / "figures")])
     write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
-    print(f"\nwritten to {root}: summary.json, similarity.png, and a folder of curves and weights for each stage")
+    print(f"\nwritten to {root}: summary.json, similarity.png, figures/, and a folder of curves and weights for each stage")
     return 0
 
 

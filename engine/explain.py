@@ -14,17 +14,24 @@ from engine.distill import forward_features, output_projection
 
 
 def token_importance(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Gradient of the predicted class's logit times the token that enters a block, summed over channels.
+    """Gradient of the predicted class's logit times the token that a block's mixer reads, summed over channels.
+
+    The token is taken behind norm1: before it the product vanishes wherever a token is read through norm1 alone (as in the
+    last block), because a LayerNorm does not change when its input is scaled.
 
     images (B, 3, S, S). Returns ({block: (B, N)}, predicted classes (B,)). Signed: positive speaks for the class.
     """
-    blocks = tuple(blocks)
-    with torch.enable_grad():
-        seen = forward_features(model, images.detach().requires_grad_(), blocks)
-        classes = seen.logits.argmax(1)
-        chosen = seen.logits.gather(1, classes[:, None]).sum()
-        gradients = torch.autograd.grad(chosen, [seen.inputs[i] for i in blocks])
-    return {i: (g * seen.inputs[i]).sum(2).detach() for i, g in zip(blocks, gradients, strict=True)}, classes
+    read: dict[int, Tensor] = {}
+    handles = [model.blocks[i].attn.register_forward_pre_hook(lambda _, args, i=i: read.__setitem__(i, args[0])) for i in blocks]
+    try:
+        with torch.enable_grad():
+            logits = model(images.detach().requires_grad_())
+            classes = logits.argmax(1)
+            gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), list(read.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {i: (g * x).sum(2).detach() for (i, x), g in zip(read.items(), gradients, strict=True)}, classes
 
 
 def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:

@@ -37,7 +37,9 @@ def importance_maps(image: np.ndarray, maps: dict[str, dict[int, np.ndarray]], t
             head = f"{titles[name]}\n" if row == 0 else ""
             against = f", ρ {rho[name][block]:.2f}" if name in rho else ""
             axis.set_title(f"{head}block {block}{against}", fontsize=8)
-            figure.colorbar(shown, ax=axis, shrink=0.7).ax.tick_params(labelsize=6)
+            bar = figure.colorbar(shown, ax=axis, shrink=0.7).ax
+            bar.tick_params(labelsize=6)
+            bar.yaxis.get_offset_text().set_size(6)
     return figure
 
 
