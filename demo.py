@@ -192,8 +192,9 @@ def demo(argv: list[str] | None = None) -> int:
         summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", args.train_subset], epochs).run())
         print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
     if len(summaries) == 1:
-        best = [str(root / name / "best.pth") for name in ("teacher", "far", "prune")]
-        visualization.main(["--base-weight", best[0], "--far-weight", best[1], "--pruned-weight", best[2], "--output-dir", str(root / "figures")])
+        models = (("--base-weight", "teacher"), ("--far-weight", "far"), ("--pruned-weight", "prune"))
+        named = [word for flag, name in models for word in (flag, str(root / name / "best.pth"))]
+        visualization.main([*named, "--output-dir", str(root / "figures")])
     write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
     print(f"\nwritten to {root}: summary.json, similarity.png, figures/, and a folder of curves and weights for each stage")
     return 0

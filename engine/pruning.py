@@ -25,7 +25,7 @@ from utils.errors import FarError
 from utils.figures import kept_units, pruning_curves, save_figure, sweep_curve
 from utils.run_folder import RunFolder
 
-SENSITIVITY = 0.75
+SENSITIVITY = 1.0  # weaker than their block's average unit: two fifths of the digits model's units (README)
 
 
 def ratios(text: str) -> list[float]:
@@ -50,7 +50,7 @@ def build_parser(description: str) -> Parser:
     g = parser.add_argument_group("what to remove (one of these)")
     g.add_argument("--sensitivity", type=arguments.RATE, default=None,
                    help=f"units whose group norm is below this share of their block's mean; default {SENSITIVITY}, "
-                        "which took a third of the digits model's units for less than half a point")  # fmt: skip
+                        "the units weaker than average: about two fifths of the digits model's")  # fmt: skip
     g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
     g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
     g.add_argument("--sweep", type=ratios, metavar="R,R,...", help="prune and fine-tune at each of these keep ratios, and plot them")

@@ -61,13 +61,13 @@ def far(tmp_path_factory, teacher) -> Path:
 
 @pytest.fixture
 def failure(capsys):
-    """Runs main.py in this process, expects exit code 2 and one line; returns it."""
+    """Runs a script (main.py) in this process, expects exit code 2 and one line; returns it."""
     from utils.errors import run_script
 
-    def run(*argv: str) -> str:
+    def run(*argv: str, script=main.main) -> str:
         capsys.readouterr()
         try:
-            code = run_script(main.main, [str(a) for a in argv])
+            code = run_script(script, [str(a) for a in argv])
         except SystemExit as stop:  # argparse
             code = stop.code
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "step/s]" not in line]

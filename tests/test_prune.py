@@ -1,0 +1,279 @@
+"""Scores and regularizers against written-out loops, shrinking against zeroed groups, prune.py from the outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import main
+import prune
+from engine import hoyer, shrink
+from engine.count import count_macs
+from models.deit import create_teacher
+from models.replace import FarConfig, build, count_parameters, describe, load_model
+from tests.conftest import QUIET, ROOT, launch
+from utils.checkpoint import load
+
+UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
+CONFIG = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2, 3), units=UNITS, mlp={"1": 17})
+SMALL = ["--dataset", "DIGITS", "--batch-size", "24", "--ft-batch-size", "24", "--train-subset", "0.05", "--holdout", "0.02", *QUIET,
+         "--epochs", "1", "--ft-epochs", "1", "--decay", "1e-2"]  # fmt: skip
+
+
+def ragged():
+    model = build(CONFIG).double().eval()
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def group_by_hand(attn, h, r, j):
+    """Every weight that dies with unit j, listed one by one."""
+    lstm, proj = attn.lstm[h][r], attn.head_proj[h].weight
+    u, group = lstm.units, []
+    for gate in range(4):
+        row = gate * u + j
+        group += [*lstm.weight_ih[row], *lstm.weight_hh[row], lstm.bias_ih[row], lstm.bias_hh[row]]
+        group += [lstm.weight_hh[gate * u + k, j] for k in range(u) if k != j]
+    return torch.stack([*group, *proj[:, j + (attn.lstm[h][0].units if r else 0)]])
+
+
+def test_unit_norms_are_those_of_groups_written_out():
+    model = ragged()
+    norms = hoyer.lstm_norms(model)
+    assert {k: len(v) for k, v in norms.items() if k[0] == 0} == {(0, 0, 0): 5, (0, 0, 1): 32, (0, 1, 0): 1, (0, 1, 1): 7}
+    for block, h, r in [(0, 0, 0), (0, 1, 1), (2, 1, 0), (3, 1, 1)]:
+        expected = torch.stack([group_by_hand(model.blocks[block].attn, h, r, j).norm() for j in range(len(norms[block, h, r]))])
+        torch.testing.assert_close(norms[block, h, r], expected, rtol=1e-12, atol=0)
+    mlp = model.blocks[1].mlp
+    by_hand = torch.stack([torch.cat([mlp.fc1.weight[j], mlp.fc1.bias[j : j + 1], mlp.fc2.weight[:, j]]).norm() for j in range(17)])
+    torch.testing.assert_close(hoyer.mlp_norms(model)[1,], by_hand, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_regularizers_equal_a_loop_and_pass_gradcheck(kind):
+    s = torch.rand(9, dtype=torch.float64) + 0.1
+    total, squares = sum(v.item() for v in s), sum(v.item() ** 2 for v in s)
+    expected = {1: total, 2: total / squares**0.5, 3: total**2 / squares}[kind]
+    regularizer = hoyer.REGULARIZERS[kind]
+    assert regularizer(s).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(regularizer, s.clone().requires_grad_())
+    ratio = (regularizer(7 * s) / regularizer(s)).item()
+    assert ratio == pytest.approx(7 if kind == 1 else 1)
+    both = hoyer.penalty({(0, 0): s, (1, 0): 2 * s[:4], (1, 1): 2 * s[4:]}, regularizer).item()
+    assert both == pytest.approx(expected * (3 if kind == 1 else 2))
+
+
+def test_hoyer_square_lies_between_one_and_the_number_of_groups():
+    assert hoyer.group_hoyer_square(torch.tensor([0.0, 3.0, 0.0])).item() == pytest.approx(1)
+    assert hoyer.group_hoyer_square(torch.full((6,), 0.2)).item() == pytest.approx(6)
+
+
+def test_norms_of_zeroed_groups_are_zero_and_their_gradient_is_finite():
+    model = ragged()
+    direction = model.blocks[0].attn.lstm[0][1]
+    with torch.no_grad():
+        for p in model.blocks[0].attn.parameters():
+            p.zero_()
+    s = hoyer.lstm_norms(model)[0, 0, 1]
+    assert s.abs().max() == 0
+    s.sum().backward()
+    assert torch.isfinite(direction.weight_hh.grad).all()
+
+
+def test_shrinking_zeroed_units_keeps_the_output():
+    model = ragged()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    kept, mlp = {}, {}
+    with torch.no_grad():
+        for (block, h, r), s in hoyer.lstm_norms(model).items():
+            stay = torch.rand(len(s)) < 0.6
+            stay[torch.randint(len(s), ())] = True
+            attn, u = model.blocks[block].attn, len(s)
+            lstm, gone = attn.lstm[h][r], (~stay).nonzero().flatten()
+            rows = (torch.arange(4)[:, None] * u + gone).flatten()
+            for w in (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh):
+                w[rows] = 0
+            lstm.weight_hh[:, gone] = 0
+            attn.head_proj[h].weight[:, gone + (attn.lstm[h][0].units if r else 0)] = 0
+            kept[block, h, r] = stay.nonzero().flatten()
+        for (block,), s in hoyer.mlp_norms(model).items():
+            m, gone = model.blocks[block].mlp, torch.randperm(len(s))[: len(s) // 2]
+            m.fc1.weight[gone], m.fc1.bias[gone], m.fc2.weight[:, gone] = 0, 0, 0
+            mlp[block,] = torch.tensor(sorted(set(range(len(s))) - set(gone.tolist())))
+        before, size = model(images), count_parameters(model)
+        shrink.shrink_lstms(model, kept)
+        lstm_only = model(images)
+        shrink.shrink_mlps(model, mlp)
+        after = model(images)
+    assert relative_error(lstm_only, before) < 1e-10 and relative_error(after, before) < 1e-10
+    assert count_parameters(model) < size
+    assert model.blocks[0].attn.units == [[len(kept[0, h, r]) for r in (0, 1)] for h in (0, 1)]
+    again = build(describe(model, CONFIG)).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert relative_error(again(images), after) < 1e-12
+
+
+def norms_by_hand():
+    return {(0, 0, 0): torch.tensor([1.0, 3.0]), (0, 0, 1): torch.tensor([0.2, 0.1]), (1, 0, 0): torch.tensor([8.0, 10.0, 30.0])}
+
+
+def lists(kept):
+    return {place: index.tolist() for place, index in kept.items()}
+
+
+def test_selection_rules_on_a_case_by_hand():
+    norms = norms_by_hand()  # block means 1.075 and 16: relative .93 2.79 | .19 .09 | .5 .63 1.88
+    assert lists(shrink.keep_above(norms, 0.6)) == {(0, 0, 0): [0, 1], (0, 0, 1): [0], (1, 0, 0): [1, 2]}
+    assert lists(shrink.keep_share(norms, 5 / 7)) == {(0, 0, 0): [0, 1], (0, 0, 1): [0], (1, 0, 0): [1, 2]}
+    assert lists(shrink.keep_top(norms, 3)) == {(0, 0, 0): [1], (0, 0, 1): [0], (1, 0, 0): [2]}  # one a place stays
+    assert lists(shrink.keep_share(norms, 1.0)) == {(0, 0, 0): [0, 1], (0, 0, 1): [0, 1], (1, 0, 0): [0, 1, 2]}
+
+
+def test_target_params_is_met_as_closely_as_one_unit_allows():
+    model = ragged()
+    norms, target = hoyer.lstm_norms(model), count_parameters(model) - 20_000
+    kept = shrink.keep_within(model, norms, target)
+    count = sum(map(len, kept.values()))
+    more = shrink.parameters_after(model, shrink.keep_top(norms, count + 1))
+    predicted = shrink.parameters_after(model, kept)
+    shrink.shrink_lstms(model, kept)
+    assert count_parameters(model) == predicted <= target < more
+
+
+def test_macs_of_a_layer_follow_the_formula():
+    teacher, far = create_teacher("DeiT-Tiny", 1000, 224), create_teacher("DeiT-Tiny", 1000, 224)
+    shared = 196 * 768 * 192 + 192 * 1000 + 12 * 197 * 2 * 192 * 768
+    assert count_macs(teacher) == shared + 12 * (197 * 4 * 192 * 192 + 2 * 197 * 197 * 192)
+    far = build(FarConfig("DeiT-Tiny", 1000, 224, replaced=(0,), units={"0": [[64, 64], [64, 64], [10, 20]]}))
+    lstm = 4 * sum(u * (64 + u) for u in (64, 64, 64, 64, 10, 20))
+    replaced = 197 * (2 * 192 * 192 + 64 * (128 + 128 + 30) + lstm)
+    assert count_macs(far) == shared + 11 * (197 * 4 * 192 * 192 + 2 * 197 * 197 * 192) + replaced
+
+
+def run(folder, far, *argv):
+    assert prune.main(["--model-path", str(far / "best.pth"), *SMALL, "--output-dir", str(folder), *argv]) == 0
+    return json.loads((folder / "prune_report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pruned(far, teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prune") / "run"
+    return folder, run(folder, far, "--keep-ratio", "0.5", "--prune-mlp", "0.25", "--base-weight", str(teacher))
+
+
+def test_prune_shrinks_reports_and_its_checkpoint_rebuilds_alone(pruned, tmp_path):
+    folder, report = pruned
+    assert [row["when"] for row in report["rows"]] == ["before", "regularized", "pruned", "fine-tuned"]
+    before, _, _, after = report["rows"]
+    assert (before["units"], after["units"]) == (512, 256)
+    assert after["parameters"] < before["parameters"] and after["macs"] < before["macs"] and after["bytes"] < before["bytes"]
+    model, config = load_model(folder / "best.pth", "--test")
+    assert config.pruned and count_parameters(model) == after["parameters"]
+    assert sum(block.mlp.fc1.out_features for block in model.blocks) == 256
+    for name in ("units.png", "regularize.png"):
+        assert (folder / name).stat().st_size > 5000
+    steps = [json.loads(line) for line in (folder / "regularize/steps.jsonl").read_text().splitlines()]
+    assert {"loss", "hoyer_square", "sparsity"} <= steps[0].keys() and 16 < steps[0]["hoyer_square"] < 512
+    common = ["--dataset", "DIGITS", "--far-weight", str(folder / "best.pth"), "--num-workers", "0"]
+    assert main.main(["--mode", "eval", *common]) == 0
+    ds = ["--mode", "downstream", "--ds-pruned", "--train-subset", "0.05", "--batch-size", "24", "--epochs", "1"]
+    assert main.main([*ds, *common, "--output-dir", str(tmp_path / "ds")]) == 0
+    assert load_model(tmp_path / "ds/best.pth", "--test")[1].units == config.units
+
+
+def test_a_pruned_model_can_be_pruned_again(pruned, tmp_path):
+    report = run(tmp_path / "again", pruned[0], "--keep-ratio", "0.5", "--epochs", "0", "--ft-epochs", "0")
+    assert report["rows"][-1]["units"] == 128
+
+
+@pytest.mark.parametrize("flags", ["--reg 0", "--reg 1", "--reg 2", "--decay 10", "--prune-mlp", "--ft-lr 1", "--ft-epochs 2", "--lr 1e-2",
+                                   "--no-distill", "--sensitivity 0.9", "--target-params 250000", "--keep-ratio 0.3"])  # fmt: skip
+def test_each_pruning_flag_changes_the_result(flags, far, teacher, tmp_path, once):
+    base = ["--base-weight", str(teacher), "--seed", "1", "--select", "last"]
+    unchanged = once("base", lambda folder: run(folder, far, *base) and load(folder / "best.pth", "--test")["model"])
+    run(tmp_path / "other", far, *base, *flags.split())
+    other = load(tmp_path / "other/best.pth", "--test")["model"]
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(unchanged.values(), other.values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    made = {}
+
+    def get(name, make):
+        if name not in made:
+            made[name] = make(tmp_path_factory.mktemp(name) / "run")
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("stop", ["regularize/last.pth", "last.pth"])
+def test_a_killed_pruning_resumes_bit_equal(far, tmp_path, stop):
+    argv = ["--model-path", str(far / "best.pth"), *SMALL, "--epochs", "2", "--ft-epochs", "2", "--ft-lr", "1e-2", "--keep-ratio", "0.5"]
+    command = [str(ROOT / "prune.py"), *argv]
+    whole = launch(*command, "--output-dir", "a", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, *command, "--output-dir", "b"], cwd=tmp_path, env={**os.environ,
+                               "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "b" / stop).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "b" / stop).exists()
+    again = launch(*command, "--output-dir", "b", "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    a, b = (load(tmp_path / run / "best.pth", "--test")["model"] for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
+    argv = ["--model-path", str(far / "best.pth"), *SMALL, "--drop-path", "0", "--sweep", "0.5,0.2", "--select", "last"]
+    one = launch(str(ROOT / "prune.py"), *argv, "--output-dir", "a", cwd=tmp_path)
+    two = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "prune.py"), "--distributed", *argv,
+                 "--batch-size", "12", "--ft-batch-size", "12", "--output-dir", "b", cwd=tmp_path)  # fmt: skip
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    for keep in ("keep-0.5", "keep-0.2"):
+        a, b = (load(tmp_path / run / keep / "best.pth", "--test") for run in "ab")
+        assert a["config"]["units"] == b["config"]["units"]
+        for name in a["model"]:
+            torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-2, atol=1e-3)
+    points = json.loads((tmp_path / "a/prune_report.json").read_text())["sweep"]
+    assert [p["units"] for p in points] == [256, 102] and (tmp_path / "a/sweep.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("line", ["--distributed --batch-size 64 --scale Tiny --model-path PATH", "--scale Small"])
+def test_the_lines_of_section_7_parse_as_written(line):
+    args = prune.build_parser("").parse_args(line.split())
+    assert (args.reg, args.decay, args.ft_epochs, args.ft_lr, args.ft_batch_size) == (3, 1e-4, 30, 5e-6, 256)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ("--keep-ratio 0.5 --sensitivity 1", "--sensitivity and --keep-ratio"), ("--sweep 0.5 --target-params 9", "--target-params and --sweep"),
+    ("--keep-ratio 0", "--keep-ratio"), ("--keep-ratio 1.5", "--keep-ratio"), ("--sweep 0.5,x", "--sweep"),
+    ("--keep-ratio 0.01", "smallest possible is 0.03125"), ("--target-params 1000", "smallest possible"), ("--distill", "--base-weight"),
+    ("--base-weight nowhere.pth", "nowhere.pth"), ("--scale Tiny", "--scale"), ("--model-path none.pth", "none.pth"),
+    ("--dataset IMNET", "IMNET"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, failure):
+    argv = ["--model-path", far / "best.pth", *SMALL, "--output-dir", tmp_path / "run", *flags.split()]
+    assert said in failure(*argv, script=prune.main)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_kind_is_refused(far, tmp_path, failure):
+    torch.save(create_teacher("DeiT-Tiny", 10, 224).state_dict(), tmp_path / "tiny.pth")
+    argv = ["--model-path", far / "best.pth", *SMALL, "--output-dir", tmp_path / "run", "--base-weight", tmp_path / "tiny.pth"]
+    assert "tiny.pth" in failure(*argv, script=prune.main)
