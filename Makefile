@@ -1,9 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 demo: .venv/ready
 	$(BIN)/python demo.py
+
+bench: .venv/ready
+	$(BIN)/python benchmark.py
 
 test: .venv/ready
 	$(BIN)/ruff check .

@@ -91,6 +91,7 @@ class MultiHeadBiLSTM(Replacement):
         super().__init__(dim, num_heads, num_tokens, units)
         d = dim // num_heads
         self.backend = "auto"
+        self._packed: tuple[tuple, kernels.cpu.Packed] | None = None
         units = units or [(d, d)] * num_heads
         self.pre_proj = nn.Linear(dim, dim)
         self.lstm = nn.ModuleList(nn.ModuleList(DirectionLSTM(d, u) for u in pair) for pair in units)
@@ -104,10 +105,21 @@ class MultiHeadBiLSTM(Replacement):
     def mix(self, x: Tensor) -> Tensor:
         b, n, dim = x.shape
         p = self.pre_proj(x).view(b, n, self.num_heads, dim // self.num_heads)  # (B, N, H, d)
-        cells = [direction.cell() for head in self.lstm for direction in head]
-        hidden = kernels.pick(self.backend)(p, cells)  # (B, N, sum u)
-        heads = hidden.split([sum(pair) for pair in self.units], dim=2)
+        heads = self.hidden(p).split([sum(pair) for pair in self.units], dim=2)
         return torch.cat([proj(h) for proj, h in zip(self.head_proj, heads, strict=True)], dim=2)
+
+    def hidden(self, p: Tensor) -> Tensor:
+        """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""
+        cells = [direction.cell() for head in self.lstm for direction in head]
+        learns = torch.is_grad_enabled() and (p.requires_grad or cells[0].weight_hh.requires_grad)
+        name = kernels.choose(self.backend, p, learns)
+        if name != "cpu":
+            return kernels.KERNELS[name](p, cells)
+        # Packing weights costs as much as a few tokens: keep them until one changes (its version counts writes).
+        key = tuple((w.data_ptr(), w._version) for cell in cells for w in cell)
+        if self._packed is None or self._packed[0] != key:
+            self._packed = (key, kernels.cpu.pack(cells))
+        return kernels.cpu.run(p, self._packed[1])
 
     def init_from_attention(self, attn: nn.Module, init: str) -> None:
         """Where the LSTMs start. `chrono` was the best of the three on the digits (README, ablation).

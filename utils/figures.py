@@ -96,3 +96,15 @@ def sweep_curve(points: list[dict], unpruned: dict, teacher: dict | None) -> Fig
     axis.set(xlabel="parameters (millions); labels are keep ratios", ylabel="top-1 (%)")
     axis.legend(fontsize=8)
     return figure
+
+
+def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
+    """Time and extra memory of one layer against the number of tokens, both axes logarithmic."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axis, key, scale, label in zip(figure.subplots(1, 2), ("median_ms", "peak_bytes"), (1, 1e6),
+                                       ("time a layer (ms)", "peak extra memory (MB)"), strict=True):  # fmt: skip
+        for k, (name, points) in enumerate(curve.items()):
+            axis.plot([p["tokens"] for p in points], [p[key] / scale for p in points], marker="osD^"[k % 4], color=COLOURS[k], label=name)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.legend(fontsize=8)
+    return figure

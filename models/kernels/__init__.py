@@ -12,7 +12,10 @@ Zero initial state, gates in torch's order i, f, g, o; unit counts may differ fr
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from utils.errors import FarError
 
 
 class Cell(NamedTuple):
@@ -26,13 +29,24 @@ class Cell(NamedTuple):
 
 Kernel = Callable[[Tensor, Sequence[Cell]], Tensor]
 
-from models.kernels.reference import reference  # noqa: E402  (the kernels need Cell)
+from models.kernels import cpu  # noqa: E402  (the kernels need Cell)
+from models.kernels.reference import reference  # noqa: E402
 from models.kernels.stock import stock  # noqa: E402
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "torch": stock}
+KERNELS: dict[str, Kernel] = {"reference": reference, "torch": stock, "cpu": cpu.fused}
 BACKENDS = ("auto", *KERNELS)
 
 
-def pick(backend: str) -> Kernel:
-    """The kernel for a `--lstm-backend` name; `auto` is the fastest that runs here."""
-    return KERNELS["torch" if backend == "auto" else backend]
+def choose(backend: str, x: Tensor, training: bool) -> str:
+    """The name of the kernel for a `--lstm-backend` and an input; `auto` is the fastest that runs here.
+
+    Raises FarError where `cpu` is asked for what it cannot do.
+    """
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and not training
+    if backend == "cpu" and not fits:
+        raise FarError("--lstm-backend cpu: computes float32 on a CPU, without gradients; train with auto or torch")
+    if backend == "cpu" and not cpu.available():
+        raise FarError("--lstm-backend cpu: cannot be built here (no C++ compiler?); use auto or torch")
+    if backend == "auto":
+        return "cpu" if fits and cpu.available() else "torch"
+    return backend

@@ -1,5 +1,6 @@
 """The fused CPU kernel: lstm_cpu.cpp, built on first use and cached. Inference in float32."""
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -51,10 +52,8 @@ def _build(flags: Sequence[str], name: str, folder: Path) -> Path:
                 name, [str(SOURCE)], extra_cflags=["-O3", "-fopenmp", f"-DFAR_NAMESPACE={name}", *flags],
                 extra_ldflags=_openmp(), build_directory=str(work), is_python_module=False, is_standalone=False, verbose=False,
             )  # fmt: skip
-            try:
+            with contextlib.suppress(OSError):  # another process was faster
                 work.rename(final)
-            except OSError:  # another process was faster
-                pass
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return final / f"{name}.so"

@@ -1,0 +1,160 @@
+"""The CPU kernel and fuse() against the float64 reference; builds that collide, fall back, or have nowhere to go."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models import kernels
+from models.bilstm import MultiHeadBiLSTM
+from models.fuse import FusedBiLSTM, fuse
+from models.kernels import cpu
+from models.replace import FarConfig, build
+from tests.conftest import ROOT
+from utils.errors import FarError
+
+UNITS = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(16, 16), (33, 5), (48, 49)]]
+
+
+def layer(units, tokens=197, dim=192):
+    m = MultiHeadBiLSTM(dim, len(units), tokens, units)
+    for p in m.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return m.requires_grad_(False)
+
+
+def cells(m):
+    return [direction.cell() for head in m.lstm for direction in head]
+
+
+def error_against_float64(x, m, got):
+    double = [kernels.Cell(*(w.double() for w in cell)) for cell in cells(m)]
+    expected = kernels.KERNELS["reference"](x.double(), double)
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module", params=["tuned", "portable"])
+def operators(request):
+    found = cpu.load(cpu.TUNED if request.param == "tuned" else cpu.PORTABLE)
+    if found is None:
+        pytest.skip("no C++ compiler here")
+    return found
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 1), (197, 8), (197, 33), (1025, 2), (50, 7)])
+def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
+    m = layer(units)
+    x = torch.randn(batch, tokens, 3, 64)
+    assert error_against_float64(x, m, cpu.run(x, cpu.pack(cells(m), operators), operators)) < 1e-6
+
+
+def test_the_cpu_kernel_reads_strided_input(operators):
+    m = layer(UNITS[1])
+    packed = cpu.pack(cells(m), operators)
+    views = (
+        torch.randn(3, 20, 4, 64).transpose(0, 1)[:, :, :3],
+        torch.randn(64, 20, 2, 3).permute(2, 1, 3, 0),
+        torch.randn(2, 9, 1, 64).expand(2, 9, 3, 64),
+    )
+    for x in views:
+        assert error_against_float64(x, m, cpu.run(x, packed, operators)) < 1e-6
+
+
+def test_extreme_input_saturates_and_nan_passes_through(operators):
+    m = layer(UNITS[0])
+    x = torch.randn(2, 12, 3, 64) * 1e4
+    packed = cpu.pack(cells(m), operators)
+    assert error_against_float64(x, m, cpu.run(x, packed, operators)) < 1e-5
+    x[0, 5, 1, 0] = float("nan")
+    bad = cpu.run(x, packed, operators).isnan()  # (2, 12, 384)
+    assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
+    assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
+
+
+def test_weights_that_change_are_packed_again():
+    m = layer(UNITS[0])
+    x = torch.randn(1, 30, 192)
+    m.backend = "auto"
+    before = m(x)
+    m.lstm[0][0].weight_hh.mul_(0.5)
+    after = m(x)
+    m.backend = "reference"
+    assert not torch.allclose(before, after, atol=1e-3)
+    torch.testing.assert_close(after, m(x), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_the_cpu_kernel_only_where_it_fits():
+    x = torch.randn(1, 5, 3, 64)
+    expected = "cpu" if cpu.available() else "torch"
+    assert kernels.choose("auto", x, training=False) == expected
+    assert kernels.choose("auto", x, training=True) == kernels.choose("auto", x.double(), training=False) == "torch"
+    with pytest.raises(FarError, match="--lstm-backend cpu"):
+        kernels.choose("cpu", x, training=True)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
+def test_fuse_keeps_the_function_in_float64(keep):
+    for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
+        m = layer(units).double()
+        f = FusedBiLSTM(m)
+        x = torch.randn(2, 40, 192, dtype=torch.float64)
+        expected = m(x)
+        assert ((f(x) - expected).norm() / expected.norm()).item() < 1e-12
+        torch.testing.assert_close(FusedBiLSTM(m.float())(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
+    total = sum(map(sum, m.units))
+    assert f.merged_pre == (192 * 4 * total < 192**2 + 64 * 4 * total)
+
+
+def test_a_wide_layer_keeps_its_head_projections_apart():
+    m = layer([(64, 64)] * 12, dim=768)
+    f, x = FusedBiLSTM(m), torch.randn(2, 30, 768)
+    assert not f.merged_out and not f.merged_pre
+    torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_fused_model_gives_the_models_logits():
+    units = {"1": [[5, 32], [1, 7]]}
+    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units=units)
+    model = build(config).eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
+
+
+PROGRAM = """
+import utils, torch
+from models.kernels import cpu
+print(cpu.available(), flush=True)
+"""
+
+
+def start(**env):
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def test_two_processes_building_at_once_do_not_collide(tmp_path):
+    both = [start(TORCH_EXTENSIONS_DIR=str(tmp_path / "cache")) for _ in range(2)]
+    for process in both:
+        said, error = process.communicate(timeout=300)
+        assert said.strip() == str(cpu.available()), error
+    assert len(list((tmp_path / "cache").iterdir())) <= 1  # one build, nothing left over
+
+
+def test_a_home_that_cannot_be_written_does_not_break_it(tmp_path):
+    (tmp_path / "file").write_text("")  # a file in the folder's place fails for root too
+    process = start(TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path))
+    said, error = process.communicate(timeout=300)
+    assert said.strip() == str(cpu.available()), error
+
+
+def test_without_a_compiler_torch_serves_and_one_line_says_so(tmp_path):
+    process = start(TORCH_EXTENSIONS_DIR=str(tmp_path), TMPDIR=str(tmp_path), CXX="no-such-compiler", PATH=os.environ["PATH"])
+    said, error = process.communicate(timeout=300)
+    assert said.strip() == "False" and error.count("could not be built") == 1, error
