@@ -118,8 +118,8 @@ def benchmark(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     everyone = torch.get_num_threads()
     out: dict = {"torch": torch.__version__, "threads": everyone, "cpu": torch.backends.cpu.get_cpu_capability(), "weights": "random"}
+    layer, whole = layers(192, 3, 197), models(224)
     with torch.inference_mode():
-        layer = layers(192, 3, 197)
         for threads in sorted({1, everyone}, reverse=True):
             torch.set_num_threads(threads)
             for batch in args.batches:
@@ -128,7 +128,6 @@ def benchmark(argv: list[str] | None = None) -> int:
                 out[f"layer, batch {batch}, threads {threads}"] = times = interleaved(calls, args.seconds)
                 show(f"layer, DeiT-Tiny, 197 tokens, batch {batch}, threads {threads}", times, "attention")
         torch.set_num_threads(everyone)
-        whole = models(224)
         for batch in args.batches:
             images = torch.randn(batch, 3, 224, 224)
             calls = {name: lambda m=m, images=images: m.eval()(images) for name, m in whole.items()}

@@ -116,6 +116,8 @@ class MultiHeadBiLSTM(Replacement):
         if name != "cpu":
             return kernels.KERNELS[name](p, cells)
         # Packing weights costs as much as a few tokens: keep them until one changes (its version counts writes).
+        if cells[0].weight_hh.is_inference():  # made under inference_mode: such a tensor counts no writes
+            return kernels.cpu.fused(p, cells)
         key = tuple((w.data_ptr(), w._version) for cell in cells for w in cell)
         if self._packed is None or self._packed[0] != key:
             self._packed = (key, kernels.cpu.pack(cells))
