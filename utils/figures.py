@@ -45,7 +45,7 @@ def similarity_bars(similarity: dict[str, list[float]]) -> Figure:
     for k, (label, values) in enumerate(similarity.items()):
         bars = axis.bar([i + (k - (len(similarity) - 1) / 2) * width for i in range(len(values))], values, width,
                         label=label, color=COLOURS[k])  # fmt: skip
-        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axis.set(xlabel="block", ylabel="cosine similarity of z", ylim=(min(0, *map(min, similarity.values())) - 0.1, 1.2))
     axis.set_xticks(range(len(values)))
     axis.axhline(0, color="0.5", lw=0.6)
@@ -87,8 +87,8 @@ def sweep_curve(points: list[dict], unpruned: dict, teacher: dict | None) -> Fig
     points = sorted(points, key=lambda p: p["parameters"])
     axis.plot([p["parameters"] / 1e6 for p in points], [p["acc1"] for p in points], color=COLOURS[0], marker="o", label="pruned FAR")
     for p in points:
-        axis.annotate(f"{p['keep_ratio']:g}", (p["parameters"] / 1e6, p["acc1"]), xytext=(0, -11), textcoords="offset points",
-                      fontsize=7, ha="center")  # fmt: skip
+        axis.annotate(f"{p['keep_ratio']:g}", (p["parameters"] / 1e6, p["acc1"]), xytext=(6, -10), textcoords="offset points",
+                      fontsize=7, ha="left")  # fmt: skip
     for label, row, marker, colour in (("unpruned FAR", unpruned, "s", COLOURS[1]), ("teacher (attention)", teacher, "D", COLOURS[2])):
         if row:
             axis.plot(row["parameters"] / 1e6, row["acc1"], ls="", marker=marker, color=colour, label=label)
@@ -106,5 +106,7 @@ def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
         for k, (name, points) in enumerate(curve.items()):
             axis.plot([p["tokens"] for p in points], [p[key] / scale for p in points], marker="osD^"[k % 4], color=COLOURS[k], label=name)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.set_xticks(tokens := [p["tokens"] for p in points], [f"{n:,}" for n in tokens], fontsize=8)
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=8)
     return figure
