@@ -94,7 +94,7 @@ def sweep_curve(points: list[dict], unpruned: dict, teacher: dict | None) -> Fig
             axis.plot(row["parameters"] / 1e6, row["acc1"], ls="", marker=marker, color=colour, label=label)
     axis.margins(y=0.15)
     axis.set(xlabel="parameters (millions); labels are keep ratios", ylabel="top-1 (%)")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
     return figure
 
 
