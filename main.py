@@ -11,7 +11,7 @@ from engine.jobs import JOBS, build_parser  # isort: skip
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
 PRETRAINED_PATH = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/far/best.pth"}
-PRETRAINED_PATH_PRUNE = {"Tiny": "", "Small": "", "Base": "", "Micro": ""}
+PRETRAINED_PATH_PRUNE = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/prune/best.pth"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -68,7 +68,7 @@ def test_extreme_input_saturates_and_nan_passes_through(operators):
     m = layer(UNITS[0])
     x = torch.randn(2, 12, 3, 64) * 1e4
     packed = cpu.pack(cells(m), operators)
-    assert error_against_float64(x, m, cpu.run(x, packed, operators)) < 1e-5
+    assert error_against_float64(x, m, cpu.run(x, packed, operators)) < 1e-3  # gates of 1e4 are rounded to 1e-3 in float32
     x[0, 5, 1, 0] = float("nan")
     bad = cpu.run(x, packed, operators).isnan()  # (2, 12, 384)
     assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
