@@ -44,7 +44,7 @@ def build_parser(description: str) -> Parser:
     g.add_argument("--pruned-weight", type=Path, metavar="FILE", help="a pruned FAR model")
     g.add_argument("--base-model", choices=tuple(TEACHERS), help="of --base-weight where the file does not say it; else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(SCALES), help="short form of --base-model")
-    g.add_argument("--lstm-backend", choices=BACKENDS, default="auto", help="how the LSTMs are computed")
+    g.add_argument("--lstm-backend", choices=BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g = parser.add_argument_group("images")
     g.add_argument("--images", type=Path, metavar="PATH", help="a file, or a folder of image files")

@@ -111,13 +111,12 @@ class MultiHeadBiLSTM(Replacement):
     def hidden(self, p: Tensor) -> Tensor:
         """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""
         cells = [direction.cell() for head in self.lstm for direction in head]
-        learns = torch.is_grad_enabled() and (p.requires_grad or cells[0].weight_hh.requires_grad)
-        name = kernels.choose(self.backend, p, learns)
-        if name != "cpu":
+        name = kernels.choose(self.backend, p, max(map(max, self.units)))
+        learns = torch.is_grad_enabled() and (p.requires_grad or any(w.requires_grad for cell in cells for w in cell))
+        # Packing weights costs as much as a few tokens: keep them until one changes (its version counts writes, but
+        # a tensor made under inference_mode counts none).
+        if name != "cpu" or learns or cells[0].weight_hh.is_inference():
             return kernels.KERNELS[name](p, cells)
-        # Packing weights costs as much as a few tokens: keep them until one changes (its version counts writes).
-        if cells[0].weight_hh.is_inference():  # made under inference_mode: such a tensor counts no writes
-            return kernels.cpu.fused(p, cells)
         key = tuple((w.data_ptr(), w._version) for cell in cells for w in cell)
         if self._packed is None or self._packed[0] != key:
             self._packed = (key, kernels.cpu.pack(cells))

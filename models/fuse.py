@@ -61,18 +61,19 @@ class FusedBiLSTM(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.packed is not None and x.dtype == torch.float32 and self.merged_out:
+        kernel_fits = self.packed is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+        if kernel_fits and self.merged_out:
             return kernels.cpu.load().layer(x, self.pre_w, self.pre_b, *self.packed, self.out_w, self.out_b)
         b, n, dim = x.shape
         if self.merged_pre:
             p = x.unsqueeze(2).expand(b, n, self.num_heads, dim)
         else:
             p = F.linear(x, self.pre_w, self.pre_b).view(b, n, self.num_heads, -1)
-        if self.packed is not None and x.dtype == torch.float32:
+        if kernel_fits:
             hidden = kernels.cpu.run(p, self.packed)
         else:
-            name = "torch" if self.backend in ("auto", "cpu") else self.backend
-            hidden = kernels.KERNELS[name](p, self._cells())
+            cells = self._cells()
+            hidden = kernels.KERNELS[kernels.choose(self.backend, p, max(c.weight_hh.shape[1] for c in cells))](p, cells)
         if not self.merged_out:
             hidden = torch.cat([proj(h) for proj, h in zip(self.heads, hidden.split(self.widths, dim=2), strict=True)], dim=2)
         return F.linear(hidden, self.out_w, self.out_b)

@@ -1,4 +1,4 @@
-"""The CPU kernel and fuse() against the float64 reference; builds that collide, fall back, or have nowhere to go."""
+"""The CPU kernel, forward and backward, and fuse() against the float64 reference; builds that collide, fall back, or have nowhere to go."""
 
 import os
 import subprocess
@@ -36,6 +36,18 @@ def error_against_float64(x, m, got):
     return ((got - expected).norm() / expected.norm()).item()
 
 
+def gradient_errors(x, m, compute):
+    """Relative errors of hidden states and of every gradient of a random weighting of them, against the float64 reference."""
+    weights = [w for cell in cells(m) for w in cell]
+    double = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    expected = kernels.KERNELS["reference"](double[0], [kernels.Cell(*double[i : i + 4]) for i in range(1, len(double), 4)])
+    got, direction = compute(), torch.randn_like(expected)
+    ours = torch.autograd.grad(got, [x, *weights], direction.to(got.dtype))
+    theirs = torch.autograd.grad(expected, double, direction, materialize_grads=True)  # at one token W_hh has none
+    pairs = [(got, expected), *zip(ours, theirs, strict=True)]
+    return [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs]
+
+
 @pytest.fixture(scope="module", params=["tuned", "portable"])
 def operators(request):
     found = cpu.load(cpu.TUNED if request.param == "tuned" else cpu.PORTABLE)
@@ -50,6 +62,25 @@ def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
     m = layer(units)
     x = torch.randn(batch, tokens, 3, 64)
     assert error_against_float64(x, m, cpu.run(x, cpu.pack(cells(m), operators), operators)) < 1e-6
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 8), (50, 33), (1025, 2)])
+def test_the_cpu_kernels_backward_matches_the_reference(operators, units, tokens, batch):
+    m = layer(units).requires_grad_()
+    x = torch.randn(batch, 3, tokens, 64).transpose(1, 2).requires_grad_()  # not contiguous
+    assert max(gradient_errors(x, m, lambda: cpu.fused(x, cells(m), operators))) < 5e-6
+
+
+def test_the_cpu_kernels_graph_can_be_walked_twice_and_frozen_parts_stay_without_gradients(operators):
+    m = layer(UNITS[1])
+    m.lstm[1][0].weight_hh.requires_grad_()
+    x = torch.randn(2, 7, 3, 64)
+    loss = cpu.fused(x, cells(m), operators).square().sum()
+    first, second = (torch.autograd.grad(loss, m.lstm[1][0].weight_hh, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.norm() > 0
+    loss.backward()
+    assert m.lstm[0][0].weight_hh.grad is None and x.grad is None
 
 
 def test_the_cpu_kernel_reads_strided_input(operators):
@@ -89,11 +120,23 @@ def test_weights_that_change_are_packed_again():
 
 def test_auto_takes_the_cpu_kernel_only_where_it_fits():
     x = torch.randn(1, 5, 3, 64)
-    expected = "cpu" if cpu.available() else "torch"
-    assert kernels.choose("auto", x, training=False) == expected
-    assert kernels.choose("auto", x, training=True) == kernels.choose("auto", x.double(), training=False) == "torch"
+    assert kernels.choose("auto", x, 64) == ("cpu" if cpu.available() else "torch")
+    assert kernels.choose("auto", x.double(), 64) == kernels.choose("auto", x.bfloat16(), 64) == "torch"
     with pytest.raises(FarError, match="--lstm-backend cpu"):
-        kernels.choose("cpu", x, training=True)
+        kernels.choose("cpu", x.double(), 64)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
+    called = []
+    monkeypatch.setitem(kernels.KERNELS, "cpu", lambda x, c: called.append(1) or cpu.fused(x, c))
+    m, x = layer(UNITS[0]).requires_grad_(), torch.randn(2, 30, 192)
+    grads = {}
+    for m.backend in ("auto", "torch"):
+        grads[m.backend] = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
+    assert called == [1]
+    for a, b in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])

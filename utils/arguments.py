@@ -52,7 +52,7 @@ def add_run_group(parser: Parser, backends: tuple[str, ...], amp: tuple[str, ...
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
     g.add_argument("--amp", choices=amp, default="off", help="mixed precision")
-    g.add_argument("--lstm-backend", choices=backends, default="auto", help="how the LSTMs are computed")
+    g.add_argument("--lstm-backend", choices=backends, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
     g.add_argument("--select", choices=("best", "last"), default="best",
                    help="weights a stage hands on: best evaluation top-1, or the last epoch's")  # fmt: skip
 

@@ -29,24 +29,27 @@ class Cell(NamedTuple):
 
 Kernel = Callable[[Tensor, Sequence[Cell]], Tensor]
 
-from models.kernels import cpu  # noqa: E402  (the kernels need Cell)
+from models.kernels import cpu, gpu  # noqa: E402  (the kernels need Cell)
 from models.kernels.reference import reference  # noqa: E402
 from models.kernels.stock import stock  # noqa: E402
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "torch": stock, "cpu": cpu.fused}
+KERNELS: dict[str, Kernel] = {"reference": reference, "torch": stock, "cpu": cpu.fused, "triton": gpu.fused}
 BACKENDS = ("auto", *KERNELS)
 
 
-def choose(backend: str, x: Tensor, training: bool) -> str:
-    """The name of the kernel for a `--lstm-backend` and an input; `auto` is the fastest that runs here.
+def choose(backend: str, x: Tensor, units: int) -> str:
+    """The name of the kernel for a `--lstm-backend`, an input and its largest number of hidden units a cell.
 
-    Raises FarError where `cpu` is asked for what it cannot do.
+    `auto` is the C++ kernel for float32 on a CPU, in training too, else torch: Triton's is checked but not yet timed on a GPU.
+    Raises FarError where a kernel is asked for what it cannot do.
     """
-    fits = x.device.type == "cpu" and x.dtype == torch.float32 and not training
-    if backend == "cpu" and not fits:
-        raise FarError("--lstm-backend cpu: computes float32 on a CPU, without gradients; train with auto or torch")
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if backend == "cpu" and not on_cpu:
+        raise FarError("--lstm-backend cpu: computes float32 on a CPU; use auto or torch")
     if backend == "cpu" and not cpu.available():
         raise FarError("--lstm-backend cpu: cannot be built here (no C++ compiler?); use auto or torch")
+    if backend == "triton" and not gpu.fits(x, units):
+        raise FarError(f"--lstm-backend triton: needs CUDA, Triton, float32 and at most {gpu.MOST} units a head; use auto or torch")
     if backend == "auto":
-        return "cpu" if fits and cpu.available() else "torch"
+        return "cpu" if on_cpu and cpu.available() else "torch"
     return backend

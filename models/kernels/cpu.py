@@ -1,4 +1,4 @@
-"""The fused CPU kernel: lstm_cpu.cpp, built on first use and cached. Inference in float32."""
+"""The fused CPU kernel: lstm_cpu.cpp, built on first use and cached. Float32, forward and backward."""
 
 import contextlib
 import functools
@@ -85,28 +85,79 @@ def available() -> bool:
     return load() is not None
 
 
+def _units_first(w: Tensor, v: int) -> Tensor:
+    """(4 u, m) to the kernel's order of gates, units padded with zeros: (blocks, 4, V, m)."""
+    u = w.shape[0] // 4
+    padded = F.pad(w.detach().float().view(4, u, -1), (0, 0, 0, -u % v))  # (4, U, m)
+    return padded.unflatten(1, (-1, v)).transpose(0, 1)
+
+
+def _unpacked(packed: Tensor, units: int, v: int) -> Tensor:
+    """(4 U, ...) in the kernel's order back to (4 u, ...)."""
+    return packed.unflatten(0, (-1, 4, v)).transpose(0, 1).flatten(1, 2)[:, :units].flatten(0, 1)
+
+
 def pack(cells: Sequence, operators=None) -> Packed:
     """Rearranges the weights for the kernel: [k][unit block][gate][V], units padded with zeros."""
     v = (operators or load()).vector_width()
-
-    def gates_last(w: Tensor) -> Tensor:  # (4 u, m) -> (m, blocks, 4, V)
-        u = w.shape[0] // 4
-        padded = F.pad(w.detach().float().view(4, u, -1), (0, 0, 0, -u % v))  # (4, U, m)
-        return padded.view(4, -1, v, padded.shape[2]).permute(3, 1, 0, 2).contiguous()
-
     tensors = []
     for cell in cells:
         bias = (cell.bias_ih.detach().float() + cell.bias_hh.detach().float())[:, None]
-        tensors += [gates_last(cell.weight_ih), gates_last(cell.weight_hh), gates_last(bias)]
+        tensors += [_units_first(w, v).permute(3, 0, 1, 2).contiguous() for w in (cell.weight_ih, cell.weight_hh, bias)]
     return Packed(tensors, [cell.weight_hh.shape[1] for cell in cells])
 
 
 def run(x: Tensor, packed: Packed, operators=None) -> Tensor:
-    """x (B, N, H, d) float32 to hidden (B, N, sum u)."""
+    """x (B, N, H, d) float32 to hidden (B, N, sum u), without gradients."""
     x = x if x.stride(3) == 1 else x.contiguous()
     return (operators or load()).forward(x, packed.tensors, packed.units)
 
 
-def fused(x: Tensor, cells: Sequence) -> Tensor:
+class _Train(torch.autograd.Function):
+    """The same with gradients for x and all weights: the recurrence runs back in the kernel, the rest is matrix products."""
+
+    @staticmethod
+    def forward(ctx, operators, x: Tensor, *weights: Tensor) -> Tensor:
+        cells = [weights[i : i + 4] for i in range(0, len(weights), 4)]  # as in Cell: W_ih, W_hh and two biases
+        v = operators.vector_width()
+        tensors, back = [], []
+        for w_ih, w_hh, b_ih, b_hh in cells:
+            tensors += [_units_first(w, v).permute(3, 0, 1, 2).contiguous() for w in (w_ih, w_hh, (b_ih + b_hh)[:, None])]
+            back.append(F.pad(_units_first(w_hh, v), (0, -w_hh.shape[1] % v)).contiguous())  # (blocks, 4, V, U)
+        ctx.operators, ctx.units = operators, [cell[1].shape[1] for cell in cells]
+        x = x if x.stride(3) == 1 else x.contiguous()
+        hidden, gates, states = operators.train(x, tensors, ctx.units)
+        ctx.save_for_backward(x, hidden, *tensors[::3], *back, *gates, *states)
+        return hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, hidden, *saved = ctx.saved_tensors
+        n = len(ctx.units)
+        w_ih, back, gates, states = (saved[i * n : (i + 1) * n] for i in range(4))
+        gates = [g.clone() for g in gates]  # overwritten; the graph may be walked again
+        ctx.operators.backward(grad.contiguous(), gates, states, back, ctx.units)
+        v, inputs, weights = ctx.operators.vector_width(), [], []
+        for k, h in enumerate(hidden.split(ctx.units, dim=2)):
+            d_gates = gates[k].flatten(0, 1)  # (B N, 4 U)
+            before = torch.zeros_like(h)  # the hidden state each token met
+            if k % 2 == 0:
+                before[:, 1:] = h[:, :-1]
+            else:
+                before[:, :-1] = h[:, 1:]
+            inputs.append(d_gates @ w_ih[k].flatten(1).T)
+            bias = _unpacked(d_gates.sum(0), ctx.units[k], v)
+            weights += [_unpacked(d_gates.T @ x[:, :, k // 2].flatten(0, 1), ctx.units[k], v),
+                        _unpacked(d_gates.T @ before.flatten(0, 1), ctx.units[k], v), bias, bias]  # fmt: skip
+        d_x = torch.stack([a + b for a, b in zip(inputs[::2], inputs[1::2], strict=True)], dim=1).view(x.shape)
+        return None, d_x, *weights
+
+
+def fused(x: Tensor, cells: Sequence, operators=None) -> Tensor:
     """See `models.kernels`."""
-    return run(x, pack(cells))
+    operators = operators or load()
+    weights = [w for cell in cells for w in cell]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+        return _Train.apply(operators, x, *weights)
+    return run(x, pack(cells, operators), operators)

@@ -1,6 +1,7 @@
-// Multi-head bidirectional LSTM for inference on a CPU, float32. One task is one head, one direction and a tile of the batch;
-// tasks run in parallel over torch's threads. Within a task the input product of a few tokens is computed into a buffer that
-// stays in cache, then the recurrence walks over them: accumulators of all four gates live in registers.
+// Multi-head bidirectional LSTM on a CPU, float32. One task is one head, one direction and a tile of the batch; tasks run in
+// parallel over torch's threads. Within a task the input product of a few tokens is computed into a buffer that stays in cache,
+// then the recurrence walks over them: accumulators of all four gates live in registers. In training the gates and cell states
+// of all tokens are kept, and `backward` walks the other way; the weights' gradients are plain matrix products (cpu.py).
 //
 // Packed weights: [k][unit block][gate i, f, g, o][V], so that a step reads memory in order. Vectors are GCC's (and clang's)
 // portable ones: the compiler's flags make them AVX-512, AVX2 or whatever the machine has.
@@ -51,13 +52,13 @@ inline vf exp_(vf x) {
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp_(-x)); }
 inline vf tanh_(vf x) { return 2.0f / (1.0f + exp_(-2.0f * x)) - 1.0f; }
 
-// acc[r][j] += sum over k of a[r][k] * w[k][j]; w points at J * 4 neighbouring vectors, rows `ldw` floats apart.
-template <int R, int J>
-inline void product(vf (&acc)[R][J * 4], const float* a, int64_t lda, const float* w, int64_t ldw, int64_t depth) {
+// acc[r][j] += sum over k of a[r][k] * w[k][j]; w points at C neighbouring vectors, rows `ldw` floats apart.
+template <int R, int C>
+inline void product(vf (&acc)[R][C], const float* a, int64_t lda, const float* w, int64_t ldw, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k, w += ldw) {
     vf s[R];
     for (int r = 0; r < R; ++r) s[r] = splat(a[r * lda + k]);
-    for (int j = 0; j < J * 4; ++j) {
+    for (int j = 0; j < C; ++j) {
       vf column = load(w + j * V);
       for (int r = 0; r < R; ++r) acc[r][j] += s[r] * column;
     }
@@ -71,32 +72,38 @@ struct Cell {
 
 // R rows of input products, all unit blocks: out[r] = bias + a[r] W_ih.
 template <int R>
-void input_rows(const Cell& c, const float* a, int64_t lda, int64_t depth, float* out) {
+void input_rows(const Cell& c, const float* a, int64_t lda, int64_t depth, float* out, int64_t ldo) {
   const int64_t width = c.blocks * 4 * V;
   for (int64_t j = 0; j < c.blocks; ++j) {
     vf acc[R][4];
     for (int r = 0; r < R; ++r)
       for (int g = 0; g < 4; ++g) acc[r][g] = load(c.bias + (j * 4 + g) * V);
-    product<R, 1>(acc, a, lda, c.w_ih + j * 4 * V, width, depth);
+    product<R, 4>(acc, a, lda, c.w_ih + j * 4 * V, width, depth);
     for (int r = 0; r < R; ++r)
-      for (int g = 0; g < 4; ++g) store(out + r * width + (j * 4 + g) * V, acc[r][g]);
+      for (int g = 0; g < 4; ++g) store(out + r * ldo + (j * 4 + g) * V, acc[r][g]);
   }
 }
 
-// One time step of J unit blocks from block j on, for R rows: gates, cell state, new hidden state.
-template <int R, int J>
-inline void step(const Cell& c, int64_t j, const float* gates, int64_t ldg, const float* h, float* h_new, float* state) {
+// One time step of J unit blocks from block j on, for R rows: gates, cell state, new hidden state. KEEP: the activated gates
+// take the place of their inputs, and the cell state goes to `kept` as well.
+template <int R, int J, bool KEEP>
+inline void step(const Cell& c, int64_t j, float* gates, int64_t ldg, const float* h, float* h_new, float* state, float* kept, int64_t ldk) {
   const int64_t width = c.blocks * 4 * V, U = c.blocks * V;
   vf acc[R][J * 4];
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < J * 4; ++g) acc[r][g] = load(gates + r * ldg + j * 4 * V + g * V);
-  product<R, J>(acc, h, U, c.w_hh + j * 4 * V, width, c.units);
+  product<R, J * 4>(acc, h, U, c.w_hh + j * 4 * V, width, c.units);
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < J; ++b) {
       float* at = state + r * U + (j + b) * V;
-      vf cell = sigmoid(acc[r][b * 4 + 1]) * load(at) + sigmoid(acc[r][b * 4]) * tanh_(acc[r][b * 4 + 2]);
+      const vf gate[4] = {sigmoid(acc[r][b * 4]), sigmoid(acc[r][b * 4 + 1]), tanh_(acc[r][b * 4 + 2]), sigmoid(acc[r][b * 4 + 3])};
+      vf cell = gate[1] * load(at) + gate[0] * gate[2];
       store(at, cell);
-      store(h_new + r * U + (j + b) * V, sigmoid(acc[r][b * 4 + 3]) * tanh_(cell));
+      store(h_new + r * U + (j + b) * V, gate[3] * tanh_(cell));
+      if (KEEP) {
+        for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
+        store(kept + r * ldk + (j + b) * V, cell);
+      }
     }
 }
 
@@ -106,75 +113,176 @@ struct Problem {
   int64_t tokens, depth, batch_stride, token_stride, head_stride, out_width;
 };
 
+// What training keeps of one cell: gates (B, N, 4 U) and cell states (B, N, U), tokens in place. Backward writes the gates'
+// gradients over the gates.
+struct Kept {
+  float *gates, *states;
+};
+
 // All tokens of one cell for R rows of the batch, from row `b` on.
-template <int R>
-void run(const Problem& p, const Cell& c, int64_t b, std::vector<float>& scratch) {
+template <int R, bool KEEP>
+void run(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std::vector<float>& scratch) {
   constexpr int J = R == 1 ? (V == 16 ? 4 : 2) : 1;  // as many accumulators as the registers hold
-  const int64_t U = c.blocks * V, width = 4 * U;
-  scratch.assign(R * CHUNK * width + 3 * R * U, 0.0f);
-  float *gates = scratch.data(), *h = gates + R * CHUNK * width, *h_new = h + R * U, *state = h_new + R * U;
-  const int64_t ldg = CHUNK * width;
-  const int64_t stride = c.reverse ? -p.token_stride : p.token_stride;
+  const int64_t U = c.blocks * V, width = 4 * U, buffer = KEEP ? 0 : R * CHUNK * width;
+  scratch.assign(buffer + 3 * R * U, 0.0f);
+  float *h = scratch.data() + buffer, *h_new = h + R * U, *state = h_new + R * U;
+  const int64_t direction = c.reverse ? -1 : 1, stride = direction * p.token_stride;
+  const int64_t ldg = KEEP ? p.tokens * width : CHUNK * width, hop = KEEP ? direction * width : width;
   for (int64_t start = 0; start < p.tokens; start += CHUNK) {
     const int64_t count = std::min<int64_t>(CHUNK, p.tokens - start);
     const int64_t first = c.reverse ? p.tokens - 1 - start : start;
+    float* gates = KEEP ? kept.gates + (b * p.tokens + first) * width : scratch.data();
     for (int r = 0; r < R; ++r) {
       const float* a = p.x + (b + r) * p.batch_stride + first * p.token_stride + c.head * p.head_stride;
       float* to = gates + r * ldg;
       int64_t t = 0;
       constexpr int M = V == 16 ? 6 : 3;
-      for (; t + M <= count; t += M) input_rows<M>(c, a + t * stride, stride, p.depth, to + t * width);
-      for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * width);
+      for (; t + M <= count; t += M) input_rows<M>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
+      for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
     }
     for (int64_t t = 0; t < count; ++t) {
+      const int64_t token = first + direction * t, ldk = p.tokens * U;
+      float *at = gates + t * hop, *keep = KEEP ? kept.states + (b * p.tokens + token) * U : nullptr;
       int64_t j = 0;
-      for (; j + J <= c.blocks; j += J) step<R, J>(c, j, gates + t * width, ldg, h, h_new, state);
-      if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1)>(c, j, gates + t * width, ldg, h, h_new, state), j += 2;
-      for (; j < c.blocks; ++j) step<R, 1>(c, j, gates + t * width, ldg, h, h_new, state);
+      for (; j + J <= c.blocks; j += J) step<R, J, KEEP>(c, j, at, ldg, h, h_new, state, keep, ldk);
+      if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1), KEEP>(c, j, at, ldg, h, h_new, state, keep, ldk), j += 2;
+      for (; j < c.blocks; ++j) step<R, 1, KEEP>(c, j, at, ldg, h, h_new, state, keep, ldk);
       std::swap(h, h_new);
-      const int64_t token = c.reverse ? first - t : first + t;
       for (int r = 0; r < R; ++r)
         std::memcpy(p.out + ((b + r) * p.tokens + token) * p.out_width + c.column, h + r * U, c.units * sizeof(float));
     }
   }
 }
 
-using Runner = void (*)(const Problem&, const Cell&, int64_t, std::vector<float>&);
-constexpr int TILE = V == 16 ? 6 : 3;
-constexpr Runner RUNNERS[] = {nullptr, run<1>, run<2>, run<3>, run<4>, run<5>, run<6>};
+// dh[r] = dgates[r] W_hh for C blocks of previous hidden units from block j on; W_hh packed (4 U, U), rows in the gates' order.
+template <int R, int C>
+inline void hidden_gradient(const Cell& c, int64_t j, const float* dgates, int64_t ldg, float* dh) {
+  const int64_t U = c.blocks * V;
+  vf acc[R][C] = {};
+  product<R, C>(acc, dgates, ldg, c.w_hh + j * V, U, 4 * U);
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < C; ++k) store(dh + r * U + (j + k) * V, acc[r][k]);
+}
 
-// x (B, N, H, d), last dimension contiguous; packed weights, three a cell; units of each cell. Returns (B, N, sum u).
-at::Tensor forward(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.stride(3) == 1, "x must be (B, N, H, d), float32, d contiguous");
-  TORCH_CHECK((int64_t)units.size() == 2 * x.size(2) && packed.size() == 3 * units.size(), "three packed tensors a cell, 2 H cells");
-  std::vector<Cell> cells;
-  int64_t total = 0;
-  for (size_t k = 0; k < units.size(); ++k) {
-    const int64_t blocks = (units[k] + V - 1) / V, width = 4 * V * blocks;
-    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == units[k] * width, "weights of another size");
-    cells.push_back({packed[3 * k].const_data_ptr<float>(), packed[3 * k + 1].const_data_ptr<float>(),
-                     packed[3 * k + 2].const_data_ptr<float>(), units[k], blocks, (int64_t)k / 2, (int64_t)k % 2, total});
-    total += units[k];
+// The way back over all tokens of one cell for R rows (backpropagation through time); p.out holds the gradient of hidden.
+template <int R>
+void run_back(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std::vector<float>& scratch) {
+  const int64_t U = c.blocks * V, width = 4 * U, ldg = p.tokens * width, direction = c.reverse ? -1 : 1;
+  scratch.assign(3 * R * U, 0.0f);
+  float *dh = scratch.data(), *dc = dh + R * U, *zero = dc + R * U;
+  for (int64_t s = p.tokens - 1; s >= 0; --s) {
+    const int64_t token = c.reverse ? p.tokens - 1 - s : s;
+    float* gates = kept.gates + (b * p.tokens + token) * width;
+    for (int r = 0; r < R; ++r) {
+      const float* states = kept.states + ((b + r) * p.tokens + token) * U;
+      const float* before = s > 0 ? states - direction * U : zero;
+      const float* from = p.out + ((b + r) * p.tokens + token) * p.out_width + c.column;
+      for (int64_t k = 0; k < c.units; ++k) dh[r * U + k] += from[k];
+      for (int64_t j = 0; j < c.blocks; ++j) {
+        float *g = gates + r * ldg + j * 4 * V, *carry = dc + r * U + j * V;
+        const vf in = load(g), forget = load(g + V), new_ = load(g + 2 * V), out = load(g + 3 * V);
+        const vf d = load(dh + r * U + j * V), t = tanh_(load(states + j * V));
+        const vf cell = load(carry) + d * out * (1.0f - t * t);
+        store(g, cell * new_ * in * (1.0f - in));
+        store(g + V, cell * load(before + j * V) * forget * (1.0f - forget));
+        store(g + 2 * V, cell * in * (1.0f - new_ * new_));
+        store(g + 3 * V, d * t * out * (1.0f - out));
+        store(carry, cell * forget);
+      }
+    }
+    int64_t j = 0;
+    for (; j + 4 <= c.blocks; j += 4) hidden_gradient<R, 4>(c, j, gates, ldg, dh);
+    for (; j < c.blocks; ++j) hidden_gradient<R, 1>(c, j, gates, ldg, dh);
   }
-  at::Tensor out = at::empty({x.size(0), x.size(1), total}, x.options());
-  const Problem p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1), x.size(3),
-                  x.stride(0), x.stride(1), x.stride(2), total};
+}
+
+using Runner = void (*)(const Problem&, const Cell&, const Kept&, int64_t, std::vector<float>&);
+constexpr int TILE = V == 16 ? 6 : 3;
+constexpr Runner INFER[] = {nullptr, run<1, false>, run<2, false>, run<3, false>, run<4, false>, run<5, false>, run<6, false>};
+constexpr Runner TRAIN[] = {nullptr, run<1, true>, run<2, true>, run<3, true>, run<4, true>, run<5, true>, run<6, true>};
+constexpr Runner BACK[] = {nullptr, run_back<1>, run_back<2>, run_back<3>, run_back<4>, run_back<5>, run_back<6>};
+
+// Shares cells and tiles of the batch out to torch's threads, the costliest first.
+void share_out(const Runner* runners, const Problem& p, const std::vector<Cell>& cells, const std::vector<Kept>& kept, int64_t batch) {
   struct Task { size_t cell; int64_t row, rows, cost; };
   std::vector<Task> tasks;
-  const int64_t batch = x.size(0), tiles = (batch + TILE - 1) / TILE;
+  const int64_t tiles = (batch + TILE - 1) / TILE;
   for (size_t k = 0; k < cells.size(); ++k)
     for (int64_t i = 0; i < tiles; ++i) {  // rows shared out evenly: 8 is 4 + 4, not 6 + 2
       const int64_t from = batch * i / tiles, to = batch * (i + 1) / tiles;
-      tasks.push_back({k, from, to - from, (to - from) * units[k] * (units[k] + x.size(3))});
+      tasks.push_back({k, from, to - from, (to - from) * cells[k].units * (cells[k].units + p.depth)});
     }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   std::atomic<size_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks.size());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     std::vector<float> scratch;
-    for (size_t i; (i = next++) < tasks.size();) RUNNERS[tasks[i].rows](p, cells[tasks[i].cell], tasks[i].row, scratch);
+    for (size_t i; (i = next++) < tasks.size();) {
+      const Task& task = tasks[i];
+      runners[task.rows](p, cells[task.cell], kept.empty() ? Kept{} : kept[task.cell], task.row, scratch);
+    }
   });
+}
+
+Cell cell(size_t k, int64_t units, int64_t column) {
+  return {nullptr, nullptr, nullptr, units, (units + V - 1) / V, (int64_t)k / 2, (int64_t)k % 2, column};
+}
+
+// x (B, N, H, d), last dimension contiguous; packed weights, three a cell; units of each cell. Returns (B, N, sum u).
+at::Tensor compute(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units, std::vector<at::Tensor>* gates,
+                 std::vector<at::Tensor>* states) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.stride(3) == 1, "x must be (B, N, H, d), float32, d contiguous");
+  TORCH_CHECK((int64_t)units.size() == 2 * x.size(2) && packed.size() == 3 * units.size(), "three packed tensors a cell, 2 H cells");
+  std::vector<Cell> cells;
+  std::vector<Kept> kept;
+  int64_t total = 0;
+  for (size_t k = 0; k < units.size(); ++k) {
+    Cell c = cell(k, units[k], total);
+    const int64_t width = 4 * V * c.blocks;
+    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == units[k] * width, "weights of another size");
+    c.w_ih = packed[3 * k].const_data_ptr<float>();
+    c.w_hh = packed[3 * k + 1].const_data_ptr<float>();
+    c.bias = packed[3 * k + 2].const_data_ptr<float>();
+    cells.push_back(c);
+    total += units[k];
+    if (gates) {
+      gates->push_back(at::empty({x.size(0), x.size(1), width}, x.options()));
+      states->push_back(at::empty({x.size(0), x.size(1), width / 4}, x.options()));
+      kept.push_back({gates->back().mutable_data_ptr<float>(), states->back().mutable_data_ptr<float>()});
+    }
+  }
+  at::Tensor out = at::empty({x.size(0), x.size(1), total}, x.options());
+  const Problem p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1), x.size(3),
+                  x.stride(0), x.stride(1), x.stride(2), total};
+  share_out(gates ? TRAIN : INFER, p, cells, kept, x.size(0));
   return out;
+}
+
+at::Tensor forward(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units) { return compute(x, packed, units, nullptr, nullptr); }
+
+// The same for training: hidden, and of each cell the activated gates (B, N, 4 U) in packed order and cell states (B, N, U).
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> train(const at::Tensor& x, at::TensorList packed,
+                                                                               at::IntArrayRef units) {
+  std::vector<at::Tensor> gates, states;
+  at::Tensor out = compute(x, packed, units, &gates, &states);
+  return {out, gates, states};
+}
+
+// From the gradient of hidden (B, N, sum u) to those of the gates' inputs, written over `gates`. w_back: W_hh packed (4 U, U).
+void backward(const at::Tensor& grad, at::TensorList gates, at::TensorList states, at::TensorList w_back, at::IntArrayRef units) {
+  TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == at::kFloat, "the gradient must be contiguous float32");
+  std::vector<Cell> cells;
+  std::vector<Kept> kept;
+  int64_t total = 0;
+  for (size_t k = 0; k < units.size(); ++k) {
+    Cell c = cell(k, units[k], total);
+    c.w_hh = w_back[k].const_data_ptr<float>();
+    cells.push_back(c);
+    kept.push_back({gates[k].mutable_data_ptr<float>(), states[k].mutable_data_ptr<float>()});
+    total += units[k];
+  }
+  const Problem p{nullptr, const_cast<float*>(grad.const_data_ptr<float>()), grad.size(1), 0, 0, 0, 0, total};
+  share_out(BACK, p, cells, kept, grad.size(0));
 }
 
 // A whole layer: x (B, N, D) to (B, N, D), with the two projections around the LSTMs as torch's own matrix products.
@@ -191,6 +299,8 @@ at::Tensor layer(const at::Tensor& x, const at::Tensor& pre_w, const at::Tensor&
 
 TORCH_LIBRARY(FAR_NAMESPACE, m) {
   m.def("forward(Tensor x, Tensor[] packed, int[] units) -> Tensor", &forward);
+  m.def("train(Tensor x, Tensor[] packed, int[] units) -> (Tensor, Tensor[], Tensor[])", &train);
+  m.def("backward(Tensor grad, Tensor[] gates, Tensor[] states, Tensor[] w_back, int[] units) -> ()", &backward);
   m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b) -> Tensor", &layer);
   m.def("vector_width() -> int", []() -> int64_t { return V; });
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _padded(tensor: Tensor, u: int, width: int, columns: bool) -> Tensor:
+def padded(tensor: Tensor, u: int, width: int, columns: bool) -> Tensor:
     """(4 u, m) -> (4 width, m'), gate by gate; a padded unit has zero weights and so stays zero."""
     if u == width:
         return tensor
@@ -19,7 +19,7 @@ def _padded(tensor: Tensor, u: int, width: int, columns: bool) -> Tensor:
     return F.pad(tensor.view(4, u, m), (0, width - m if columns else 0, 0, width - u)).flatten(0, 1)
 
 
-def _unpad(hidden: Tensor, units: Sequence[int]) -> Tensor:
+def unpad(hidden: Tensor, units: Sequence[int]) -> Tensor:
     """(B, N, K, width) -> (B, N, sum u)."""
     if min(units) == hidden.shape[-1]:
         return hidden.flatten(2)
@@ -36,14 +36,14 @@ def stock(x: Tensor, cells: Sequence) -> Tensor:
         weights = []
         for cell, u in zip(cells[2 * h : 2 * h + 2], pair, strict=True):
             weights += [
-                _padded(cell.weight_ih, u, width, False),
-                _padded(cell.weight_hh, u, width, True),
-                _padded(cell.bias_ih[:, None], u, width, False).flatten(),
-                _padded(cell.bias_hh[:, None], u, width, False).flatten(),
+                padded(cell.weight_ih, u, width, False),
+                padded(cell.weight_hh, u, width, True),
+                padded(cell.bias_ih[:, None], u, width, False).flatten(),
+                padded(cell.bias_hh[:, None], u, width, False).flatten(),
             ]
         tokens = x[:, :, h].to(weights[0].dtype).contiguous()
         zero = tokens.new_zeros(2, x.shape[0], width)
         with torch.autocast(x.device.type, enabled=False):  # the state sums over N tokens: keep it in full precision
             y = torch._VF.lstm(tokens, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
-        outputs.append(_unpad(y.unflatten(2, (2, width)), pair))
+        outputs.append(unpad(y.unflatten(2, (2, width)), pair))
     return torch.cat(outputs, dim=2)

@@ -1,0 +1,86 @@
+"""The fused CUDA kernel: lstm_triton.py between torch's batched matrix products. Float32, forward and backward.
+
+FlashRNN (arXiv 2412.07752, package flashrnn) was studied for this part. It too keeps W_hh on chip, but takes heads of one size
+(a power of two), compiles anew for each batch size and sequence length, and reads one direction: the other needs a flipped copy.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.kernels.stock import padded, unpad
+
+LEAST, MOST = 16, 64  # hidden units a cell: tl.dot starts at 16; more than 64 do not stay on chip
+ROWS = 16  # of the batch in one program, the least that tl.dot takes
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 makes Triton run on the CPU, slowly: for tests."""
+    return bool(importlib.util.find_spec("triton")) and importlib.import_module("triton").knobs.runtime.interpret
+
+
+def fits(x: Tensor, units: int) -> bool:
+    """Whether Triton can compute this input with at most `units` hidden units a cell."""
+    device = importlib.util.find_spec("triton") and (x.is_cuda or interpreting())
+    return bool(device) and x.dtype != torch.float64 and units <= MOST
+
+
+class _Recurrence(torch.autograd.Function):
+    """Gates' inputs (H, B, N, 2, 4, U) and W_hh (H, 2, 4, U, U) to hidden (B, N, 2 H, U)."""
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, w_hh: Tensor) -> Tensor:
+        kernel = importlib.import_module("models.kernels.lstm_triton")
+        heads, batch, tokens, _, _, u = inputs.shape
+        keep = any(ctx.needs_input_grad)
+        hidden = inputs.new_empty(batch, tokens, 2 * heads, u)
+        gates, states = (torch.empty_like(inputs), torch.empty_like(hidden)) if keep else (hidden, hidden)  # else never touched
+        ctx.launch = {"U": u, "BT": ROWS, "PRECISION": precision(), **launch_options(u)}
+        ctx.grid = (2 * heads, -(-batch // ROWS))
+        with torch.cuda.device_of(inputs):
+            kernel.forward[ctx.grid](inputs, w_hh, hidden, gates, states, batch, tokens, KEEP=keep, **ctx.launch)
+        if keep:
+            ctx.save_for_backward(w_hh, hidden, gates, states)
+        return hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        kernel = importlib.import_module("models.kernels.lstm_triton")
+        w_hh, hidden, gates, states = ctx.saved_tensors
+        d_inputs = torch.empty_like(gates)
+        with torch.cuda.device_of(grad):
+            kernel.backward[ctx.grid](grad.contiguous(), w_hh, gates, states, d_inputs, *hidden.shape[:2], **ctx.launch)
+        d_w = torch.zeros_like(w_hh)
+        by_head = hidden.unflatten(2, (-1, 2))  # (B, N, H, 2, U): each token met the hidden state of the one before
+        d_w[:, 0] = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, 1:, 0], by_head[:, :-1, :, 0])
+        d_w[:, 1] = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, :-1, 1], by_head[:, 1:, :, 1])
+        return d_inputs, d_w
+
+
+def launch_options(u: int) -> dict[str, int]:
+    """Warps that hold 4 U x U weights without spilling registers; no second stage, whose copies would not fit a small GPU's chip."""
+    return {"num_warps": 8 if u > 32 else 4, "num_stages": 1}
+
+
+def precision() -> str:
+    """TF32 where torch allows it to cuDNN, which would otherwise compute these LSTMs."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def fused(x: Tensor, cells: Sequence) -> Tensor:
+    """See `models.kernels`. Cells are padded to one power of two; a padded unit has zero weights and stays zero."""
+    units = [cell.weight_hh.shape[1] for cell in cells]
+    u = max(LEAST, 1 << (max(units) - 1).bit_length())
+    batch, tokens, heads, _ = x.shape
+    with torch.autocast(x.device.type, enabled=False):  # the state sums over N tokens: keep it in full precision
+        w_ih = torch.stack([padded(c.weight_ih, k, u, False) for c, k in zip(cells, units, strict=True)])
+        w_hh = torch.stack([padded(c.weight_hh, k, u, True) for c, k in zip(cells, units, strict=True)])
+        bias = torch.stack([padded((c.bias_ih + c.bias_hh)[:, None], k, u, False) for c, k in zip(cells, units, strict=True)])
+        by_head = x.to(w_ih.dtype).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B N, d)
+        inputs = torch.baddbmm(bias.view(heads, 1, 8 * u), by_head, w_ih.view(heads, 8 * u, -1).transpose(1, 2))
+        hidden = _Recurrence.apply(inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u))
+    return unpad(hidden, units)

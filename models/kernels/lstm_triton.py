@@ -1,0 +1,102 @@
+"""The recurrence of all heads and directions as Triton kernels (CUDA): imported on first use only, by gpu.py.
+
+One program is one head, one direction and BT rows of the batch; it walks over all N tokens and holds W_hh on chip meanwhile.
+U is the padded number of hidden units. Shapes in memory, all contiguous float32:
+
+    inputs, gates   (H, B, N, 2, 4, U)   gates' inputs, activated gates, and their gradients; gates in the order i, f, g, o
+    weight          (H, 2, 4, U, U)      W_hh[g, j, k]: from hidden unit k to gate g of unit j
+    hidden, states  (B, N, 2 H, U)
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def _rows(B, N, U: tl.constexpr, BT: tl.constexpr):
+    """Where a program's rows start: in (H, B, N, 2, 4, U) and in (B, N, 2 H, U), as (BT, U) offsets, and its mask."""
+    cell = tl.program_id(0)
+    row = tl.program_id(1) * BT + tl.arange(0, BT)
+    unit = tl.arange(0, U)[None, :]
+    wide = ((cell // 2 * B + row).to(tl.int64) * N * 2 + cell % 2)[:, None] * (4 * U) + unit
+    narrow = (row.to(tl.int64) * N * tl.num_programs(0) + cell)[:, None] * U + unit
+    return wide, narrow, (row < B)[:, None] & (unit < U)
+
+
+@triton.jit
+def forward(inputs, weight, hidden, gates, states, B, N,
+            U: tl.constexpr, BT: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """hidden of all tokens; KEEP: activated gates and cell states too, for the way back."""
+    reverse = tl.program_id(0) % 2
+    wide, narrow, mask = _rows(B, N, U, BT)
+    step_wide, step_narrow = 8 * U, tl.num_programs(0) * U
+    from_unit, to_unit = tl.arange(0, U)[:, None], tl.arange(0, U)[None, :]
+    w = weight + tl.program_id(0) * 4 * U * U + to_unit * U + from_unit  # transposed: (k, j)
+    w_i, w_f, w_g, w_o = tl.load(w), tl.load(w + U * U), tl.load(w + 2 * U * U), tl.load(w + 3 * U * U)
+    h = tl.zeros((BT, U), tl.float32)
+    c = tl.zeros((BT, U), tl.float32)
+    at = inputs + wide + reverse * (N - 1) * step_wide
+    i, f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
+    g, o = tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+    for s in range(0, N):
+        token = s + reverse * (N - 1 - 2 * s)
+        ahead = tl.minimum(s + 1, N - 1)  # the next token's inputs travel while this one is computed
+        at = inputs + wide + (ahead + reverse * (N - 1 - 2 * ahead)) * step_wide
+        next_i, next_f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
+        next_g, next_o = tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+        i = tl.sigmoid(i + tl.dot(h, w_i, input_precision=PRECISION))
+        f = tl.sigmoid(f + tl.dot(h, w_f, input_precision=PRECISION))
+        g = _tanh(g + tl.dot(h, w_g, input_precision=PRECISION))
+        o = tl.sigmoid(o + tl.dot(h, w_o, input_precision=PRECISION))
+        c = f * c + i * g
+        h = o * _tanh(c)
+        tl.store(hidden + narrow + token * step_narrow, h, mask)
+        if KEEP:
+            to = gates + wide + token * step_wide
+            tl.store(to, i, mask)
+            tl.store(to + U, f, mask)
+            tl.store(to + 2 * U, g, mask)
+            tl.store(to + 3 * U, o, mask)
+            tl.store(states + narrow + token * step_narrow, c, mask)
+        i, f, g, o = next_i, next_f, next_g, next_o
+
+
+@triton.jit
+def backward(d_hidden, weight, gates, states, d_inputs, B, N, U: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Backpropagation through time: gradients of the gates' inputs from those of hidden."""
+    reverse = tl.program_id(0) % 2
+    wide, narrow, mask = _rows(B, N, U, BT)
+    step_wide, step_narrow = 8 * U, tl.num_programs(0) * U
+    w = weight + tl.program_id(0) * 4 * U * U + tl.arange(0, U)[:, None] * U + tl.arange(0, U)[None, :]  # (j, k)
+    w_i, w_f, w_g, w_o = tl.load(w), tl.load(w + U * U), tl.load(w + 2 * U * U), tl.load(w + 3 * U * U)
+    d_h = tl.zeros((BT, U), tl.float32)
+    d_c = tl.zeros((BT, U), tl.float32)
+    for back in range(0, N):
+        s = N - 1 - back
+        token = s + reverse * (N - 1 - 2 * s)
+        before = token - 1 + 2 * reverse
+        at = gates + wide + token * step_wide
+        i, f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
+        g, o = tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+        c = tl.load(states + narrow + token * step_narrow, mask, 0.0)
+        c_before = tl.load(states + narrow + before * step_narrow, mask & (s > 0), 0.0)
+        d_h += tl.load(d_hidden + narrow + token * step_narrow, mask, 0.0)
+        t = _tanh(c)
+        d_c += d_h * o * (1.0 - t * t)
+        d_i, d_f = d_c * g * i * (1.0 - i), d_c * c_before * f * (1.0 - f)
+        d_g, d_o = d_c * i * (1.0 - g * g), d_h * t * o * (1.0 - o)
+        d_c = d_c * f
+        to = d_inputs + wide + token * step_wide
+        tl.store(to, d_i, mask)
+        tl.store(to + U, d_f, mask)
+        tl.store(to + 2 * U, d_g, mask)
+        tl.store(to + 3 * U, d_o, mask)
+        d_h = tl.dot(d_i, w_i, input_precision=PRECISION)
+        d_h = tl.dot(d_f, w_f, d_h, input_precision=PRECISION)
+        d_h = tl.dot(d_g, w_g, d_h, input_precision=PRECISION)
+        d_h = tl.dot(d_o, w_o, d_h, input_precision=PRECISION)

@@ -1,0 +1,103 @@
+"""The Triton kernels: computed in Triton's interpreter where there is no GPU, and compiled for two generations of GPUs anyway."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models import kernels
+from models.bilstm import MultiHeadBiLSTM
+from models.fuse import FusedBiLSTM
+from models.kernels import gpu
+from tests.conftest import ROOT
+from tests.test_kernels import UNITS, cells, error_against_float64, gradient_errors, layer
+from utils.errors import FarError
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/conftest.py turns the interpreter on where there is no GPU
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 33), (197, 3)])
+def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    m = layer(units).to(DEVICE).requires_grad_()
+    x = torch.randn(batch, 3, tokens, 64, device=DEVICE).transpose(1, 2).requires_grad_()  # not contiguous
+    assert max(gradient_errors(x, m, lambda: gpu.fused(x, cells(m)))) < 2e-6
+
+
+def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    m = layer([(20, 16)], dim=64).to(DEVICE)
+    x = torch.randn(2, 1025, 1, 64, device=DEVICE)
+    assert error_against_float64(x, m, gpu.fused(x, cells(m))) < 1e-6
+
+
+def test_nan_passes_through_triton():
+    m = layer(UNITS[0]).to(DEVICE)
+    x = torch.randn(2, 12, 3, 64, device=DEVICE)
+    x[0, 5, 1, 0] = float("nan")
+    bad = gpu.fused(x, cells(m)).isnan()  # (2, 12, 384)
+    assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
+    assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
+
+
+def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(monkeypatch):
+    called = []
+    monkeypatch.setitem(kernels.KERNELS, "triton", lambda x, c: called.append(1) or gpu.fused(x, c))
+    m = layer(UNITS[2]).to(DEVICE)
+    x = torch.randn(2, 9, 192, device=DEVICE)
+    expected = m(x)
+    m.backend = "triton"
+    for got in (m(x), FusedBiLSTM(m)(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert len(called) == 3
+
+
+def test_triton_refuses_what_it_cannot_compute(monkeypatch):
+    x = torch.randn(1, 3, 1, 192, device=DEVICE)
+    for units, tensor in ((192, x), (64, x.double())):
+        with pytest.raises(FarError, match="--lstm-backend triton"):
+            kernels.choose("triton", tensor, units)
+    assert kernels.choose("triton", x, 64) == "triton"
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
+    with pytest.raises(FarError, match="needs CUDA"):
+        kernels.choose("triton", x.cpu(), 64)
+
+
+PROGRAM = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import utils
+from models.kernels import gpu, lstm_triton
+tensors = {"forward": ("inputs", "weight", "hidden", "gates", "states"), "backward": ("d_hidden", "weight", "gates", "states", "d_inputs")}
+for capability in (80, 90):
+    for name, names in tensors.items():
+        for units in (16, 64):
+            constants = {"U": units, "BT": gpu.ROWS, "PRECISION": "tf32", **({"KEEP": True} if name == "forward" else {})}
+            types = {**dict.fromkeys(names, "*fp32"), "B": "i32", "N": "i32", **dict.fromkeys(constants, "constexpr")}
+            source = ASTSource(getattr(lstm_triton, name), types, constexprs=constants,
+                               attrs={(i,): [["tt.divisibility", 16]] for i in range(5)})
+            done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=gpu.launch_options(units))
+            print(json.dumps({"shared": done.metadata.shared, "tensor_cores": "mma" in done.asm["ptx"], "binary": len(done.asm["cubin"])}))
+"""
+
+
+def test_triton_compiles_for_gpus_that_are_not_here(tmp_path):
+    """Within 99 KiB of shared memory, the least that a GPU of compute capability 8 lends to one block."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(compiled) == 8
+    assert all(c["shared"] <= 99 * 1024 and c["tensor_cores"] and c["binary"] for c in compiled), compiled
+
+
+def test_the_wide_single_lstm_trains_without_triton():
+    m = MultiHeadBiLSTM(192, 1, 9)
+    m.mix(torch.randn(2, 9, 192)).sum().backward()
+    assert all(p.grad is not None for p in m.lstm.parameters())
