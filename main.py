@@ -3,6 +3,7 @@
 import sys
 
 import utils  # noqa: F401  (first: makes torchvision importable beside a torch it was not built for)
+from models import kernels
 from utils import distributed
 from utils.errors import run_script
 
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(__doc__).parse_args(argv)
     try:
         context = distributed.start(args.distributed, args.device)
+        kernels.check(args.lstm_backend, context.device)
         JOBS[args.mode](args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
     except Stopped as stopped:
         print(stopped)

@@ -4,6 +4,7 @@ import sys
 
 import utils  # noqa: F401  (first: makes torchvision importable beside a torch it was not built for)
 from main import PRETRAINED_PATH
+from models import kernels
 from utils import distributed
 from utils.errors import run_script
 
@@ -14,7 +15,9 @@ from engine.train import Stopped  # isort: skip
 def main(argv: list[str] | None = None) -> int:
     args = build_parser(__doc__).parse_args(argv)
     try:
-        prune(args, distributed.start(args.distributed, args.device), PRETRAINED_PATH)
+        context = distributed.start(args.distributed, args.device)
+        kernels.check(args.lstm_backend, context.device)
+        prune(args, context, PRETRAINED_PATH)
     except Stopped as stopped:
         print(stopped)
     finally:

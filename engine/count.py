@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.bilstm import MultiHeadBiLSTM
+from models.fuse import FusedBiLSTM
 from models.replace import FarConfig, count_parameters, pack
 
 
@@ -29,7 +30,12 @@ def _lstm(module: MultiHeadBiLSTM, args, output) -> int:
     return b * n * sum(r.weight_ih.numel() + r.weight_hh.numel() for head in module.lstm for r in head)
 
 
-COUNTERS = {nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MultiHeadBiLSTM: _lstm}
+def _fused(module: FusedBiLSTM, args, output) -> int:
+    b, n, _ = args[0].shape
+    return b * n * (module.pre_w.numel() + module.out_w.numel() + sum(w.numel() for w in module.cells if w.dim() == 2))
+
+
+COUNTERS = {FusedBiLSTM: _fused, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MultiHeadBiLSTM: _lstm}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from engine.stages import Optim, Stage, distillation, with_epochs
 from engine.train import AMP, Settings, Trainer
 from models.bilstm import REPLACEMENTS
 from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_published_weights, load_teacher_weights
+from models.fuse import fuse
 from models.kernels import BACKENDS
 from models.replace import (
     FarConfig,
@@ -34,6 +35,7 @@ from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
 
+FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Paths = tuple[dict[str, str], dict[str, str]]
 
 
@@ -57,6 +59,7 @@ def build_parser(description: str) -> Parser:
     g.add_argument("--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags")
     g = parser.add_argument_group("downstream and eval")
     g.add_argument("--far-weight", type=Path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py")
+    g.add_argument("--fuse", choices=tuple(FUSE), help="eval: merge neighbouring linear maps, recurrent weights in this precision")
     g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
     g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
     arguments.add_optim_group(parser, "optimisation (teacher, attention stage, downstream)", "", 200, 5e-4, 1e-5)
@@ -251,10 +254,13 @@ def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:
             raise FarError(f"--far-weight {path}: knows {config.num_classes} classes, --dataset {args.dataset} has "
                            f"{data.num_classes}; move it there with --mode downstream")  # fmt: skip
     set_backend(model, args.lstm_backend)
+    parameters = count_parameters(model)
+    if args.fuse:
+        fuse(model, FUSE[args.fuse])
     model.to(context.device)
     autocast = settings_from(args).autocast(context.device)
     result = evaluate(model, data.val_loader(args.batch_size), context, autocast)
-    result["parameters"] = count_parameters(model)
+    result["parameters"] = parameters
     if args.output_dir and context.main:
         RunFolder(vars(args), args.mode, replace(context, world=1)).write_json("result.json", result)
     say(context, f"{path}: top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "

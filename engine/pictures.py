@@ -20,9 +20,9 @@ from engine.explain import (
     token_importance,
     token_similarity,
 )
+from models import kernels
 from models.bilstm import Replacement
 from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_teacher_weights
-from models.kernels import BACKENDS
 from models.replace import load_model, replaced_blocks, set_backend
 from utils import arguments, checkpoint
 from utils.arguments import Parser
@@ -44,7 +44,7 @@ def build_parser(description: str) -> Parser:
     g.add_argument("--pruned-weight", type=Path, metavar="FILE", help="a pruned FAR model")
     g.add_argument("--base-model", choices=tuple(TEACHERS), help="of --base-weight where the file does not say it; else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(SCALES), help="short form of --base-model")
-    g.add_argument("--lstm-backend", choices=BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
+    g.add_argument("--lstm-backend", choices=kernels.BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g = parser.add_argument_group("images")
     g.add_argument("--images", type=Path, metavar="PATH", help="a file, or a folder of image files")
@@ -137,6 +137,7 @@ def find_images(args: Namespace, size: int) -> tuple[Tensor, np.ndarray, list[st
 def visualize(args: Namespace) -> Path:
     """Both families of figures; returns the folder they are in."""
     device = pick_device(args.device)
+    kernels.check(args.lstm_backend, device)
     models, folder = find_models(args)
     any_model = next(iter(models.values()))
     images, seen, names = find_images(args, any_model.patch_embed.img_size[0])

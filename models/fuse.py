@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
+from utils.errors import FarError
 
 # One large matrix product beats H small ones and a copy until it has this many times their multiplications (measured at
 # 197 tokens, D 192: an unpruned layer, 73.7 k against 61.4 k a token, is faster merged).
@@ -17,11 +18,14 @@ class FusedBiLSTM(nn.Module):
     """The function of a MultiHeadBiLSTM without gradients: x (B, N, D) to (B, N, D).
 
     pre_proj is merged into the input weights where D * 4 sum(u) < D^2 + d * 4 sum(u); head_proj into post_proj where
-    D * sum(u) is at most PATIENCE times d * sum(u) + D^2 (multiplications a token).
+    D * sum(u) is at most PATIENCE times d * sum(u) + D^2 (multiplications a token). recurrent: precision of W_hh; bfloat16 is
+    faster and rounds hidden states to three digits (FarError where the CPU kernel cannot).
     """
 
-    def __init__(self, attn: MultiHeadBiLSTM):
+    def __init__(self, attn: MultiHeadBiLSTM, recurrent: torch.dtype = torch.float32):
         super().__init__()
+        if recurrent == torch.bfloat16 and not (attn.backend in ("auto", "cpu") and kernels.cpu.has_bfloat16()):
+            raise FarError("--fuse bfloat16: needs the C++ kernel on a CPU with AVX512_BF16; use --fuse float32")
         self.dim, self.num_heads, self.backend = attn.dim, attn.num_heads, attn.backend
         d, total = attn.dim // attn.num_heads, sum(map(sum, attn.units))
         self.merged_pre = attn.dim * 4 * total < attn.dim**2 + d * 4 * total
@@ -46,7 +50,7 @@ class FusedBiLSTM(nn.Module):
             self.register_buffer("out_b", out_b)
         self.packed = None
         if out_w.dtype == torch.float32 and out_w.device.type == "cpu" and self.backend in ("auto", "cpu") and kernels.cpu.available():
-            self.packed = kernels.cpu.pack(self._cells())
+            self.packed = kernels.cpu.pack(self._cells(), recurrent=recurrent)
 
     def _cell(self, attn: MultiHeadBiLSTM, head: int, r: int, d: int) -> kernels.Cell:
         cell = attn.lstm[head][r].cell()
@@ -79,9 +83,9 @@ class FusedBiLSTM(nn.Module):
         return F.linear(hidden, self.out_w, self.out_b)
 
 
-def fuse(model: VisionTransformer) -> VisionTransformer:
+def fuse(model: VisionTransformer, recurrent: torch.dtype = torch.float32) -> VisionTransformer:
     """Makes every LSTM block of the model a FusedBiLSTM, in place, and freezes the model in eval mode."""
     for block in model.blocks:
         if isinstance(block.attn, MultiHeadBiLSTM):
-            block.attn = FusedBiLSTM(block.attn)
+            block.attn = FusedBiLSTM(block.attn, recurrent)
     return model.eval().requires_grad_(False)

@@ -110,3 +110,15 @@ def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
         axis.set_xticks([], minor=True)
         axis.legend(fontsize=8)
     return figure
+
+
+def accuracy_by_latency(rows: list[dict]) -> Figure:
+    """Top-1 against time for one image: trained models, attention's and FAR's."""
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for k, row in enumerate(rows):
+        axis.plot(row["median_ms"], row["acc1"], ls="", marker="osD^vP*X"[k % 8], color=COLOURS[k % len(COLOURS)], label=row["name"])
+    axis.margins(0.1)
+    axis.set(xlabel="one image (ms)", ylabel="top-1 (%)")
+    axis.legend(fontsize=7)
+    return figure

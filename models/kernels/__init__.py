@@ -37,6 +37,11 @@ KERNELS: dict[str, Kernel] = {"reference": reference, "torch": stock, "cpu": cpu
 BACKENDS = ("auto", *KERNELS)
 
 
+def check(backend: str, device: torch.device) -> None:
+    """Raises FarError where this `--lstm-backend` cannot run on this device at all: told before a run begins."""
+    choose(backend, torch.empty(0, device=device), 1)
+
+
 def choose(backend: str, x: Tensor, units: int) -> str:
     """The name of the kernel for a `--lstm-backend`, an input and its largest number of hidden units a cell.
 

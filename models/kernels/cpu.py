@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class Packed(NamedTuple):
-    """Weights of all cells in the kernel's order: per cell W_ih (d, 4 U), W_hh (u, 4 U) and bias (4 U), U = u rounded up."""
+    """Weights of all cells in the kernel's order: per cell W_ih (d, 4 U), W_hh (u, 4 U) and bias (4 U), U = u rounded up.
+
+    W_hh in bfloat16 is stored as pairs of rows in 32-bit integers, (u / 2, 4 U).
+    """
 
     tensors: list[Tensor]
     units: list[int]
@@ -85,6 +88,11 @@ def available() -> bool:
     return load() is not None
 
 
+def has_bfloat16() -> bool:
+    """Whether recurrent weights may be bfloat16 here (AVX512_BF16)."""
+    return available() and load().has_bfloat16()
+
+
 def _units_first(w: Tensor, v: int) -> Tensor:
     """(4 u, m) to the kernel's order of gates, units padded with zeros: (blocks, 4, V, m)."""
     u = w.shape[0] // 4
@@ -97,13 +105,24 @@ def _unpacked(packed: Tensor, units: int, v: int) -> Tensor:
     return packed.unflatten(0, (-1, 4, v)).transpose(0, 1).flatten(1, 2)[:, :units].flatten(0, 1)
 
 
-def pack(cells: Sequence, operators=None) -> Packed:
-    """Rearranges the weights for the kernel: [k][unit block][gate][V], units padded with zeros."""
+def _pairs(w: Tensor) -> Tensor:
+    """(u, ...) float32 to (u / 2, ...): two neighbouring rows as bfloat16, the even one in the low half."""
+    bits = F.pad(w.flatten(1), (0, 0, 0, w.shape[0] % 2)).bfloat16().view(torch.int16).int() & 0xFFFF
+    return (bits[0::2] | (bits[1::2] << 16)).contiguous()
+
+
+def pack(cells: Sequence, operators=None, recurrent: torch.dtype = torch.float32) -> Packed:
+    """Rearranges the weights for the kernel: [k][unit block][gate][V], units padded with zeros.
+
+    recurrent: float32, or bfloat16 where `has_bfloat16()`: W_hh and the hidden state it meets are then rounded.
+    """
     v = (operators or load()).vector_width()
     tensors = []
     for cell in cells:
         bias = (cell.bias_ih.detach().float() + cell.bias_hh.detach().float())[:, None]
         tensors += [_units_first(w, v).permute(3, 0, 1, 2).contiguous() for w in (cell.weight_ih, cell.weight_hh, bias)]
+        if recurrent == torch.bfloat16:
+            tensors[-2] = _pairs(tensors[-2])
     return Packed(tensors, [cell.weight_hh.shape[1] for cell in cells])
 
 

@@ -14,6 +14,13 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define FAR_BFLOAT16 1
+#else
+#define FAR_BFLOAT16 0
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -65,8 +72,28 @@ inline void product(vf (&acc)[R][C], const float* a, int64_t lda, const float* w
   }
 }
 
+// The same with pairs of neighbouring k as two bfloat16 in 32 bits, in a and in w: half the bytes, half the instructions.
+#if FAR_BFLOAT16
+template <int R, int C>
+inline void product_half(vf (&acc)[R][C], const int32_t* a, int64_t lda, const int32_t* w, int64_t ldw, int64_t pairs) {
+  for (int64_t k = 0; k < pairs; ++k, w += ldw) {
+    __m512bh s[R];
+    for (int r = 0; r < R; ++r) s[r] = (__m512bh)_mm512_set1_epi32(a[r * lda + k]);
+    for (int j = 0; j < C; ++j) {
+      __m512bh column = (__m512bh)_mm512_loadu_si512(w + j * V);
+      for (int r = 0; r < R; ++r) acc[r][j] = (vf)_mm512_dpbf16_ps((__m512)acc[r][j], s[r], column);
+    }
+  }
+}
+inline void store_half(void* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+template <int R, int C>
+inline void product_half(vf (&)[R][C], const int32_t*, int64_t, const int32_t*, int64_t, int64_t) {}
+inline void store_half(void*, vf) {}
+#endif
+
 struct Cell {
-  const float *w_ih, *w_hh, *bias;  // packed: (d, 4 U), (u, 4 U), (4 U)
+  const float *w_ih, *w_hh, *bias;  // packed: (d, 4 U), (u, 4 U) or as pairs (u / 2, 4 U), (4 U)
   int64_t units, blocks, head, reverse, column;
 };
 
@@ -84,25 +111,35 @@ void input_rows(const Cell& c, const float* a, int64_t lda, int64_t depth, float
   }
 }
 
-// One time step of J unit blocks from block j on, for R rows: gates, cell state, new hidden state. KEEP: the activated gates
-// take the place of their inputs, and the cell state goes to `kept` as well.
-template <int R, int J, bool KEEP>
-inline void step(const Cell& c, int64_t j, float* gates, int64_t ldg, const float* h, float* h_new, float* state, float* kept, int64_t ldk) {
+// The state of R rows between two tokens. h and h_new are what the recurrence reads and writes, bfloat16 in pairs with HALF;
+// out is the new hidden state in float32 (h_new itself without HALF); kept, in training, takes the cell states.
+struct State {
+  float *h, *h_new, *out, *cell, *kept;
+  int64_t ldk;
+};
+
+// One time step of J unit blocks from block j on, for R rows. KEEP: the activated gates take the place of their inputs.
+template <int R, int J, bool KEEP, bool HALF>
+inline void step(const Cell& c, int64_t j, float* gates, int64_t ldg, const State& s) {
   const int64_t width = c.blocks * 4 * V, U = c.blocks * V;
   vf acc[R][J * 4];
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < J * 4; ++g) acc[r][g] = load(gates + r * ldg + j * 4 * V + g * V);
-  product<R, J * 4>(acc, h, U, c.w_hh + j * 4 * V, width, c.units);
+  if constexpr (HALF)
+    product_half<R, J * 4>(acc, (const int32_t*)s.h, U, (const int32_t*)c.w_hh + j * 4 * V, width, (c.units + 1) / 2);
+  else
+    product<R, J * 4>(acc, s.h, U, c.w_hh + j * 4 * V, width, c.units);
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < J; ++b) {
-      float* at = state + r * U + (j + b) * V;
+      const int64_t at = r * U + (j + b) * V;
       const vf gate[4] = {sigmoid(acc[r][b * 4]), sigmoid(acc[r][b * 4 + 1]), tanh_(acc[r][b * 4 + 2]), sigmoid(acc[r][b * 4 + 3])};
-      vf cell = gate[1] * load(at) + gate[0] * gate[2];
-      store(at, cell);
-      store(h_new + r * U + (j + b) * V, gate[3] * tanh_(cell));
-      if (KEEP) {
+      const vf cell = gate[1] * load(s.cell + at) + gate[0] * gate[2], hidden = gate[3] * tanh_(cell);
+      store(s.cell + at, cell);
+      store(s.out + at, hidden);
+      if constexpr (HALF) store_half((uint16_t*)(s.h_new + r * U) + (j + b) * V, hidden);
+      if constexpr (KEEP) {
         for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
-        store(kept + r * ldk + (j + b) * V, cell);
+        store(s.kept + r * s.ldk + (j + b) * V, cell);
       }
     }
 }
@@ -120,12 +157,13 @@ struct Kept {
 };
 
 // All tokens of one cell for R rows of the batch, from row `b` on.
-template <int R, bool KEEP>
+template <int R, bool KEEP, bool HALF>
 void run(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std::vector<float>& scratch) {
   constexpr int J = R == 1 ? (V == 16 ? 4 : 2) : 1;  // as many accumulators as the registers hold
   const int64_t U = c.blocks * V, width = 4 * U, buffer = KEEP ? 0 : R * CHUNK * width;
-  scratch.assign(buffer + 3 * R * U, 0.0f);
-  float *h = scratch.data() + buffer, *h_new = h + R * U, *state = h_new + R * U;
+  scratch.assign(buffer + 4 * R * U, 0.0f);
+  float* h = scratch.data() + buffer;
+  State state{h, h + R * U, h + 3 * R * U, h + 2 * R * U, nullptr, p.tokens * U};
   const int64_t direction = c.reverse ? -1 : 1, stride = direction * p.token_stride;
   const int64_t ldg = KEEP ? p.tokens * width : CHUNK * width, hop = KEEP ? direction * width : width;
   for (int64_t start = 0; start < p.tokens; start += CHUNK) {
@@ -141,15 +179,17 @@ void run(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std::vect
       for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
     }
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t token = first + direction * t, ldk = p.tokens * U;
-      float *at = gates + t * hop, *keep = KEEP ? kept.states + (b * p.tokens + token) * U : nullptr;
+      const int64_t token = first + direction * t;
+      float* at = gates + t * hop;
+      if (!HALF) state.out = state.h_new;
+      if (KEEP) state.kept = kept.states + (b * p.tokens + token) * U;
       int64_t j = 0;
-      for (; j + J <= c.blocks; j += J) step<R, J, KEEP>(c, j, at, ldg, h, h_new, state, keep, ldk);
-      if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1), KEEP>(c, j, at, ldg, h, h_new, state, keep, ldk), j += 2;
-      for (; j < c.blocks; ++j) step<R, 1, KEEP>(c, j, at, ldg, h, h_new, state, keep, ldk);
-      std::swap(h, h_new);
+      for (; j + J <= c.blocks; j += J) step<R, J, KEEP, HALF>(c, j, at, ldg, state);
+      if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1), KEEP, HALF>(c, j, at, ldg, state), j += 2;
+      for (; j < c.blocks; ++j) step<R, 1, KEEP, HALF>(c, j, at, ldg, state);
       for (int r = 0; r < R; ++r)
-        std::memcpy(p.out + ((b + r) * p.tokens + token) * p.out_width + c.column, h + r * U, c.units * sizeof(float));
+        std::memcpy(p.out + ((b + r) * p.tokens + token) * p.out_width + c.column, state.out + r * U, c.units * sizeof(float));
+      std::swap(state.h, state.h_new);
     }
   }
 }
@@ -198,8 +238,9 @@ void run_back(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std:
 
 using Runner = void (*)(const Problem&, const Cell&, const Kept&, int64_t, std::vector<float>&);
 constexpr int TILE = V == 16 ? 6 : 3;
-constexpr Runner INFER[] = {nullptr, run<1, false>, run<2, false>, run<3, false>, run<4, false>, run<5, false>, run<6, false>};
-constexpr Runner TRAIN[] = {nullptr, run<1, true>, run<2, true>, run<3, true>, run<4, true>, run<5, true>, run<6, true>};
+template <bool KEEP, bool HALF>
+constexpr Runner RUN[] = {nullptr, run<1, KEEP, HALF>, run<2, KEEP, HALF>, run<3, KEEP, HALF>,
+                          run<4, KEEP, HALF>, run<5, KEEP, HALF>, run<6, KEEP, HALF>};
 constexpr Runner BACK[] = {nullptr, run_back<1>, run_back<2>, run_back<3>, run_back<4>, run_back<5>, run_back<6>};
 
 // Shares cells and tiles of the batch out to torch's threads, the costliest first.
@@ -229,19 +270,22 @@ Cell cell(size_t k, int64_t units, int64_t column) {
 }
 
 // x (B, N, H, d), last dimension contiguous; packed weights, three a cell; units of each cell. Returns (B, N, sum u).
+// Recurrent weights of 32-bit integers are pairs of bfloat16.
 at::Tensor compute(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units, std::vector<at::Tensor>* gates,
                  std::vector<at::Tensor>* states) {
   TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.stride(3) == 1, "x must be (B, N, H, d), float32, d contiguous");
   TORCH_CHECK((int64_t)units.size() == 2 * x.size(2) && packed.size() == 3 * units.size(), "three packed tensors a cell, 2 H cells");
   std::vector<Cell> cells;
   std::vector<Kept> kept;
+  const bool half = packed[1].scalar_type() == at::kInt;
+  TORCH_CHECK(!half || (FAR_BFLOAT16 && !gates), "bfloat16 weights need AVX512_BF16, and do not train");
   int64_t total = 0;
   for (size_t k = 0; k < units.size(); ++k) {
     Cell c = cell(k, units[k], total);
-    const int64_t width = 4 * V * c.blocks;
-    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == units[k] * width, "weights of another size");
+    const int64_t width = 4 * V * c.blocks, rows = half ? (units[k] + 1) / 2 : units[k];
+    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == rows * width, "weights of another size");
     c.w_ih = packed[3 * k].const_data_ptr<float>();
-    c.w_hh = packed[3 * k + 1].const_data_ptr<float>();
+    c.w_hh = static_cast<const float*>(packed[3 * k + 1].const_data_ptr());
     c.bias = packed[3 * k + 2].const_data_ptr<float>();
     cells.push_back(c);
     total += units[k];
@@ -254,7 +298,7 @@ at::Tensor compute(const at::Tensor& x, at::TensorList packed, at::IntArrayRef u
   at::Tensor out = at::empty({x.size(0), x.size(1), total}, x.options());
   const Problem p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1), x.size(3),
                   x.stride(0), x.stride(1), x.stride(2), total};
-  share_out(gates ? TRAIN : INFER, p, cells, kept, x.size(0));
+  share_out(gates ? RUN<true, false> : half ? RUN<false, true> : RUN<false, false>, p, cells, kept, x.size(0));
   return out;
 }
 
@@ -303,4 +347,5 @@ TORCH_LIBRARY(FAR_NAMESPACE, m) {
   m.def("backward(Tensor grad, Tensor[] gates, Tensor[] states, Tensor[] w_back, int[] units) -> ()", &backward);
   m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b) -> Tensor", &layer);
   m.def("vector_width() -> int", []() -> int64_t { return V; });
+  m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });
 }

@@ -1,0 +1,161 @@
+"""What benchmark.py measures: the things compared, how time and memory are taken, and the ratios worth reaching."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasets.loading import Data, DataConfig
+from engine.count import count_macs
+from engine.evaluate import evaluate
+from models import kernels
+from models.bilstm import MultiHeadBiLSTM
+from models.deit import create_teacher
+from models.fuse import FusedBiLSTM, fuse
+from models.replace import FarConfig, build, count_parameters, load_model
+from utils.distributed import Context
+
+NAME, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
+KEEP = {"FAR pruned 0.5": 0.5, "FAR pruned 0.25": 0.25}
+Times = dict[str, dict[str, float]]
+
+# what, at least, (section, the slower's name, the faster's): ratios of times at 224 px unless the section says otherwise
+REACH = (
+    ("layer, batch 1: FAR fused over the published dense shape", 3.5, ("layer, batch 1", "dense BiLSTM", "FAR fused")),
+    ("layer, batch 1: FAR fused over attention", 1 / 1.3, ("layer, batch 1", "attention", "FAR fused")),
+    ("layer, batch 1: FAR pruned 0.5 over attention", 1.5, ("layer, batch 1", "attention", "FAR pruned 0.5")),
+    ("layer, batch 1: FAR pruned 0.25 over attention", 2.2, ("layer, batch 1", "attention", "FAR pruned 0.25")),
+    ("layer, batch 8: FAR fused over attention", 1 / 1.4, ("layer, batch 8", "attention", "FAR fused")),
+    ("layer, batch 8: FAR pruned 0.5 over attention", 1.2, ("layer, batch 8", "attention", "FAR pruned 0.5")),
+    ("model, batch 1: FAR pruned 0.25 over DeiT-Tiny", 1.25, ("model, batch 1", NAME, "FAR pruned 0.25")),
+    ("model, batch 1: the same with half the MLPs", 1.8, ("model, batch 1", NAME, "FAR pruned 0.25, MLP 0.5")),
+    ("layer, 4,097 tokens: FAR fused over attention", 4.0, ("4097 tokens", "attention", "FAR fused")),
+)
+
+
+class DenseLSTM(nn.Module):
+    """The published shape: one torch LSTM of width D with the heads as blocks on its diagonal, then the output projections."""
+
+    def __init__(self, attn: MultiHeadBiLSTM):
+        super().__init__()
+        self.pre, self.lstm, self.post = attn.pre_proj, attn.to_dense(), attn.post_proj
+        self.join = nn.Linear(2 * attn.dim, attn.dim)
+
+    def forward(self, x: Tensor, **_) -> Tensor:
+        return self.post(self.join(self.lstm(self.pre(x))[0]))
+
+
+def layers(tokens: int) -> dict[str, nn.Module]:
+    """One layer of DeiT-Tiny in every form, random weights."""
+    far, stock = MultiHeadBiLSTM(DIM, HEADS, tokens), MultiHeadBiLSTM(DIM, HEADS, tokens)
+    stock.backend = "torch"
+    kept = {name: [(int(DIM // HEADS * keep),) * 2] * HEADS for name, keep in KEEP.items()}
+    return {
+        "attention": create_teacher(NAME, 1000, 224).blocks[0].attn, "dense BiLSTM": DenseLSTM(far), "FAR torch": stock, "FAR": far,
+        "FAR fused": FusedBiLSTM(far),
+        **({"FAR fused bfloat16": FusedBiLSTM(far, torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
+        **{name: FusedBiLSTM(MultiHeadBiLSTM(DIM, HEADS, tokens, units)) for name, units in kept.items()},
+    }  # fmt: skip
+
+
+def models(size: int) -> dict[str, nn.Module]:
+    """DeiT-Tiny and FAR in its sizes, random weights."""
+    blocks = tuple(range(DEPTH))
+
+    def far(keep: float = 1.0, mlp: float = 1.0) -> nn.Module:
+        units = {str(i): [[int(DIM // HEADS * keep)] * 2] * HEADS for i in blocks}
+        hidden = {str(i): int(4 * DIM * mlp) for i in blocks} if mlp < 1 else {}
+        return build(FarConfig(NAME, 1000, size, replaced=blocks, units=units, mlp=hidden))
+
+    return {
+        NAME: create_teacher(NAME, 1000, size), "FAR": far(), "FAR fused": fuse(far()),
+        **({"FAR fused bfloat16": fuse(far(), torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
+        **{name: fuse(far(keep)) for name, keep in KEEP.items()}, "FAR pruned 0.25, MLP 0.5": fuse(far(0.25, 0.5)),
+    }  # fmt: skip
+
+
+def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> Times:
+    """Times all calls in turn, again and again: median, and the spread between quartiles, in milliseconds."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < least:
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - started) * 1e3)
+    result = {}
+    for name, t in times.items():
+        low, median, high = statistics.quantiles(t, n=4)
+        result[name] = {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(t)}
+    return result
+
+
+def peak_bytes(call: Callable) -> int:
+    """Peak bytes allocated during a call, beyond what was there before it: the running sum of torch's allocations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def training_steps(seconds: float) -> Times:
+    """Forward and backward of a layer, batch 8, 197 tokens."""
+    x, trained = torch.randn(8, 197, DIM, requires_grad=True), layers(197)
+    calls = {name: lambda m=trained[name]: m(x).sum().backward() for name in ("attention", "dense BiLSTM", "FAR torch", "FAR")}
+    return interleaved(calls, seconds, 3)
+
+
+def reached(out: dict, threads: int) -> list[dict]:
+    """The rows of REACH whose sections were measured: what, at_least, reached."""
+    sections = {f"layer, batch {b}": out.get(f"layer, batch {b}, threads {threads}") for b in (1, 8)}
+    sections["model, batch 1"] = out.get(f"model, batch 1, threads {threads}")
+    sections["4097 tokens"] = {name: p for name, points in out["tokens"].items() for p in points if p["tokens"] == 4097}
+    rows = []
+    for what, least, (section, slow, fast) in REACH:
+        if times := sections[section]:
+            rows.append({"what": what, "at_least": least, "reached": times[slow]["median_ms"] / times[fast]["median_ms"]})
+    return rows
+
+
+def trained(folder: Path) -> dict[str, Path]:
+    """Checkpoints that `make demo`, and prune.py --sweep in it, left in a folder: name to file."""
+    named = {"DeiT-Micro (attention)": folder / "teacher/best.pth", "FAR fused": folder / "far/best.pth"}
+    named |= {f"FAR fused, {p.parent.name}": p for p in sorted(folder.glob("*/keep-*/best.pth"), reverse=True)}
+    if len(named) == 2:
+        named["FAR fused, pruned"] = folder / "prune/best.pth"
+    return {name: path for name, path in named.items() if path.is_file()}
+
+
+@torch.inference_mode()
+def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
+    """Trained models on DIGITS' evaluation split: mean top-1 over the folders, time for one image with the first folder's."""
+    accuracy: dict[str, list[float]] = {}
+    first: dict[str, nn.Module] = {}
+    rows: dict[str, dict] = {}
+    for folder in folders:
+        for name, path in trained(folder).items():
+            variants = {name: torch.float32}
+            if name == "FAR fused" and kernels.cpu.has_bfloat16():
+                variants["FAR fused bfloat16"] = torch.bfloat16
+            for label, recurrent in variants.items():
+                model, config = load_model(path, f"--runs {folder}")
+                rows.setdefault(label, {"name": label, "parameters": count_parameters(model), "macs": count_macs(model)})
+                first.setdefault(label, fuse(model, recurrent))
+                loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(60)
+                accuracy.setdefault(label, []).append(evaluate(model, loader, Context(), torch.no_grad)["acc1"])
+    if not rows:
+        return []
+    image = torch.randn(1, 3, *next(iter(first.values())).patch_embed.img_size)
+    times = interleaved({name: lambda m=m: m(image) for name, m in first.items()}, seconds)
+    return [{**row, "acc1": statistics.mean(accuracy[name]), "seeds": len(accuracy[name]), **times[name]} for name, row in rows.items()]
