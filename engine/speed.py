@@ -1,5 +1,6 @@
 """What benchmark.py measures: the things compared, how time and memory are taken, and the ratios worth reaching."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -97,6 +98,7 @@ def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> T
 
 def peak_bytes(call: Callable) -> int:
     """Peak bytes allocated during a call, beyond what was there before it: the running sum of torch's allocations."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's notices stand between the rows
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -131,9 +133,9 @@ def reached(out: dict, threads: int) -> list[dict]:
 def trained(folder: Path) -> dict[str, Path]:
     """Checkpoints that `make demo`, and prune.py --sweep in it, left in a folder: name to file."""
     named = {"DeiT-Micro (attention)": folder / "teacher/best.pth", "FAR fused": folder / "far/best.pth"}
-    named |= {f"FAR fused, {p.parent.name}": p for p in sorted(folder.glob("*/keep-*/best.pth"), reverse=True)}
+    named |= {f"FAR fused, {p.parent.name.replace('-', ' ')}": p for p in sorted(folder.glob("*/keep-*/best.pth"), reverse=True)}
     if len(named) == 2:
-        named["FAR fused, pruned"] = folder / "prune/best.pth"
+        named["FAR fused, keep 0.5"] = folder / "prune/best.pth"  # as the demo prunes
     return {name: path for name, path in named.items() if path.is_file()}
 
 

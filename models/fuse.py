@@ -14,6 +14,10 @@ from utils.errors import FarError
 PATIENCE = 1.25
 
 
+def frozen(w: Tensor) -> nn.Parameter:
+    return nn.Parameter(w.detach().clone(), requires_grad=False)
+
+
 class FusedBiLSTM(nn.Module):
     """The function of a MultiHeadBiLSTM without gradients: x (B, N, D) to (B, N, D).
 
@@ -33,10 +37,10 @@ class FusedBiLSTM(nn.Module):
         self.widths = [sum(pair) for pair in attn.units]
         with torch.no_grad():
             cells = [self._cell(attn, h, r, d) for h in range(attn.num_heads) for r in (0, 1)]
-            self.cells = nn.ParameterList(nn.Parameter(w.clone(), requires_grad=False) for cell in cells for w in cell)
+            self.cells = nn.ParameterList(frozen(w) for cell in cells for w in cell)
             empty = attn.pre_proj.weight.new_empty(0)
-            self.register_buffer("pre_w", empty if self.merged_pre else attn.pre_proj.weight.clone())
-            self.register_buffer("pre_b", empty if self.merged_pre else attn.pre_proj.bias.clone())
+            self.pre_w = frozen(empty if self.merged_pre else attn.pre_proj.weight)
+            self.pre_b = frozen(empty if self.merged_pre else attn.pre_proj.bias)
             post, heads = attn.post_proj, attn.head_proj
             if self.merged_out:
                 parts = post.weight.split(d, dim=1)
@@ -44,10 +48,9 @@ class FusedBiLSTM(nn.Module):
                 out_b = post.bias + post.weight @ torch.cat([proj.bias for proj in heads])
                 self.heads = nn.ModuleList()
             else:
-                out_w, out_b = post.weight.clone(), post.bias.clone()
+                out_w, out_b = post.weight, post.bias
                 self.heads = nn.ModuleList(heads)
-            self.register_buffer("out_w", out_w)
-            self.register_buffer("out_b", out_b)
+            self.out_w, self.out_b = frozen(out_w), frozen(out_b)
         self.packed = None
         if out_w.dtype == torch.float32 and out_w.device.type == "cpu" and self.backend in ("auto", "cpu") and kernels.cpu.available():
             self.packed = kernels.cpu.pack(self._cells(), recurrent=recurrent)

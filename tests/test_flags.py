@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import main
+from engine import jobs
+from models import kernels
+from models.fuse import fuse as fuse_model
 from models.kernels import KERNELS
 from utils.checkpoint import load
 
@@ -94,6 +97,28 @@ def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far, caps
     args = ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", str(far / "best.pth")]
     assert main.main([*args, "--lstm-backend", backend]) == 0
     assert set(calls) == {backend}
+
+
+def test_eval_fuses_and_keeps_the_accuracy(far, monkeypatch, tmp_path):
+    fused = []
+    monkeypatch.setattr(jobs, "fuse", lambda model, recurrent: fused.append(recurrent) or fuse_model(model, recurrent))
+    args = ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", str(far / "best.pth")]
+    results = {}
+    for fuse in ((), ("--fuse", "float32"), *([("--fuse", "bfloat16")] if kernels.cpu.has_bfloat16() else [])):
+        folder = tmp_path / "-".join(("run", *fuse))
+        assert main.main([*args, *fuse, "--output-dir", str(folder)]) == 0
+        results[fuse] = json.loads((folder / "result.json").read_text())
+    plain = results.pop(())
+    for result in results.values():
+        assert result["parameters"] == plain["parameters"] and abs(result["acc1"] - plain["acc1"]) < 2  # barely trained: ties tip over
+        assert abs(result["loss"] - plain["loss"]) < 1e-3
+    assert fused == [torch.float32, torch.bfloat16][: len(results)]
+
+
+def test_triton_is_refused_before_the_run_begins(failure, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels.gpu, "interpreting", lambda: False)
+    line = failure("--mode", "teacher", *BASE, "--device", "cpu", "--lstm-backend", "triton", "--output-dir", tmp_path / "run")
+    assert "--lstm-backend triton" in line and not (tmp_path / "run").exists()
 
 
 def test_cpu_can_be_asked_for_and_cuda_is_refused_without_one(failure):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from engine.count import count_macs
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.fuse import FusedBiLSTM, fuse
@@ -62,6 +63,26 @@ def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
     m = layer(units)
     x = torch.randn(batch, tokens, 3, 64)
     assert error_against_float64(x, m, cpu.run(x, cpu.pack(cells(m), operators), operators)) < 1e-6
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 1), (50, 33), (1025, 2)])
+def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch):
+    if not cpu.has_bfloat16():
+        pytest.skip("no AVX512_BF16 here")
+    m, x = layer(units), torch.randn(batch, tokens, 3, 64)
+    got = cpu.run(x, cpu.pack(cells(m), recurrent=torch.bfloat16))
+    rounded = [cell._replace(weight_hh=cell.weight_hh.bfloat16().float()) for cell in cells(m)]
+    with_rounded_weights = cpu.run(x, cpu.pack(rounded))
+    assert error_against_float64(x, m, got) < 5e-3
+    assert ((got - with_rounded_weights).norm() / got.norm()).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
+    assert torch.equal(got, cpu.run(x, cpu.pack(cells(m)))) == (tokens == 1)  # the first token meets no recurrence
+
+
+def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    with pytest.raises(FarError, match="--fuse float32"):
+        FusedBiLSTM(layer(UNITS[0]), torch.bfloat16)
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -157,6 +178,17 @@ def test_a_wide_layer_keeps_its_head_projections_apart():
     f, x = FusedBiLSTM(m), torch.randn(2, 30, 768)
     assert not f.merged_out and not f.merged_pre
     torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("units", [64, 32, 8])
+def test_a_fused_layers_macs_are_counted_as_merged(units):
+    config = FarConfig("DeiT-Tiny", 10, 224, replaced=(0,), units={"0": [[units] * 2] * 3})
+    plain, fused = build(config), fuse(build(config))
+    total = 6 * units
+    before = 192 * 192 + 4 * total * (64 + units) + 64 * total + 192 * 192  # pre_proj, LSTMs, head_proj, post_proj
+    inputs = min(192 * 192 + 4 * total * 64, 4 * total * 192)  # merged where that costs less
+    after = inputs + 4 * total * units + 192 * total
+    assert count_macs(plain) - count_macs(fused) == 197 * (before - after)
 
 
 def test_a_fused_model_gives_the_models_logits():

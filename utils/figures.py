@@ -113,12 +113,17 @@ def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
 
 
 def accuracy_by_latency(rows: list[dict]) -> Figure:
-    """Top-1 against time for one image: trained models, attention's and FAR's."""
+    """Top-1 against the time for one image; FAR and its pruned sizes are joined by a line."""
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for k, row in enumerate(rows):
-        axis.plot(row["median_ms"], row["acc1"], ls="", marker="osD^vP*X"[k % 8], color=COLOURS[k % len(COLOURS)], label=row["name"])
+    sizes = [row for row in rows if row["name"].startswith("FAR fused") and "bfloat16" not in row["name"]]
+    axis.plot([r["median_ms"] for r in sizes], [r["acc1"] for r in sizes], color=COLOURS[0], marker="o", label="FAR fused, by keep ratio")
+    for row in sizes:
+        keep = row["name"].partition("keep ")[2] or "1"
+        axis.annotate(keep, (row["median_ms"], row["acc1"]), xytext=(5, 5), textcoords="offset points", fontsize=7)
+    for k, row in enumerate(r for r in rows if r not in sizes):
+        axis.plot(row["median_ms"], row["acc1"], ls="", marker="sD"[k % 2], color=COLOURS[1 + k], label=row["name"])
     axis.margins(0.1)
     axis.set(xlabel="one image (ms)", ylabel="top-1 (%)")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=8, loc="lower right")
     return figure
