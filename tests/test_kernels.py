@@ -49,9 +49,14 @@ def gradient_errors(x, m, compute):
     return [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs]
 
 
-@pytest.fixture(scope="module", params=["tuned", "portable"])
+BUILDS = {"tuned": cpu.TUNED, "avx2": ("-mavx2", "-mfma"), "portable": cpu.PORTABLE}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
 def operators(request):
-    found = cpu.load(cpu.TUNED if request.param == "tuned" else cpu.PORTABLE)
+    if request.param == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("no AVX2 here")
+    found = cpu.load(BUILDS[request.param])
     if found is None:
         pytest.skip("no C++ compiler here")
     return found
