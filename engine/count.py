@@ -32,7 +32,8 @@ def _lstm(module: MultiHeadBiLSTM, args, output) -> int:
 
 def _fused(module: FusedBiLSTM, args, output) -> int:
     b, n, _ = args[0].shape
-    return b * n * (module.pre_w.numel() + module.out_w.numel() + sum(w.numel() for w in module.cells if w.dim() == 2))
+    mixing = module.pre_w.numel() + sum(w.numel() for w in module.cells if w.dim() == 2)
+    return b * n * mixing + output[..., 0].numel() * module.out_w.numel()
 
 
 COUNTERS = {FusedBiLSTM: _fused, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MultiHeadBiLSTM: _lstm}

@@ -1,5 +1,7 @@
 """A FAR model for inference: neighbouring linear maps merged where that costs less, weights laid out for the kernel."""
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -51,6 +53,7 @@ class FusedBiLSTM(nn.Module):
                 out_w, out_b = post.weight, post.bias
                 self.heads = nn.ModuleList(heads)
             self.out_w, self.out_b = frozen(out_w), frozen(out_b)
+        self.tokens = sys.maxsize  # how many of the first tokens anybody reads
         self.packed = None
         if out_w.dtype == torch.float32 and out_w.device.type == "cpu" and self.backend in ("auto", "cpu") and kernels.cpu.available():
             self.packed = kernels.cpu.pack(self._cells(), recurrent=recurrent)
@@ -70,7 +73,7 @@ class FusedBiLSTM(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         kernel_fits = self.packed is not None and x.dtype == torch.float32 and x.device.type == "cpu"
         if kernel_fits and self.merged_out:
-            return kernels.cpu.load().layer(x, self.pre_w, self.pre_b, *self.packed, self.out_w, self.out_b)
+            return kernels.cpu.load().layer(x, self.pre_w, self.pre_b, *self.packed, self.out_w, self.out_b, self.tokens)
         b, n, dim = x.shape
         if self.merged_pre:
             p = x.unsqueeze(2).expand(b, n, self.num_heads, dim)
@@ -81,14 +84,37 @@ class FusedBiLSTM(nn.Module):
         else:
             cells = self._cells()
             hidden = kernels.KERNELS[kernels.choose(self.backend, p, max(c.weight_hh.shape[1] for c in cells))](p, cells)
+        hidden = hidden[:, : self.tokens]
         if not self.merged_out:
             hidden = torch.cat([proj(h) for proj, h in zip(self.heads, hidden.split(self.widths, dim=2), strict=True)], dim=2)
         return F.linear(hidden, self.out_w, self.out_b)
 
 
+class LastBlock(nn.Module):
+    """The last block of a classifier that reads nothing but the class token: once tokens are mixed, only that one goes on.
+
+    x (B, N, D) to (B, 1, D).
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
+        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
+        self.attn.tokens = 1
+
+    def forward(self, x: Tensor, **_) -> Tensor:
+        x = x[:, :1] + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
 def fuse(model: VisionTransformer, recurrent: torch.dtype = torch.float32) -> VisionTransformer:
-    """Makes every LSTM block of the model a FusedBiLSTM, in place, and freezes the model in eval mode."""
+    """Makes every LSTM block of the model a FusedBiLSTM, in place, and freezes the model in eval mode.
+
+    Its logits stay the same. Where the last block has LSTMs, `forward_features` gives the class token alone, (B, 1, D).
+    """
     for block in model.blocks:
         if isinstance(block.attn, MultiHeadBiLSTM):
             block.attn = FusedBiLSTM(block.attn, recurrent)
+    if isinstance(model.blocks[-1].attn, FusedBiLSTM) and model.global_pool == "token":
+        model.blocks[-1] = LastBlock(model.blocks[-1])
     return model.eval().requires_grad_(False)

@@ -207,6 +207,19 @@ def test_a_fused_model_gives_the_models_logits():
     assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
 
 
+@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])
+def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
+    config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})
+    model = build(config).double().eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected, plain = model(x), count_macs(model)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-12)
+    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
+    if 3 in replaced:
+        assert plain - count_macs(model) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
+
+
 PROGRAM = """
 import utils, torch
 from models.kernels import cpu

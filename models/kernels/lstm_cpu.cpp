@@ -329,14 +329,14 @@ void backward(const at::Tensor& grad, at::TensorList gates, at::TensorList state
   share_out(BACK, p, cells, kept, grad.size(0));
 }
 
-// A whole layer: x (B, N, D) to (B, N, D), with the two projections around the LSTMs as torch's own matrix products.
-// An empty pre_w means that it was merged into the input weights; then every head reads all D channels.
+// A whole layer: x (B, N, D) to the first `tokens` of (B, N, D), with the two projections around the LSTMs as torch's own matrix
+// products. An empty pre_w means that it was merged into the input weights; then every head reads all D channels.
 at::Tensor layer(const at::Tensor& x, const at::Tensor& pre_w, const at::Tensor& pre_b, at::TensorList packed, at::IntArrayRef units,
-                 const at::Tensor& out_w, const at::Tensor& out_b) {
+                 const at::Tensor& out_w, const at::Tensor& out_b, int64_t tokens) {
   const int64_t heads = units.size() / 2, b = x.size(0), n = x.size(1);
   at::Tensor p = pre_w.numel() ? at::linear(x, pre_w, pre_b).view({b, n, heads, -1})
                                : x.contiguous().unsqueeze(2).expand({b, n, heads, x.size(2)});
-  return at::linear(forward(p, packed, units), out_w, out_b);
+  return at::linear(forward(p, packed, units).narrow(1, 0, std::min(tokens, n)), out_w, out_b);
 }
 
 }  // namespace
@@ -345,7 +345,7 @@ TORCH_LIBRARY(FAR_NAMESPACE, m) {
   m.def("forward(Tensor x, Tensor[] packed, int[] units) -> Tensor", &forward);
   m.def("train(Tensor x, Tensor[] packed, int[] units) -> (Tensor, Tensor[], Tensor[])", &train);
   m.def("backward(Tensor grad, Tensor[] gates, Tensor[] states, Tensor[] w_back, int[] units) -> ()", &backward);
-  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b) -> Tensor", &layer);
+  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) -> Tensor", &layer);
   m.def("vector_width() -> int", []() -> int64_t { return V; });
   m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });
 }
