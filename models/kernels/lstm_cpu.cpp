@@ -61,10 +61,10 @@ inline vf tanh_(vf x) { return 2.0f / (1.0f + exp_(-2.0f * x)) - 1.0f; }
 
 // acc[r][j] += sum over k of a[r][k] * w[k][j]; w points at C neighbouring vectors, rows `ldw` floats apart.
 template <int R, int C>
-inline void product(vf (&acc)[R][C], const float* a, int64_t lda, const float* w, int64_t ldw, int64_t depth) {
-  for (int64_t k = 0; k < depth; ++k, w += ldw) {
+inline void product(vf (&acc)[R][C], const float* a, int64_t lda, const float* w, int64_t ldw, int64_t depth, int64_t hop = 1) {
+  for (int64_t k = 0; k < depth; ++k, w += ldw, a += hop) {
     vf s[R];
-    for (int r = 0; r < R; ++r) s[r] = splat(a[r * lda + k]);
+    for (int r = 0; r < R; ++r) s[r] = splat(a[r * lda]);
     for (int j = 0; j < C; ++j) {
       vf column = load(w + j * V);
       for (int r = 0; r < R; ++r) acc[r][j] += s[r] * column;
@@ -116,6 +116,7 @@ void input_rows(const Cell& c, const float* a, int64_t lda, int64_t depth, float
 struct State {
   float *h, *h_new, *out, *cell, *kept;
   int64_t ldk;
+  bool last;
 };
 
 // One time step of J unit blocks from block j on, for R rows. KEEP: the activated gates take the place of their inputs.
@@ -127,6 +128,8 @@ inline void step(const Cell& c, int64_t j, float* gates, int64_t ldg, const Stat
     for (int g = 0; g < J * 4; ++g) acc[r][g] = load(gates + r * ldg + j * 4 * V + g * V);
   if constexpr (HALF)
     product_half<R, J * 4>(acc, (const int32_t*)s.h, U, (const int32_t*)c.w_hh + j * 4 * V, width, (c.units + 1) / 2);
+  else if (R == 1 && !KEEP && s.last)  // every other token from the last row to the first: what the cache still holds of W_hh first
+    product<R, J * 4>(acc, s.h + c.units - 1, U, c.w_hh + (c.units - 1) * width + j * 4 * V, -width, c.units, -1);
   else
     product<R, J * 4>(acc, s.h, U, c.w_hh + j * 4 * V, width, c.units);
   for (int r = 0; r < R; ++r)
@@ -163,7 +166,7 @@ void run(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std::vect
   const int64_t U = c.blocks * V, width = 4 * U, buffer = KEEP ? 0 : R * CHUNK * width;
   scratch.assign(buffer + 4 * R * U, 0.0f);
   float* h = scratch.data() + buffer;
-  State state{h, h + R * U, h + 3 * R * U, h + 2 * R * U, nullptr, p.tokens * U};
+  State state{h, h + R * U, h + 3 * R * U, h + 2 * R * U, nullptr, p.tokens * U, false};
   const int64_t direction = c.reverse ? -1 : 1, stride = direction * p.token_stride;
   const int64_t ldg = KEEP ? p.tokens * width : CHUNK * width, hop = KEEP ? direction * width : width;
   for (int64_t start = 0; start < p.tokens; start += CHUNK) {
@@ -190,6 +193,7 @@ void run(const Problem& p, const Cell& c, const Kept& kept, int64_t b, std::vect
       for (int r = 0; r < R; ++r)
         std::memcpy(p.out + ((b + r) * p.tokens + token) * p.out_width + c.column, state.out + r * U, c.units * sizeof(float));
       std::swap(state.h, state.h_new);
+      state.last = !state.last;
     }
   }
 }
