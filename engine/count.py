@@ -30,13 +30,18 @@ def _lstm(module: MultiHeadBiLSTM, args, output) -> int:
     return b * n * sum(r.weight_ih.numel() + r.weight_hh.numel() for head in module.lstm for r in head)
 
 
+def _torch_lstm(module: nn.LSTM, args, output) -> int:
+    b, n, _ = args[0].shape  # batch first
+    return b * n * sum(w.numel() for w in module.parameters() if w.dim() == 2)
+
+
 def _fused(module: FusedBiLSTM, args, output) -> int:
     b, n, _ = args[0].shape
     mixing = module.pre_w.numel() + sum(w.numel() for w in module.cells if w.dim() == 2)
     return b * n * mixing + output[..., 0].numel() * module.out_w.numel()
 
 
-COUNTERS = {FusedBiLSTM: _fused, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MultiHeadBiLSTM: _lstm}
+COUNTERS = {FusedBiLSTM: _fused, nn.LSTM: _torch_lstm, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MultiHeadBiLSTM: _lstm}
 
 
 @torch.no_grad()

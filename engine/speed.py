@@ -71,8 +71,11 @@ def models(size: int) -> dict[str, nn.Module]:
         hidden = {str(i): int(4 * DIM * mlp) for i in blocks} if mlp < 1 else {}
         return build(FarConfig(NAME, 1000, size, replaced=blocks, units=units, mlp=hidden))
 
+    dense = far()
+    for block in dense.blocks:
+        block.attn = DenseLSTM(block.attn)
     return {
-        NAME: create_teacher(NAME, 1000, size), "FAR": far(), "FAR fused": fuse(far()),
+        NAME: create_teacher(NAME, 1000, size), "dense BiLSTM": dense, "FAR": far(), "FAR fused": fuse(far()),
         **({"FAR fused bfloat16": fuse(far(), torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
         **{name: fuse(far(keep)) for name, keep in KEEP.items()}, "FAR pruned 0.25, MLP 0.5": fuse(far(0.25, 0.5)),
     }  # fmt: skip

@@ -41,6 +41,8 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     recorded = json.loads((far / "result.json").read_text())
     assert abs(rows["FAR fused"]["acc1"] - recorded["acc1"]) < 2  # barely trained: ties tip over when maps are merged
     assert out["size"]["DeiT-Tiny"]["parameters"] == 5_717_416 and out["size"]["FAR pruned 0.25"]["macs"] < out["size"]["FAR"]["macs"]
+    dense, blocks = 2 * 8 * 192**2 + 2 * 192**2, 6 * 8 * 64**2 + 6 * 64**2  # LSTMs and the joining projection, a token
+    assert out["size"]["dense BiLSTM"]["macs"] - out["size"]["FAR"]["macs"] == 12 * 197 * (dense - blocks)
     ratio = layer["dense BiLSTM"]["median_ms"] / layer["FAR fused"]["median_ms"]
     assert any(abs(row["reached"] - ratio) < 1e-9 for row in out["reach"]) and "reached" in done.stdout
     assert "USDT" not in done.stdout + done.stderr
