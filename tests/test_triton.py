@@ -26,7 +26,7 @@ def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch,
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     m = layer(units).to(DEVICE).requires_grad_()
     x = torch.randn(batch, 3, tokens, 64, device=DEVICE).transpose(1, 2).requires_grad_()  # not contiguous
-    assert max(gradient_errors(x, m, lambda: gpu.fused(x, cells(m)))) < 2e-6
+    assert max(gradient_errors(x, m, lambda: gpu.fused(x, cells(m)))) < 1e-5
 
 
 def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients(monkeypatch):
