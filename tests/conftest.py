@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import main
 import utils  # noqa: F401  (first: makes torchvision importable)
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 ROOT = Path(__file__).parent.parent
 QUIET = ["--aa", "none", "--reprob", "0", "--color-jitter", "0", "--num-workers", "0"]
 DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--batch-size", "64", "--block-ft-batch-size", "64",

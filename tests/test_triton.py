@@ -17,7 +17,7 @@ from tests.test_kernels import UNITS, cells, error_against_float64, gradient_err
 from utils.errors import FarError
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/conftest.py turns the interpreter on where there is no GPU
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/__init__.py turns the interpreter on where there is no GPU
 
 
 @pytest.mark.parametrize("units", UNITS)
