@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 import utils  # noqa: F401  (first: makes torchvision importable)
-from utils.arguments import SIZE, Parser
+from utils.arguments import SECONDS, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.errors import FarError, run_script
 from utils.figures import accuracy_by_latency, latency_by_tokens
+from utils.files import check_writable
 
 from engine import speed  # isort: skip
 from engine.count import count_macs  # isort: skip
@@ -58,14 +59,15 @@ def by_tokens(things: dict, args) -> dict[str, list[dict]]:
 
 def benchmark(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go")
-    parser.add_argument("--seconds", type=float, default=4.0, help="measured for each group of things compared")
+    parser.add_argument("--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go")
+    parser.add_argument("--seconds", type=SECONDS, default=4.0, help="measured for each group of things compared")
     parser.add_argument("--batches", type=SIZE, nargs="+", default=[1, 8, 32], help="batch sizes")
     parser.add_argument("--image-size", type=SIZE, nargs="+", default=[224, 384, 512, 768, 1024],
                         help="sides in pixels, for cost against tokens")  # fmt: skip
-    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("runs/demo")],
+    parser.add_argument("--runs", type=path, nargs="+", default=[Path("runs/demo")],
                         help="folders of demo.py, a seed each, for accuracy against latency")  # fmt: skip
     args = parser.parse_args(argv)
+    check_writable(args.output_dir)
     if any(size % 16 for size in args.image_size):
         raise FarError("--image-size: DeiT-Tiny needs multiples of its patch size, 16")
     torch.manual_seed(0)

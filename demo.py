@@ -22,22 +22,26 @@ from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
 from engine.distill import mean_similarity_of_z
 from models.replace import load_model, swap_attention
-from utils.arguments import COUNT, SIZE, Parser
+from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.distributed import Context
 from utils.errors import FarError, run_script
 from utils.figures import save_figure, similarity_bars
+from utils.files import check_writable
 
-COMMON = """--scale Micro --unscale-lr --batch-size 64 --block-ft-batch-size 64 --aa none --reprob 0 --color-jitter 0
---smoothing 0 --drop-path 0 --num-workers 0 --select last --clip-grad 1 --block-ft-clip-grad 1""".split()
+RUN = "--scale Micro --num-workers 0".split()
+TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last""".split()
+OPTIM, BLOCK_OPTIM = "--batch-size 64 --clip-grad 1".split(), "--block-ft-batch-size 64 --block-ft-clip-grad 1".split()
 DIGITS = ["--dataset", "DIGITS"]
-TEACHER = "--mode teacher --epochs 50 --lr 2e-3 --warmup-epochs 8".split()
-ATTN = "--mode train --epochs 24 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()
-BLOCK = "--mode block-distill --block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split()
-PRUNE = """--epochs 6 --lr 1e-3 --warmup-epochs 1 --decay 1e-3 --keep-ratio 0.5 --ft-epochs 12 --ft-lr 3e-3 --ft-warmup-epochs 1
---unscale-lr --batch-size 64 --ft-batch-size 64 --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --num-workers 0
---select last --clip-grad 1 --ft-clip-grad 1""".split()
-DOWNSTREAM = "--mode downstream --dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()
+TEACHER = ["--mode", "teacher", *OPTIM, *"--epochs 50 --lr 2e-3 --warmup-epochs 8".split()]
+ATTN = ["--mode", "train", *OPTIM, *BLOCK_OPTIM, *"--epochs 24 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()]
+BLOCK = ["--mode", "block-distill", *BLOCK_OPTIM,
+         *"--block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split()]  # fmt: skip
+PRUNE = [*OPTIM, *"""--epochs 6 --lr 1e-3 --warmup-epochs 1 --decay 1e-3 --keep-ratio 0.5 --ft-epochs 12 --ft-lr 3e-3
+--ft-warmup-epochs 1 --ft-batch-size 64 --ft-clip-grad 1""".split()]
+DOWNSTREAM = ["--mode", "downstream", *OPTIM, *"--dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()]
+MARK = ".far-demo"  # in a folder that the demo made or found empty: what is below is its own
+OWN = ("teacher", "attn", "far", "downstream", "prune", "figures", "data/parity", "similarity.png", "summary.json", "*.seconds", "seed*")
 
 
 def write_parity(root: Path) -> None:
@@ -50,6 +54,18 @@ def write_parity(root: Path) -> None:
             image.save(path)
 
 
+def claim(root: Path) -> None:
+    """Makes the demo's folder; a finished demo in it is removed, to start afresh, and nothing else ever is."""
+    check_writable(root)
+    if not (root / MARK).exists() and root.exists() and any(root.iterdir()):
+        raise FarError(f"--output-dir {root}: holds files that no demo made; name a new or an empty folder")
+    if (root / "summary.json").exists():
+        for made in (path for pattern in OWN for path in root.glob(pattern)):
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARK).touch()
+
+
 class Demo:
     """Runs the scripts one after the other in a folder; an interrupted demo goes on where it stopped."""
 
@@ -59,7 +75,7 @@ class Demo:
 
     def stage(self, name: str, *argv: str) -> dict:
         """One call of main.py into root/name; returns its result.json."""
-        return self._call(name, "main.py", main.main, [*COMMON, *self._shrunk(argv)], "result.json")
+        return self._call(name, "main.py", main.main, self._shrunk(argv), "result.json")
 
     def prune(self, *argv: str) -> dict:
         """One call of prune.py into root/prune; returns its report."""
@@ -69,13 +85,11 @@ class Demo:
         run, started = self.root / name, time.perf_counter()
         timing = self.root / f"{name}.seconds"
         if not (run / result).exists():
-            resume = ["--resume"] if (run / "args.json").exists() else []
+            argv = [*RUN, *TRAINING, *argv, "--seed", str(self.seed), "--output-dir", str(run), "--resume", "auto"]
             print(f"\n== {name}: python3 {script} {' '.join(argv)}", flush=True)
-            call([*argv, "--seed", str(self.seed), "--output-dir", str(run), *resume])
-            if not (run / result).exists():
-                raise FarError(f"{run}: the demo was stopped; run it again to go on")
+            call(argv)
             timing.write_text(f"{time.perf_counter() - started:.1f}")
-        self.seconds[name] = float(timing.read_text())
+        self.seconds[name] = float(timing.read_text()) if timing.exists() else 0.0  # killed right after its result
         return json.loads((run / result).read_text())
 
     def _shrunk(self, argv: tuple[str, ...]) -> list[str]:
@@ -171,16 +185,14 @@ def write_json(path: Path, content) -> None:
 
 def demo(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--seeds", type=COUNT, nargs="+", default=[0], help="several seeds run in folders of their own")
+    parser.add_argument("--output-dir", type=path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="several seeds run in folders of their own")
     parser.add_argument("--ablation", action="store_true", help="measure the choices behind the defaults instead")
     parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try the demo out")
-    parser.add_argument("--train-subset", default="1.0", help="share of the training images, to try the demo out")
+    parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try the demo out")
     args = parser.parse_args(argv)
     root = args.output_dir
-    if (root / "summary.json").exists():
-        shutil.rmtree(root)  # finished: start afresh; an unfinished one goes on instead
-    root.mkdir(parents=True, exist_ok=True)
+    claim(root)
     if args.ablation:
         ablation(root, args.seeds)
         return 0
@@ -189,7 +201,7 @@ def demo(argv: list[str] | None = None) -> int:
     for seed in args.seeds:
         folder = root if len(args.seeds) == 1 else root / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", args.train_subset], epochs).run())
+        summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", f"{args.train_subset:g}"], epochs).run())
         print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
     if len(summaries) == 1:
         models = (("--base-weight", "teacher"), ("--far-weight", "far"), ("--pruned-weight", "prune"))

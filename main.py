@@ -7,8 +7,7 @@ from models import kernels
 from utils import distributed
 from utils.errors import run_script
 
-from engine.train import Stopped  # isort: skip
-from engine.jobs import JOBS, build_parser  # isort: skip
+from engine.jobs import JOBS, build_parser, parse  # isort: skip
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
 PRETRAINED_PATH = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/far/best.pth"}
@@ -16,15 +15,10 @@ PRETRAINED_PATH_PRUNE = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/dem
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser(__doc__).parse_args(argv)
-    try:
-        context = distributed.start(args.distributed, args.device)
+    args = parse(build_parser(__doc__), argv)
+    with distributed.joined(args.distributed, args.device) as context:
         kernels.check(args.lstm_backend, context.device)
-        JOBS[args.mode](args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
-    except Stopped as stopped:
-        print(stopped)
-    finally:
-        distributed.stop()
+        JOBS[args.mode].run(args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
     return 0
 
 

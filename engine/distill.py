@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.stages import Stage
+from engine.stages import PARTS, Stage
 from models.bilstm import Replacement
+from utils.errors import FarError
 
 
 class Features(NamedTuple):
@@ -89,6 +90,17 @@ LOSSES = {
     "classification": LossKind(False, True),
     "combine": LossKind(True, True, always_output=True),
 }
+
+
+def check_reach(stages: Iterable[Stage]) -> None:
+    """Raises FarError where a stage would train what its loss does not reach."""
+    for stage in stages:
+        if PARTS[stage.parts].behind and not LOSSES[stage.loss].logits:
+            useful = " or ".join(name for name, kind in LOSSES.items() if kind.logits)
+            raise FarError(
+                f"stage {stage.name}: trains {stage.parts}, but the loss {stage.loss} does not reach the classifier; "
+                f"take {useful} for it (--block-ft-train-loss), or leave the classifier out (--block-ft-mode)"
+            )
 
 
 class Distillation(nn.Module):

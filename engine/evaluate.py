@@ -1,5 +1,7 @@
 """Exact evaluation: each image counts once, whatever the number of processes."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,15 +11,22 @@ from utils.distributed import Context
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, context: Context, autocast) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loader: DataLoader, context: Context, autocast, check: Callable[[], None] | None = None
+) -> dict[str, float]:
     """Cross entropy and top-1 / top-5 accuracy in percent, over the shares of all processes.
+
+    check: called between batches, by all processes equally often; it may raise to end the evaluation.
 
     Returns a dictionary with loss, acc1, acc5 and images (the count).
     """
     training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=context.device)
-    for images, targets in loader:
+    common = -context.most(-len(loader)) if check else 0  # shares differ by an image, and so by a batch
+    for number, (images, targets) in enumerate(loader):
+        if number < common:
+            check()
         images, targets = images.to(context.device, non_blocking=True), targets.to(context.device, non_blocking=True)
         with autocast():
             logits = model(images)

@@ -2,18 +2,19 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from timm.optim import list_optimizers
 
 from datasets.loading import Data, DataConfig
-from engine.distill import LOSSES, Distillation, mean_similarity_of_z
+from datasets.registry import SOURCES
+from engine.distill import LOSSES, Distillation, check_reach, mean_similarity_of_z
 from engine.evaluate import evaluate
 from engine.stages import Optim, Stage, distillation, with_epochs
-from engine.train import AMP, Settings, Trainer
+from engine.train import AMP, Settings, Trainer, check_optimizer
 from models.bilstm import REPLACEMENTS
 from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_published_weights, load_teacher_weights
 from models.fuse import fuse
@@ -33,7 +34,7 @@ from utils import arguments, checkpoint
 from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Paths = tuple[dict[str, str], dict[str, str]]
@@ -44,8 +45,8 @@ def build_parser(description: str) -> Parser:
     parser.add_argument("--mode", choices=tuple(JOBS), default="train", help="what to do")
     arguments.add_run_group(parser, BACKENDS, tuple(AMP))
     arguments.add_model_group(parser, TEACHERS, SCALES, REPLACEMENTS)
-    arguments.add_data_group(parser)
-    g = parser.add_argument_group("distillation (modes train, block-distill)")
+    arguments.add_data_group(parser, SOURCES)
+    g = parser.add_argument_group("distillation")
     g.add_argument("--train-loss", choices=tuple(LOSSES), default="combine", help="loss of the attention stage")
     g.add_argument("--block-ft-train-loss", choices=tuple(LOSSES), default="classification", help="loss of the block stage")
     g.add_argument("--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains")
@@ -55,28 +56,44 @@ def build_parser(description: str) -> Parser:
     g.add_argument("--distill-input", choices=("teacher", "student"), default="student",
                    help="what a student block reads: the teacher's input to it, or the student's running state")  # fmt: skip
     g.add_argument("--skip-train-attn", action="store_true", help="go straight to the block stage")
-    g.add_argument("--attn-weight", type=Path, metavar="FILE", help="FAR weights to start from, after the attention stage")
+    g.add_argument("--attn-weight", type=arguments.path, metavar="FILE", help="FAR weights to start from, after the attention stage")
     g.add_argument("--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags")
-    g = parser.add_argument_group("downstream and eval")
-    g.add_argument("--far-weight", type=Path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py")
+    g = parser.add_argument_group("FAR model")
+    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py")
     g.add_argument("--fuse", choices=tuple(FUSE), help="eval: merge neighbouring linear maps, recurrent weights in this precision")
     g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
     g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
-    arguments.add_optim_group(parser, "optimisation (teacher, attention stage, downstream)", "", 200, 5e-4, 1e-5)
-    arguments.add_optim_group(parser, "optimisation of the block and head stages", "block-ft-", 100, 5e-5, 1e-6)
-    parser.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
+    arguments.add_optim_group(parser, "optimisation", "", 200, 5e-4, 1e-5)
+    arguments.add_optim_group(parser, "optimisation of the block stage", "block-ft-", 100, 5e-5, 1e-6)
+    g = parser.add_argument_group("rates")
+    g.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
     return parser
+
+
+def parse(parser: Parser, argv: list[str] | None) -> Namespace:
+    """The flags. Ends with one line where the mode would ignore one, or two contradict each other."""
+    args = parser.parse_args(argv)
+    job = JOBS[args.mode]
+    read = parser.titled(job.groups) - job.ignores | job.reads | {"mode", "help"}
+    parser.refuse(argv, {action.dest for action in parser._actions} - read, f"--mode {args.mode} does not use it")
+    if args.mode == "eval" and args.base_weight:
+        parser.refuse(argv, ("far_weight", "ds_pruned"), "--base-weight names the model already")
+    arguments.check_run(args)
+    return args
 
 
 def optim_from(args: Namespace, prefix: str, context: Context) -> Optim:
     """One family of optimiser flags, rates scaled by the global batch / 512 (linear scaling, as in DeiT)."""
-    get = lambda name: getattr(args, prefix + name)  # noqa: E731
-    if get("opt") not in list_optimizers():
-        raise FarError(f"--{(prefix + 'opt').replace('_', '-')} {get('opt')}: not an optimiser of timm's; try adamw, sgd or lamb")
+
+    def get(name: str):
+        return getattr(args, prefix + name)
+
     scale = 1.0 if args.unscale_lr else get("batch_size") * context.world * get("accum_steps") / 512
     names = ("epochs", "batch_size", "warmup_epochs", "sched", "opt", "momentum", "weight_decay", "clip_grad", "accum_steps")
     rates = {name: get(name) * scale for name in ("lr", "warmup_lr", "min_lr")}
-    return Optim(**{name: get(name) for name in names}, **rates)
+    optim = Optim(**{name: get(name) for name in names}, **rates)
+    check_optimizer(optim, f"--{prefix.replace('_', '-')}opt", context.device)
+    return optim
 
 
 def settings_from(args: Namespace) -> Settings:
@@ -144,10 +161,10 @@ def teacher(args: Namespace, context: Context, paths: Paths) -> None:
     if args.base_weight and not load_teacher_weights(model, args.base_weight, head=False):
         say(context, f"--base-weight {args.base_weight}: its classifier has another class count; a fresh one is trained")
     stages = with_epochs([Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))])
-    run = RunFolder(vars(args), args.mode, context)
-    model, last = from_last(args, run, model, config)
-    task = partial(classify, model=model)
-    finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
+    with open_run(vars(args), args.mode, context) as run:
+        model, last = from_last(args, run, model, config)
+        task = partial(classify, model=model)
+        finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
 
 
 def train(args: Namespace, context: Context, paths: Paths) -> None:
@@ -170,18 +187,19 @@ def train(args: Namespace, context: Context, paths: Paths) -> None:
         args.block_ft_train_loss, args.block_ft_mode, block if args.finetune_head else None, bool(args.attn_weight),
     )  # fmt: skip
     stages = with_epochs(stages)
-    run = RunFolder(vars(args), args.mode, context)
-    model, last = from_last(args, run, model, config)
-    reference.to(context.device)
+    check_reach(stages)
+    with open_run(vars(args), args.mode, context) as run:
+        model, last = from_last(args, run, model, config)
+        reference.to(context.device)
 
-    def task(stage: Stage, criterion) -> Distillation:
-        return Distillation(model, reference, stage, criterion, args.distill_input)
+        def task(stage: Stage, criterion) -> Distillation:
+            return Distillation(model, reference, stage, criterion, args.distill_input)
 
-    result = Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit()
-    loader = data.val_loader(block.batch_size)
-    z = mean_similarity_of_z(model, reference, loader, blocks, context)
-    expected = evaluate(reference, loader, context, settings_from(args).autocast(context.device))
-    finish(run, model, result, context, teacher_acc1=expected["acc1"], z_similarity=z)
+        result = Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit()
+        loader = data.val_loader(block.batch_size)
+        z = mean_similarity_of_z(model, reference, loader, blocks, context)
+        expected = evaluate(reference, loader, context, settings_from(args).autocast(context.device))
+        finish(run, model, result, context, teacher_acc1=expected["acc1"], z_similarity=z)
     say(context, f"its teacher: top-1 {expected['acc1']:.2f}")
 
 
@@ -214,6 +232,9 @@ def find_far_weight(args: Namespace, paths: Paths) -> Path:
 def load_far(args: Namespace, paths: Paths):
     path = find_far_weight(args, paths)
     model, config = load_model(path, "--far-weight", args.drop, args.drop_path)
+    if not config.replaced:
+        raise FarError(f"--far-weight {path}: holds a teacher, no block of it is replaced; evaluate it as --base-weight, or "
+                       "move it with --mode teacher --base-weight")  # fmt: skip
     if args.ds_pruned and not config.pruned:
         raise FarError(f"--ds-pruned: {path} holds an unpruned model; leave the flag out or name a pruned checkpoint")
     if (args.base_model or args.scale) and (asked := arguments.choose_model(args, SCALES)) != config.base_model:
@@ -236,10 +257,10 @@ def downstream(args: Namespace, context: Context, paths: Paths) -> None:
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
     blocks = tuple(range(len(model.blocks)))
     stages = with_epochs([Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))])
-    run = RunFolder(vars(args), args.mode, context)
-    model, last = from_last(args, run, model, config)
-    task = partial(classify, model=model)
-    finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
+    with open_run(vars(args), args.mode, context) as run:
+        model, last = from_last(args, run, model, config)
+        task = partial(classify, model=model)
+        finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
 
 
 def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:
@@ -255,18 +276,37 @@ def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:
                            f"{data.num_classes}; move it there with --mode downstream")  # fmt: skip
     set_backend(model, args.lstm_backend)
     parameters = count_parameters(model)
+    model.to(context.device)
     if args.fuse:
         fuse(model, FUSE[args.fuse])
-    model.to(context.device)
     autocast = settings_from(args).autocast(context.device)
-    result = evaluate(model, data.val_loader(args.batch_size), context, autocast)
-    result["parameters"] = parameters
-    if args.output_dir and context.main:
-        RunFolder(vars(args), args.mode, replace(context, world=1)).write_json("result.json", result)
+    with open_run(vars(args), args.mode, context) if args.output_dir else nullcontext() as run:
+        result = evaluate(model, data.val_loader(args.batch_size), context, autocast)
+        result["parameters"] = parameters
+        if run:
+            run.write_json("result.json", result)
     say(context, f"{path}: top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
                  f"on {result['images']} images, {result['parameters']:,} parameters")  # fmt: skip
 
 
-JOBS: dict[str, Callable[[Namespace, Context, Paths], None]] = {
-    "teacher": teacher, "train": train, "block-distill": train, "downstream": downstream, "eval": eval_mode,
-}  # fmt: skip
+@dataclass(frozen=True)
+class Job:
+    """A mode: what it does, and the flags it reads: groups of them, some of those left out, some others besides."""
+
+    run: Callable[[Namespace, Context, Paths], None]
+    groups: frozenset[str]
+    ignores: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+
+
+_TRAINING = frozenset({"run", "model", "student", "data", "augmentation", "rates"})
+_DISTILLING = _TRAINING | {"replacement", "distillation", "optimisation of the block stage"}
+JOBS: dict[str, Job] = {
+    "teacher": Job(teacher, _TRAINING | {"optimisation"}),
+    "train": Job(train, _DISTILLING | {"optimisation"}),
+    "block-distill": Job(train, _DISTILLING, frozenset({"train_loss"})),
+    "downstream": Job(downstream, _TRAINING | {"optimisation", "FAR model"}, frozenset({"base_weight", "fuse"})),
+    "eval": Job(
+        eval_mode, frozenset({"run", "model", "data", "FAR model"}), frozenset({"resume", "select", "ds_mode"}), frozenset({"batch_size"})
+    ),
+}

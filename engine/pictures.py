@@ -29,6 +29,7 @@ from utils.arguments import Parser
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
+from utils.files import check_writable
 from utils.map_figures import importance_maps, matrix_rows
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -39,24 +40,25 @@ PROBES = 16
 def build_parser(description: str) -> Parser:
     parser = Parser(description=description)
     g = parser.add_argument_group("models (with none, those of the newest demo run)")
-    g.add_argument("--base-weight", type=Path, metavar="FILE", help="a teacher: a checkpoint of ours, or timm's or DeiT's layout")
-    g.add_argument("--far-weight", type=Path, metavar="FILE", help="a FAR model")
-    g.add_argument("--pruned-weight", type=Path, metavar="FILE", help="a pruned FAR model")
+    g.add_argument("--base-weight", type=arguments.path, metavar="FILE", help="a teacher: a checkpoint of ours, or timm's or DeiT's layout")
+    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="a FAR model")
+    g.add_argument("--pruned-weight", type=arguments.path, metavar="FILE", help="a pruned FAR model")
     g.add_argument("--base-model", choices=tuple(TEACHERS), help="of --base-weight where the file does not say it; else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(SCALES), help="short form of --base-model")
     g.add_argument("--lstm-backend", choices=kernels.BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g = parser.add_argument_group("images")
-    g.add_argument("--images", type=Path, metavar="PATH", help="a file, or a folder of image files")
-    g.add_argument("--dataset", help=f"or a data set's evaluation split: {', '.join(SOURCES)}; default DIGITS for DeiT-Micro, "
-                                     "else PHOTOS, the two photographs that come with scikit-learn")  # fmt: skip
-    g.add_argument("--data-path", type=Path, help="the data set's folder; default data/<dataset>")
+    g.add_argument("--images", type=arguments.path, metavar="PATH", help="a file, or a folder of image files")
+    g.add_argument("--dataset", choices=(*SOURCES, "PHOTOS"),
+                   help="or a data set's evaluation split; default DIGITS for DeiT-Micro, else PHOTOS, the two photographs "
+                        "that come with scikit-learn")  # fmt: skip
+    g.add_argument("--data-path", type=arguments.path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--count", type=arguments.SIZE, default=4, help="images taken, spread evenly over the split or folder")
     g = parser.add_argument_group("figures")
     g.add_argument("--block", type=arguments.COUNT, help="this block alone; default: every replaced one")
     g.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures")
-    g.add_argument("--output-dir", type=Path, help="where figures and arrays go; default: figures/ beside the newest model")
-    g.add_argument("--seed", type=arguments.COUNT, default=42, help="seed of the influence matrix's probes")
+    g.add_argument("--output-dir", type=arguments.path, help="where figures and arrays go; default: figures/ beside the newest model")
+    g.add_argument("--seed", type=arguments.SEED, default=42, help="seed of the influence matrix's probes")
     return parser
 
 
@@ -77,6 +79,7 @@ def find_models(args: Namespace) -> tuple[dict, Path]:
         named, folder = {name: path for name, path in found.items() if path.exists()}, demo / "figures"
     else:
         folder = [path for path in named.values() if path][-1].parent / "figures"
+    check_writable(args.output_dir or folder)
     flags = {"teacher": "--base-weight", "FAR": "--far-weight", "pruned FAR": "--pruned-weight"}
     models = {name: _load(args, path, flags[name], name == "teacher") for name, path in named.items() if path}
     _check(models, flags)
@@ -95,6 +98,8 @@ def _load(args: Namespace, path: Path, flag: str, teacher: bool):
         load_teacher_weights(model, path, flag)
     if teacher and replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
+    if not teacher and not replaced_blocks(model):
+        raise FarError(f"{flag} {path}: is a teacher, not a FAR model; give it as --base-weight")
     set_backend(model, args.lstm_backend)
     return model.eval()
 
@@ -116,7 +121,7 @@ def find_images(args: Namespace, size: int) -> tuple[Tensor, np.ndarray, list[st
         files = [args.images] if args.images.is_file() else sorted(p for p in args.images.glob("*") if p.suffix.lower() in IMAGES)
         if not files:
             raise FarError(f"--images {args.images}: no such file, or a folder without images ({', '.join(sorted(IMAGES))})")
-        source = SOURCES[args.dataset] if args.dataset in SOURCES else SOURCES["DIGITS" if size <= 32 else "IMNET"]
+        source = SOURCES["DIGITS" if size <= 32 else "IMNET"]
         read = {path.name: lambda path=path: read_image(str(path)) for path in files}
         name = "FOLDER"
     elif name == "PHOTOS":
@@ -136,6 +141,8 @@ def find_images(args: Namespace, size: int) -> tuple[Tensor, np.ndarray, list[st
 
 def visualize(args: Namespace) -> Path:
     """Both families of figures; returns the folder they are in."""
+    if args.images and (args.dataset or args.data_path):
+        raise FarError(f"--images {args.images}: names the images by itself; leave --dataset and --data-path out")
     device = pick_device(args.device)
     kernels.check(args.lstm_backend, device)
     models, folder = find_models(args)

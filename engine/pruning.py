@@ -1,12 +1,13 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from datasets.registry import SOURCES
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
@@ -22,24 +23,27 @@ from utils import arguments
 from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import kept_units, pruning_curves, save_figure, sweep_curve
-from utils.run_folder import RunFolder
+from utils.figures import kept_units, pruning_curves, sweep_curve
+from utils.run_folder import RunFolder, open_run
 
 SENSITIVITY = 1.0  # weaker than their block's average unit: two fifths of the digits model's units (README)
 
 
 def ratios(text: str) -> list[float]:
-    return [arguments.PART(word) for word in text.split(",")]
+    found = [arguments.PART(word) for word in text.split(",")]
+    if len(set(found)) < len(found):
+        raise ArgumentTypeError(f"{text}: names a ratio twice; each has a folder of its own")
+    return found
 
 
 def build_parser(description: str) -> Parser:
     parser = Parser(description=description)
     arguments.add_run_group(parser, BACKENDS, tuple(AMP))
     g = parser.add_argument_group("model")
-    g.add_argument("--model-path", type=Path, metavar="FILE", help="the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
+    g.add_argument("--model-path", type=arguments.path, metavar="FILE", help="the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
     g.add_argument("--scale", choices=tuple(SCALES), help="which model; default what the checkpoint holds, else Tiny")
     g.add_argument("--base-model", choices=tuple(TEACHERS), help="long form of --scale")
-    g.add_argument("--base-weight", type=Path, metavar="FILE", help="the teacher's weights, for --distill and the sweep's plot")
+    g.add_argument("--base-weight", type=arguments.path, metavar="FILE", help="the teacher's weights, for --distill and the sweep's plot")
     g.add_argument("--drop", type=arguments.SHARE, default=0.0, help="dropout before the classifier and in the MLPs' projections")
     g.add_argument("--drop-path", type=arguments.SHARE, default=0.1, help="stochastic depth at the last block")
     g = parser.add_argument_group("regularization")
@@ -56,7 +60,7 @@ def build_parser(description: str) -> Parser:
     g.add_argument("--sweep", type=ratios, metavar="R,R,...", help="prune and fine-tune at each of these keep ratios, and plot them")
     g.add_argument("--prune-mlp", type=arguments.PART, nargs="?", const=0.5, metavar="R",
                    help="shrink the MLPs' hidden units to this share too, ranked among themselves; 0.5 if no share is given")  # fmt: skip
-    arguments.add_data_group(parser)
+    arguments.add_data_group(parser, SOURCES)
     arguments.add_optim_group(parser, "optimisation while regularizing", "", 200, 5e-4, 1e-5)
     arguments.add_optim_group(parser, "optimisation of the fine-tuning", "ft-", 30, 5e-6, 1e-6)
     parser.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
@@ -104,42 +108,42 @@ class Pruning:
 
     def run(self) -> dict:
         """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
-        top = RunFolder(vars(self.args), "prune", self.context)
-        self.model.to(self.context.device)
-        report = {"model": str(self.path), "seed": self.args.seed, "rows": [self._measure("before", self.model)]}
-        if self.teacher is not None:
-            report["teacher"] = self._measure("teacher", self.teacher)
-        folder = self._folder(top.path / "regularize")
-        model = self._train(folder, self.model, self.regularize, "regularize")
-        report["rows"].append(self._measure("regularized", model))
-        if self.context.main:
-            save_figure(pruning_curves(folder.rows("steps.jsonl"), self.args.reg), top.path / "regularize.png")
-        if self.args.sweep:
-            report["sweep"] = [self._sweep(top, folder, ratio) for ratio in self.args.sweep]
-            if self.context.main:
-                save_figure(sweep_curve(report["sweep"], report["rows"][0], report.get("teacher")), top.path / "sweep.png")
-        else:
-            report["rows"] += self._prune(top, model)
-            report["units"] = describe(self.last, self.config).units
-        top.write_json("prune_report.json", report)
+        with open_run(vars(self.args), "prune", self.context) as top:
+            report = self._steps(top)
+            top.write_json("prune_report.json", report)
         say(self.context, "\n" + table(report))
         say(self.context, f"\nwritten to {top.path}")
         return report
 
+    def _steps(self, top: RunFolder) -> dict:
+        self.model.to(self.context.device)
+        report = {"model": str(self.path), "seed": self.args.seed, "rows": [self._measure("before", self.model)]}
+        if self.teacher is not None:
+            report["teacher"] = self._measure("teacher", self.teacher)
+        folder = top.child("regularize")
+        model = self._train(folder, self.model, self.regularize, "regularize")
+        report["rows"].append(self._measure("regularized", model))
+        if self.context.main:
+            top.figure(pruning_curves(folder.rows("steps.jsonl"), self.args.reg), "regularize.png")
+        if self.args.sweep:
+            report["sweep"] = [self._sweep(top, folder, ratio) for ratio in self.args.sweep]
+            top.figure(sweep_curve(report["sweep"], report["rows"][0], report.get("teacher")), "sweep.png")
+        else:
+            report["rows"] += self._prune(top, model)
+            report["units"] = describe(self.last, self.config).units
+        return report
+
     def _sweep(self, top: RunFolder, regularized: RunFolder, ratio: float) -> dict:
         model, _ = load_model(regularized.path / "best.pth", "--output-dir", self.args.drop, self.args.drop_path)
-        rows = self._prune(self._folder(top.path / f"keep-{ratio:g}"), model.to(self.context.device), ratio)
+        rows = self._prune(top.child(f"keep-{ratio:g}"), model.to(self.context.device), ratio)
         return {"keep_ratio": ratio, "pruned_acc1": rows[0]["acc1"], **rows[1]}
-
-    def _folder(self, path: Path) -> RunFolder:
-        """A training's folder inside this run's; resumed where an earlier call began it."""
-        resume = self.args.resume and (path / "args.json").exists()
-        return RunFolder({**vars(self.args), "output_dir": path, "resume": resume}, "prune", self.context)
 
     def _train(self, run: RunFolder, model, optim, name: str):
         """One training in its folder, best.pth holding what it hands on. Without epochs the model is stored as it is."""
-        if run.resumed and (run.path / "result.json").exists():
-            return load_model(run.path / "best.pth", "--resume")[0].to(self.context.device)
+        if run.resumed and run.has("result.json"):
+            model, _ = load_model(run.path / "best.pth", "--resume", self.args.drop, self.args.drop_path)
+            set_backend(model, self.args.lstm_backend)
+            return model.to(self.context.device)
         model, last = from_last(self.args, run, model, self.config)
         regularizing = name == "regularize"
         stage = Stage(name, (), tuple(range(len(model.blocks))), "full", "classification", "output", optim,
@@ -187,7 +191,7 @@ class Pruning:
         if self.context.main:
             config = describe(self.last, self.config)
             full = {str(i): self.model.blocks[i].attn.units for i in self.config.replaced}
-            save_figure(kept_units({**full, **config.units}, self._width()), run.path / "units.png")
+            run.figure(kept_units({**full, **config.units}, self._width()), "units.png")
         return [*rows, self._measure("fine-tuned", self.last)]
 
     def _width(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -45,24 +46,31 @@ class Stage:
     select: str = ""
 
 
+class Parts(NamedTuple):
+    """Which modules train; `behind`: some lie behind the last block, where only a loss on the logits reaches them."""
+
+    pick: Callable[[VisionTransformer, Iterable[int]], list[nn.Module]]
+    behind: bool = False
+
+
 def _of_blocks(pick: Callable[[nn.Module], Iterable[nn.Module]]):
     return lambda model, blocks: [part for i in blocks for part in pick(model.blocks[i])]
 
 
-PARTS: dict[str, Callable[[VisionTransformer, Iterable[int]], list[nn.Module]]] = {
-    "mixing": _of_blocks(lambda block: block.attn.mixing_parts()),
-    "block": _of_blocks(lambda block: [block]),
-    "FC": _of_blocks(lambda block: [block.mlp]),
-    "FC+head": lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), model.head],
-    "head": lambda model, blocks: [model.head],
-    "full": lambda model, blocks: [model],
+PARTS: dict[str, Parts] = {
+    "mixing": Parts(_of_blocks(lambda block: block.attn.mixing_parts())),
+    "block": Parts(_of_blocks(lambda block: [block])),
+    "FC": Parts(_of_blocks(lambda block: [block.mlp])),
+    "FC+head": Parts(lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), model.head], behind=True),
+    "head": Parts(lambda model, blocks: [model.head], behind=True),
+    "full": Parts(lambda model, blocks: [model], behind=True),
 }
 
 
 def select_trainable(model: VisionTransformer, stage: Stage) -> int:
     """Freezes everything but the stage's parts; returns how many parameters train."""
     model.requires_grad_(False)
-    for part in PARTS[stage.parts](model, stage.blocks):
+    for part in PARTS[stage.parts].pick(model, stage.blocks):
         part.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

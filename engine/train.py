@@ -2,10 +2,9 @@
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,17 +22,13 @@ from datasets.loading import Data
 from engine.evaluate import evaluate
 from engine.stages import Optim, Stage, select_trainable
 from models.replace import FarConfig, pack, set_backend, swap_attention
-from utils import checkpoint
+from utils import checkpoint, signals
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
-from utils.seeding import seed_all
+from utils.seeding import seed_all, seeded
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Stopped(Exception):
-    """SIGTERM came; the run is saved in last.pth."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +70,6 @@ class Position:
     sums: dict[str, float] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def sigterm_flag():
-    """Yields a list that becomes non-empty when SIGTERM arrives."""
-    seen: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay."""
     kwargs = {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
@@ -98,6 +82,25 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
         step_on_epochs=False, updates_per_epoch=updates,
     )  # fmt: skip
     return optimizer, scheduler
+
+
+def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
+    """One step of the optimiser on a toy model. Raises FarError where it needs what the loop does not give.
+
+    The loop calls `step()` once a batch, without a closure, on `device`; some of timm's optimisers need the second derivative,
+    a package or CUDA.
+    """
+    toy = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(device)
+    try:
+        with seeded(0):
+            optimizer, _ = make_optimizer(toy, replace(optim, epochs=1), 1)
+            if getattr(optimizer, "is_second_order", False):
+                raise ValueError("it needs second derivatives")
+            toy(torch.ones(2, 4, device=device)).sum().backward()
+            optimizer.step()
+    except Exception as error:  # noqa: BLE001  (each optimiser fails in its own way; each means that it cannot serve here)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FarError(f"{flag} {optim.opt}: timm's optimiser of this name cannot serve here ({reason}); try adamw, sgd or lamb") from error
 
 
 class Trainer:
@@ -128,18 +131,26 @@ class Trainer:
         self.look_every = 1 if context.device.type == "cpu" else 20
 
     def fit(self) -> dict[str, float]:
-        """Trains every stage; returns the evaluation of the weights the run hands on. Raises Stopped, FarError."""
-        with sigterm_flag() as self.stop:
+        """Trains every stage; returns the evaluation of the weights the run hands on. Raises signals.Stopped, FarError."""
+        self._place()
+        with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
                 self._stage(self.stages[self.at.stage])
         self.run.draw()
         loader = self.data.val_loader(self.stages[-1].optim.batch_size)
         return evaluate(self.model, loader, self.context, self.autocast)
 
-    def _stage(self, stage: Stage) -> None:
-        swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
+    def _place(self) -> None:
         set_backend(self.model, self.settings.lstm_backend)
         self.model.to(self.context.device)
+
+    def _stage(self, stage: Stage) -> None:
+        if self.at.stage:
+            # The first stage's modules follow from the run's seed; a later stage is reached with other generator states
+            # where the run was resumed in between.
+            seed_all(self.settings.seed, self.at.stage)
+        swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
+        self._place()
         count = select_trainable(self.model, stage)
         self._say(f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, {stage.optim.epochs} epochs")
         loader = self.data.train_loader(stage.optim.batch_size)
@@ -156,19 +167,19 @@ class Trainer:
         val = self.data.val_loader(stage.optim.batch_size)
         if self.at.epoch == 0 and self.at.step == 0:
             self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
-            self._report(stage, {}, evaluate(self.model, val, self.context, self.autocast), 0.0, 0)
+            self._report(stage, {}, self._evaluate(stage, val), 0.0, 0)
         while self.at.epoch < stage.optim.epochs:
             started = time.perf_counter()
             images = self._epoch(task, stage, loader)
+            seconds = time.perf_counter() - started
+            self.at.step = len(loader)  # where a stop during the evaluation goes on
+            result = self._evaluate(stage, val)
             sums = self.context.sum(torch.tensor(list(self.at.sums.values()), dtype=torch.float64)).tolist()
             train = dict(zip(self.at.sums, sums, strict=True))
             seen = train.pop("images")
             self.at.epoch, self.at.step, self.at.sums = self.at.epoch + 1, 0, {}
-            seconds = time.perf_counter() - started
-            self._report(
-                stage, {name: value / seen for name, value in train.items()},
-                evaluate(self.model, val, self.context, self.autocast), seconds, images * self.context.world,
-            )  # fmt: skip
+            train = {name: value / seen for name, value in train.items()}
+            self._report(stage, train, result, seconds, images * self.context.world)
             self._save_last()
         self._hand_on()
 
@@ -221,14 +232,29 @@ class Trainer:
             rate = count * self.context.world / (time.perf_counter() - started)
             lr = self.optimizer.param_groups[0]["lr"]
             bar.set_postfix(loss=f"{shown:.4f}", lr=f"{lr:.2e}", img_s=f"{rate:.0f}", refresh=False)
-            if update and look and step + 1 < total and self._asked_to_stop():
+            if update and (number := self.context.most(self.request.number)):
+                self._flush(pending, stage)  # a loss that is not finite must not be saved
                 self.at.step = step + 1
-                self._save_last()
-                raise Stopped(
-                    f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {step + 1}: "
-                    f"{self.run.path / 'last.pth'} holds it; the same command with --resume goes on"
-                )
+                self._stop(stage, number)
         return count
+
+    def _evaluate(self, stage: Stage, loader) -> dict[str, float]:
+        """`evaluate`, which a signal interrupts: the epoch's steps are saved, its evaluation comes again."""
+
+        def check() -> None:
+            if number := self.context.most(self.request.number):
+                self._stop(stage, number)
+
+        return evaluate(self.model, loader, self.context, self.autocast, check)
+
+    def _stop(self, stage: Stage, number: int) -> None:
+        self._save_last()
+        raise signals.Stopped(
+            number,
+            f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {self.at.step}: "
+            f"{self.run.path / 'last.pth'} holds it; the same command with --resume goes on",
+            saved=True,
+        )
 
     def _flush(self, pending: list, stage: Stage) -> float:
         """Adds the collected losses to the epoch's sums; stops on the first that is not finite."""
@@ -247,10 +273,6 @@ class Trainer:
                 self.trace.append({"stage_index": self.at.stage, "epoch": self.at.epoch, "step": step, **values})
         pending.clear()
         return value
-
-    def _asked_to_stop(self) -> bool:
-        """Whether any process got SIGTERM; all learn it at the same step."""
-        return bool(self.context.sum(torch.tensor([float(bool(self.stop))])).item())
 
     def _save_last(self) -> None:
         sums = self.at.sums
@@ -283,10 +305,8 @@ class Trainer:
 
     def _hand_on(self) -> None:
         """The next stage starts from this one's selected weights."""
-        if self.context.main:
-            state = checkpoint.load(self.run.path / "best.pth", "--output-dir")["model"]
-            self.model.load_state_dict(state)
-        self.context.broadcast_module(self.model)
+        state = checkpoint.load(self.run.path / "best.pth", "--output-dir")["model"]
+        checkpoint.load_into(self.model, state, f"--output-dir {self.run.path / 'best.pth'}")
         self.at = Position(stage=self.at.stage + 1)
         if self.at.stage == len(self.stages):
             self._save_last()

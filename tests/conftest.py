@@ -13,9 +13,13 @@ import main
 import utils  # noqa: F401  (first: makes torchvision importable)
 
 ROOT = Path(__file__).parent.parent
-QUIET = ["--aa", "none", "--reprob", "0", "--color-jitter", "0", "--num-workers", "0"]
-DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--batch-size", "64", "--block-ft-batch-size", "64",
-          "--train-subset", "0.1", *QUIET]  # fmt: skip
+PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
+QUIET = [*PLAIN, "--num-workers", "0"]
+EVAL = ["--dataset", "DIGITS", "--num-workers", "0"]
+DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.1", *QUIET]
+BATCH, BLOCK_BATCH = ["--batch-size", "64"], ["--block-ft-batch-size", "64"]
+TEACH = ["--mode", "teacher", *DIGITS, *BATCH]
+TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
 
 
 def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
@@ -46,7 +50,7 @@ def launch(*command: str, cwd: Path, timeout: int = 300, **env: str) -> subproce
 def teacher(tmp_path_factory) -> Path:
     """A DeiT-Micro teacher's best.pth, one epoch old."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    assert main.main(["--mode", "teacher", *DIGITS, "--epochs", "1", "--output-dir", str(folder)]) == 0
+    assert main.main([*TEACH, "--epochs", "1", "--output-dir", str(folder)]) == 0
     return folder / "best.pth"
 
 
@@ -54,7 +58,7 @@ def teacher(tmp_path_factory) -> Path:
 def far(tmp_path_factory, teacher) -> Path:
     """A FAR model's run folder, one epoch a stage."""
     folder = tmp_path_factory.mktemp("far") / "run"
-    args = ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
+    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
     assert main.main([*args, "--output-dir", str(folder)]) == 0
     return folder
 

@@ -14,7 +14,7 @@ from utils.checkpoint import load
 
 BASE = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.05", "--num-workers", "0", "--select", "last", "--seed", "3",
         "--holdout", "0.02"]  # fmt: skip
-TEACH = ["--mode", "teacher", *BASE, "--batch-size", "24", "--epochs", "2"]
+TEACHER = ["--mode", "teacher", *BASE, "--batch-size", "24", "--epochs", "2"]
 QUIET = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
 
 FLAGS = [  # (what the baseline has besides, the flag and its other value)
@@ -59,7 +59,7 @@ def baseline(tmp_path_factory):
 
 @pytest.mark.parametrize(("besides", "flag"), FLAGS)
 def test_each_flag_of_a_stage_changes_its_weights(besides, flag, baseline, tmp_path):
-    base = (*TEACH, *besides.split())
+    base = (*TEACHER, *besides.split())
     if flag == "--holdout 0.5":
         run(tmp_path, *base, *flag.split())
         assert json.loads((tmp_path / "result.json").read_text())["images"] == 718
@@ -82,7 +82,7 @@ def test_each_schedule_flag_of_the_block_stage_changes_the_weights(flag, baselin
 
 
 def test_input_size_and_crop_ratio_change_what_the_model_sees(tmp_path):
-    base = [*TEACH, "--epochs", "1", "--input-size", "48"]
+    base = [*TEACHER, "--epochs", "1", "--input-size", "48"]
     sizes = {r: run(tmp_path / r, *base, "--eval-crop-ratio", r)["pos_embed"].shape[1] for r in ("0.875", "0.5")}
     assert set(sizes.values()) == {12 * 12 + 1}
     losses = {json.loads((tmp_path / r / "result.json").read_text())["loss"] for r in sizes}

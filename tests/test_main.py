@@ -14,9 +14,10 @@ import torch
 import main
 from engine.jobs import build_parser
 from models.deit import create_teacher
-from tests.conftest import DIGITS, QUIET, ROOT, image_folder, launch
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch
 from utils.checkpoint import load
 
+FEW = ["--train-subset", "0.004", "--holdout", "0.004"]
 SMALL = ["--epochs", "1", "--block-ft-epochs", "1", *QUIET]
 
 
@@ -35,7 +36,7 @@ def torchrun(*command, cwd, processes=2, **kwargs):
 def imnet(tmp_path_factory):
     """A fake IMNET and a DeiT-Tiny made here, in the layouts of the real ones."""
     root = tmp_path_factory.mktemp("imnet")
-    image_folder(root / "data/IMNET", classes=2, count=4)
+    image_folder(root / "data/IMNET", classes=1000, count=1, size=8)
     torch.manual_seed(0)
     state = create_teacher("DeiT-Tiny", 1000, 224).state_dict()
     torch.save({"model": state}, root / "tiny.pth")
@@ -47,7 +48,7 @@ def test_section_7_torchrun_line_runs_as_written_on_a_fake_imnet(imnet):
     done = torchrun(
         "--distributed", "--mode", "train", "--rep-by", "multi-lstm", "--base-model", "DeiT-Tiny", "--batch-size", "2", "--scale",
         "Tiny", "--block-ft-lr", "2e-5", "--block-ft-batch-size", "2", "--skip-train-attn", *SMALL,
-        "--base-weight", "tiny.pth", "--output-dir", "runs/torchrun", cwd=imnet,
+        *FEW, "--base-weight", "tiny.pth", "--output-dir", "runs/torchrun", cwd=imnet,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("starts from fresh modules") == 1  # rank 0 alone speaks
@@ -56,7 +57,7 @@ def test_section_7_torchrun_line_runs_as_written_on_a_fake_imnet(imnet):
 
 def test_section_7_single_process_line_runs_with_timms_published_layout(imnet):
     done = launch(str(ROOT / "main.py"), "--mode", "train", "--rep-by", "multi-lstm", "--base-weight", "tiny.safetensors",
-                  "--batch-size", "4", "--block-ft-batch-size", "4", *SMALL, "--output-dir", "runs/one", cwd=imnet)  # fmt: skip
+                  "--batch-size", "4", "--block-ft-batch-size", "4", *SMALL, *FEW, "--output-dir", "runs/one", cwd=imnet)  # fmt: skip
     assert done.returncode == 0, done.stderr
     state = load(imnet / "runs/one/best.pth", "--test")
     assert state["config"]["replaced"] == tuple(range(12)) and state["config"]["base_model"] == "DeiT-Tiny"
@@ -106,7 +107,7 @@ def test_two_nodes_on_loopback_train_together(teacher, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master-addr=127.0.0.1",
                f"--master-port={port}"]  # fmt: skip
-    script = [str(ROOT / "main.py"), "--distributed", "--mode", "train", *DIGITS, "--base-weight", str(teacher), *SMALL, "--output-dir", "run"]
+    script = [str(ROOT / "main.py"), "--distributed", *TRAIN, "--base-weight", str(teacher), *SMALL, "--output-dir", "run"]
     agents = [
         subprocess.Popen([*command, f"--node-rank={rank}", *script], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -119,10 +120,10 @@ def test_two_nodes_on_loopback_train_together(teacher, tmp_path):
 
 def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(far, tmp_path, capsys):
     data = image_folder(tmp_path / "data", classes=3)
-    common = ["--dataset", "FOLDER", "--data-path", str(data), "--batch-size", "4", *QUIET]
+    common = ["--dataset", "FOLDER", "--data-path", str(data), "--batch-size", "4", "--num-workers", "0"]
     for mode in ("full", "FC", "FC+head"):
         run = tmp_path / mode
-        assert main.main(["--mode", "downstream", *common, "--far-weight", str(far / "best.pth"), "--ds-mode", mode,
+        assert main.main(["--mode", "downstream", *common, *PLAIN, "--far-weight", str(far / "best.pth"), "--ds-mode", mode,
                           "--epochs", "1", "--select", "last", "--output-dir", str(run)]) == 0  # fmt: skip
         before, after = load(far / "best.pth", "--t")["model"], load(run / "best.pth", "--t")["model"]
         changed = {k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])}
@@ -135,7 +136,8 @@ def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(far, tmp_p
 
 
 def test_block_distill_starts_from_attention_stage_weights(far, teacher, tmp_path):
-    args = ["--mode", "block-distill", *DIGITS, "--base-weight", str(teacher), "--attn-weight", str(far / "best.pth"), "--block-ft-epochs", "1"]
+    weights = ["--base-weight", str(teacher), "--attn-weight", str(far / "best.pth")]
+    args = ["--mode", "block-distill", *DIGITS, *BLOCK_BATCH, *weights, "--block-ft-epochs", "1"]
     assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
     first = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
     assert first["stage"] == "block" and first["val"]["acc1"] == json.loads((far / "result.json").read_text())["acc1"]
@@ -159,11 +161,11 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, t
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
     torch.save(create_teacher("DeiT-Tiny", 10, 32).state_dict(), tmp_path / "tiny.pth")
     before = sorted(p.name for p in tmp_path.iterdir())
-    train = ["--mode", "train", *DIGITS, "--output-dir", "out"]
+    train = [*TRAIN, "--output-dir", "out"]
     weight = ["--base-weight", teacher]
     folder = ["--mode", "teacher", "--dataset", "FOLDER", "--scale", "Micro", *QUIET, "--output-dir", "out"]
     cases = [
-        ([*train, *weight, "--dataset", "NOPE"], "--dataset NOPE"),
+        ([*train, *weight, "--dataset", "NOPE"], "--dataset: .*NOPE"),
         ([*folder, "--data-path", "nowhere"], "--data-path nowhere"),
         ([*folder, "--data-path", empty], "class1: an empty class folder"),
         ([*train, *weight, "--base-model", "DeiT-Tiny"], "--scale Micro"),
@@ -175,12 +177,28 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, t
         ([*train, "--base-weight", "tiny.pth"], "another architecture|has shape"),
         ([*train, "--base-weight", far / "best.pth"], "is a FAR model"),
         ([*folder, *weight, "--mode", "train", "--data-path", good], "10 classes"),
-        (["--mode", "eval", *DIGITS, "--far-weight", truncated], "truncated.pth"),
-        (["--mode", "eval", *DIGITS, "--far-weight", "tiny.pth"], "not a FAR checkpoint"),
+        (["--mode", "eval", *EVAL, "--far-weight", truncated], "truncated.pth"),
+        (["--mode", "eval", *EVAL, "--far-weight", "tiny.pth"], "not a FAR checkpoint"),
         (["--mode", "eval", "--dataset", "FOLDER", "--data-path", good, "--far-weight", far / "best.pth"], "knows 10 classes"),
-        (["--mode", "downstream", *DIGITS, "--ds-pruned", "--far-weight", far / "best.pth"], "--ds-pruned"),
+        (["--mode", "downstream", *DIGITS, *BATCH, "--ds-pruned", "--far-weight", far / "best.pth"], "--ds-pruned"),
         (["--mode", "downstream", "--dataset", "DIGITS", "--scale", "Base"], "PRETRAINED_PATH"),
         (["--mode", "downstream", "--dataset", "DIGITS", "--scale", "Tiny", "--far-weight", far / "best.pth"], "--scale"),
+        (["--mode", "eval", *EVAL, "--far-weight", teacher], "holds a teacher"),
+        (["--mode", "eval", *EVAL, "--far-weight", far / "best.pth", *weight], "--far-weight: --base-weight names the model"),
+        (["--mode", "downstream", *DIGITS, "--rep-by", "mixer"], "--rep-by: --mode downstream does not use it"),
+        (["--mode", "eval", *EVAL, "--lr", "1"], "--lr: --mode eval does not use it"),
+        (["--mode", "teacher", *DIGITS, "--step=2"], "--step: --mode teacher does not use it"),
+        ([*train, *weight, "--block-ft-mode", "FC+head", "--block-ft-train-loss", "similarity"], "does not reach the classifier"),
+        ([*train, *weight, "--opt", "adahessian"], "--opt adahessian: .*second derivatives"),
+        ([*train, *weight, "--block-ft-opt", "bnbadam"], "--block-ft-opt bnbadam"),
+        ([*train, *weight, "--lr", "inf"], "--lr: inf"), ([*train, *weight, "--lr", "1e400"], "--lr: 1e400"),
+        ([*train, *weight, "--weight-decay", "nan"], "--weight-decay: nan"), ([*train, *weight, "--batch-size", "1e20"], "whole number"),
+        ([*train, *weight, "--seed", str(2**64)], "--seed"), ([*train, *weight, "--eval-crop-ratio", "1e-9"], "--eval-crop-ratio"),
+        ([*train, *weight, "--output-dir", ""], "--output-dir: is empty"),
+        ([*train, *weight, "--output-dir", truncated], "a file is in its place"),
+        ([*train, *weight, "--output-dir", truncated / "x"], "a file is in its place"),
+        ([*train, *weight, "--output-dir", "x" * 300], "too long"), ([*train, *weight, "--output-dir", "/proc/x"], "cannot be written"),
+        (["--mode", "train", "--dataset", "DIGITS", "--resume", "auto"], "--resume auto: needs the run's folder"),
         ([*train, *weight, "--distributed"], "--distributed: not started by torchrun"),
         ([*train, *weight, "--resume"], "--resume: no run in out"),
         ([*train], "no published weights"),
@@ -200,7 +218,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, t
 
 
 def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, teacher):
-    args = ["--mode", "train", *DIGITS, "--base-weight", teacher, "--epochs", "1", "--output-dir", far]
+    args = [*TRAIN, "--base-weight", teacher, "--epochs", "1", "--output-dir", far]
     assert "--block-ft-epochs 1, not 2" in failure(*args, "--block-ft-epochs", "2", "--resume")
     assert "already holds a run" in failure(*args, "--block-ft-epochs", "1")
 
@@ -226,5 +244,5 @@ def test_help_is_grouped_and_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         main.main(["--help"])
     text = capsys.readouterr().out
-    for piece in ("distillation (modes train, block-distill)", "augmentation", "(default: 0.0005)", "(default: cosine)"):
+    for piece in ("distillation:", "augmentation:", "(default: 0.0005)", "(default: cosine)"):
         assert piece in text

@@ -14,7 +14,7 @@ import main
 from engine.evaluate import evaluate
 from engine.train import Settings
 from models.replace import load_model
-from tests.conftest import DIGITS, ROOT, launch
+from tests.conftest import ROOT, TEACH, TRAIN, launch
 from utils.checkpoint import load
 from utils.distributed import Context
 
@@ -35,7 +35,7 @@ def rows(run):
 @pytest.fixture(scope="module")
 def long(teacher):
     """A run in two stages, with everything random switched on."""
-    return ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "2", "--block-ft-epochs", "2",
+    return [*TRAIN, "--base-weight", str(teacher), "--epochs", "2", "--block-ft-epochs", "2",
             "--batch-size", "16", "--block-ft-batch-size", "16", "--train-mode", "sequential", "--step", "2",
             "--mixup", "0.8", "--cutmix", "1.0", "--drop-path", "0.2", "--drop", "0.1", "--reprob", "0.5"]  # fmt: skip
 
@@ -94,7 +94,7 @@ def test_run_folder_holds_what_the_readme_says(far):
 
 
 def test_stage_attn_leaves_everything_but_the_mixing_parts_alone(far, teacher, tmp_path):
-    args = ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0"]
+    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0"]
     assert main.main([*args, "--select", "last", "--output-dir", str(tmp_path / "run")]) == 0
     before, after = load(teacher, "--test")["model"], weights(tmp_path / "run")
     for name in before.keys() & after.keys():
@@ -119,7 +119,7 @@ def test_evaluation_agrees_with_one_pass_by_hand(far):
 
 
 def test_gradient_accumulation_equals_the_larger_batch(teacher, tmp_path):
-    common = ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0", "--drop-path", "0",
+    common = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0", "--drop-path", "0",
               "--unscale-lr", "--opt", "sgd", "--warmup-epochs", "0", "--lr", "0.1", "--select", "last"]  # fmt: skip
     # 144 images: three batches of 48, or six of 24 taken two by two.
     assert main.main([*common, "--batch-size", "48", "--output-dir", str(tmp_path / "a")]) == 0
@@ -131,7 +131,7 @@ def test_gradient_accumulation_equals_the_larger_batch(teacher, tmp_path):
 
 
 def test_select_hands_on_the_best_or_the_last_epoch(teacher, tmp_path):
-    common = ["--mode", "teacher", *DIGITS, "--base-weight", str(teacher), "--epochs", "3", "--lr", "0.05", "--unscale-lr",
+    common = [*TEACH, "--base-weight", str(teacher), "--epochs", "3", "--lr", "0.05", "--unscale-lr",
               "--warmup-epochs", "0"]  # fmt: skip
     for select in ("best", "last"):
         assert main.main([*common, "--select", select, "--output-dir", str(tmp_path / select)]) == 0
@@ -142,7 +142,7 @@ def test_select_hands_on_the_best_or_the_last_epoch(teacher, tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_amp_trains_with_finite_losses(amp, teacher, tmp_path):
-    args = ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0", "--amp", amp]
+    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0", "--amp", amp]
     assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
 
@@ -150,14 +150,14 @@ def test_amp_trains_with_finite_losses(amp, teacher, tmp_path):
 @pytest.mark.parametrize("rep_by", ["lstm", "mixer"])
 @pytest.mark.parametrize("source", ["teacher", "student"])
 def test_every_replacement_trains_from_either_input(rep_by, source, teacher, tmp_path):
-    args = ["--mode", "train", *DIGITS, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1", "--rep-by", rep_by,
+    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1", "--rep-by", rep_by,
             "--distill-input", source, "--finetune-head", "--train-loss", "similarity", "--block-ft-train-loss", "combine"]  # fmt: skip
     assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
     assert [r["stage"] for r in rows(tmp_path / "run")] == ["attn"] * 2 + ["block"] * 2 + ["head"] * 2
 
 
 def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(failure, teacher, tmp_path):
-    line = failure("--mode", "train", *DIGITS, "--base-weight", teacher, "--epochs", "3", "--lr", "1e30", "--unscale-lr",
+    line = failure(*TRAIN, "--base-weight", teacher, "--epochs", "3", "--lr", "1e30", "--unscale-lr",
                    "--warmup-epochs", "0", "--opt", "sgd", "--output-dir", tmp_path / "run")  # fmt: skip
     assert "step" in line and "stage attn" in line and str(tmp_path / "run/last.pth") in line
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())

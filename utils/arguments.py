@@ -1,9 +1,13 @@
 """The argument groups, shared by the scripts. A name here is the flag; its help says what it does."""
 
 import argparse
+import math
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from utils.errors import FarError
+from utils.files import check_writable
 
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
@@ -17,27 +21,53 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"error: {message}; see --help\n")
 
+    def given(self, argv: list[str] | None) -> dict[str, str]:
+        """The flags that a command line names, by destination."""
+        words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        return {action.dest: flag for action in self._actions for flag in action.option_strings if flag in words}
+
+    def titled(self, titles: Collection[str]) -> set[str]:
+        """The destinations of the flags in groups of these titles."""
+        return {action.dest for group in self._action_groups if group.title in titles for action in group._group_actions}
+
+    def refuse(self, argv: list[str] | None, dests: Collection[str], reason: str) -> None:
+        """Ends with one line where a command line names a flag of `dests`: a flag that is accepted does something."""
+        for dest, flag in self.given(argv).items():
+            if dest in dests:
+                self.error(f"{flag}: {reason}; leave it out")
+
+
+MOST = 2**31 - 1
+
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False):
-    """A converter for numbers in [low, high], or (low, high] with `open_low`."""
+    """A converter for finite numbers in [low, high], or (low, high] with `open_low`."""
+    high = min(high, MOST) if kind is int else high
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
             edge = "above" if open_low else "at least"
-            most = f" and at most {high:g}" if high != float("inf") else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {edge} {low:g}{most}")
+            most = f" and at most {high:g}" if high not in (math.inf, MOST) else ""
+            raise argparse.ArgumentTypeError(f"{text:.40} must be a finite number {edge} {low:g}{most}")
         return value
 
     return convert
 
 
-COUNT, SIZE = number(int, 0), number(int, 1)
+COUNT, SIZE, SEED, EPOCHS = number(int, 0), number(int, 1), number(int, 0, 2**31 - 1), number(int, 0, 9999)
 RATE, SHARE, PART = number(float, 0), number(float, 0, 1), number(float, 0, 1, open_low=True)
+SECONDS = number(float, 0, 86400, open_low=True)
 OnOff = argparse.BooleanOptionalAction
+
+
+def path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
 
 
 def optional_rate(text: str) -> float | None:
@@ -46,9 +76,10 @@ def optional_rate(text: str) -> float | None:
 
 def add_run_group(parser: Parser, backends: tuple[str, ...], amp: tuple[str, ...]) -> None:
     g = parser.add_argument_group("run")
-    g.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<mode>-<time>")
-    g.add_argument("--resume", action="store_true", help="continue the run in --output-dir from its last.pth")
-    g.add_argument("--seed", type=COUNT, default=42, help="seed of every random draw")
+    g.add_argument("--output-dir", type=path, help="the run's folder; default runs/<mode>-<time>")
+    g.add_argument("--resume", nargs="?", const="must", choices=("must", "auto"),
+                   help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet")  # fmt: skip
+    g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
     g.add_argument("--amp", choices=amp, default="off", help="mixed precision")
@@ -61,31 +92,33 @@ def add_model_group(parser: Parser, models, scales, replacements) -> None:
     g = parser.add_argument_group("model")
     g.add_argument("--base-model", choices=tuple(models), help="the teacher; default by --scale, else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(scales), help="short form of --base-model")
-    g.add_argument("--base-weight", type=Path, metavar="FILE",
+    g.add_argument("--base-weight", type=path, metavar="FILE",
                    help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained")  # fmt: skip
+    g = parser.add_argument_group("replacement")
     g.add_argument("--rep-by", choices=tuple(replacements), default="multi-lstm", help="what replaces attention")
     g.add_argument("--replace", nargs="+", default=["all"], metavar="BLOCKS", help="blocks to replace: 0-11 or 0,2,5-7")
     g.add_argument("--rep-init", choices=("chrono", "value", "random"), default="chrono",
                    help="value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither")  # fmt: skip
+    g = parser.add_argument_group("student")
     g.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier and in the MLPs' projections")
     g.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
 
 
-def add_data_group(parser: Parser) -> None:
+def add_data_group(parser: Parser, datasets) -> None:
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", default="IMNET", help="IMNET, CIFAR10, CIFAR100, FLOWER, CAR, INAT18, INAT19, FOLDER or DIGITS")
-    g.add_argument("--data-path", type=Path, help="the data set's folder; default data/<dataset>")
+    g.add_argument("--dataset", choices=tuple(datasets), default="IMNET", help="the data set")
+    g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
-    g.add_argument("--input-size", type=SIZE, help="image side in pixels; default 224, DeiT-Micro 32")
-    g.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images used")
+    g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default 224, DeiT-Micro 32")
     g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.0,
                    help="evaluate on this share of the training split, kept out of training: for tuning choices")  # fmt: skip
-    g.add_argument("--num-workers", type=COUNT, default=8, help="loader processes; results do not depend on it")
+    g.add_argument("--num-workers", type=number(int, 0, 1024), default=8, help="loader processes; results do not depend on it")
+    g.add_argument("--eval-crop-ratio", type=number(float, 0.1, 1), default=0.875, help="centre crop over resized side")
     g = parser.add_argument_group("augmentation")
+    g.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images used")
     g.add_argument("--color-jitter", type=RATE, default=0.3, help="used where --aa is none")
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
     g.add_argument("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="resizing")
-    g.add_argument("--eval-crop-ratio", type=PART, default=0.875, help="centre crop over resized side")
     g.add_argument("--reprob", type=SHARE, default=0.25, help="random erasing: probability")
     g.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing: fill")
     g.add_argument("--recount", type=SIZE, default=1, help="random erasing: rectangles")
@@ -103,7 +136,7 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
         g.add_argument(f"--{prefix}{name}", **kwargs)
 
     add("batch-size", type=SIZE, default=256, help="images a process and step")
-    add("epochs", type=COUNT, default=epochs, help="passes over the training images, for each step of --step blocks; 0 leaves the stage out")
+    add("epochs", type=EPOCHS, default=epochs, help="passes over the training images, for each step of --step blocks; 0 leaves the stage out")
     add("lr", type=RATE, default=lr, help="peak rate for a global batch of 512")
     add("warmup-epochs", type=RATE, default=5, help="epochs of linear warm-up")
     add("warmup-lr", type=RATE, default=warmup_lr, help="rate at the start of warm-up")
@@ -114,6 +147,14 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
     add("weight-decay", type=RATE, default=0.05, help="biases and norms never decay")
     add("clip-grad", type=optional_rate, default=None, help="clip the gradient's norm at this value, or none")
     add("accum-steps", type=SIZE, default=1, help="batches added up for one step")
+
+
+def check_run(args) -> None:
+    """What the run's own flags must agree on, told before any work. Raises FarError."""
+    if args.resume == "auto" and not args.output_dir:
+        raise FarError("--resume auto: needs the run's folder; name it with --output-dir")
+    if args.output_dir:
+        check_writable(args.output_dir)
 
 
 def choose_model(args, scales: dict[str, str]) -> str:

@@ -1,22 +1,32 @@
 """One process or many: the few collective operations FAR needs, the same calls in both cases."""
 
+import contextlib
+import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from utils.errors import FarError
+from utils.errors import FarError, LostContact
+
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Context:
-    """This process's place in the run. `world` processes; rank 0 alone writes files and draws progress bars."""
+    """This process's place in the run. `world` processes; rank 0 alone reads and writes files and draws progress bars.
+
+    `control` is a gloo group: what the processes agree on travels over it and never waits for a CUDA stream.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    control: Any = None
 
     @property
     def main(self) -> bool:
@@ -29,15 +39,43 @@ class Context:
             dist.all_reduce(values)
         return values
 
+    def most(self, value: int) -> int:
+        """The largest of all processes' values."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return int(shared)
+
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
-    def broadcast_module(self, module: torch.nn.Module) -> None:
-        """Rank 0's parameters and buffers to everyone."""
-        if self.world > 1:
-            for tensor in module.state_dict().values():
-                dist.broadcast(tensor, 0)
+    def share(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes to everyone."""
+        if self.world == 1:
+            return data
+        size = torch.tensor(len(data) if self.main else 0)
+        dist.broadcast(size, 0, group=self.control)
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
+        if size:
+            dist.broadcast(buffer, 0, group=self.control)
+        return buffer.numpy().tobytes()
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Rank 0 does the work; everyone gets its result (plain data), or raises its FarError."""
+        if self.world == 1:
+            return work()
+        said = {}
+        if self.main:
+            try:
+                said = {"value": work()}
+            except FarError as error:
+                said = {"error": str(error)}
+        said = json.loads(self.share(json.dumps(said).encode()))
+        if "error" in said:
+            raise FarError(said["error"])
+        return said["value"]
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -69,14 +107,25 @@ def start(distributed: bool, device: str = "auto") -> Context:
         if launched and int(os.environ["WORLD_SIZE"]) > 1:
             raise FarError("torchrun started several processes but --distributed is missing; add --distributed")
         return Context(device=pick_device(device))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    where = pick_device(device, local_rank)
+    where = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return Context(dist.get_rank(), dist.get_world_size(), where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if where.type == "cuda" else dist.group.WORLD
+    return Context(dist.get_rank(), dist.get_world_size(), where, control)
 
 
-def stop() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def joined(distributed: bool, device: str = "auto") -> Iterator[Context]:
+    """`start`, and leaving the group at the end. Raises LostContact where another process is gone, besides `start`'s errors."""
+    try:
+        yield start(distributed, device)
+    except RuntimeError as error:
+        # Both backends raise bare RuntimeErrors, from collectives and from within backward; their text alone names them.
+        if dist.is_initialized() and dist.get_world_size() > 1 and any(name in str(error) for name in ("gloo", "NCCL", "Gloo")):
+            raise LostContact(f"process {dist.get_rank()} lost contact with the others: one of them ended or cannot be "
+                              "reached; what it says itself is the cause") from error  # fmt: skip
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,12 +1,16 @@
-"""A run's folder: args.json, log.jsonl, steps.jsonl, curves.png, last.pth, best.pth. Only rank 0 writes."""
+"""A run's folder: args.json, log.jsonl, steps.jsonl, curves.png, last.pth, best.pth. Rank 0 alone reads and writes it."""
 
+import contextlib
 import json
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy
 import timm
 import torch
@@ -16,7 +20,10 @@ from utils import checkpoint
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import save_figure, training_curves
+from utils.files import check_writable
+from utils.records import read_lines, read_record
 
+LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
 # Flags that change where or how fast a run goes, not what it computes: a resumed run may change them.
 FREE_ON_RESUME = {"resume", "output_dir", "num_workers", "device", "download"}
 
@@ -34,45 +41,23 @@ def versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """Opens a new folder, or an old one with `resume`.
+    """Reads and writes one folder. `resumed`: it continues a run that an earlier call began there."""
 
-    Raises:
-        FarError: the folder holds a run and `resume` is off, or a run of other arguments, or none to resume.
-    """
+    def __init__(self, path: Path, context: Context, resumed: bool):
+        self.path, self.context, self.resumed = path, context, resumed
 
-    def __init__(self, args: dict[str, Any], mode: str, context: Context):
-        self.context = context
-        self.path = Path(args["output_dir"] or f"runs/{mode}-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.resumed = bool(args["resume"])
-        record = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
-        written = self.path / "args.json"
-        if self.resumed:
-            self._check(written, record)
-        elif (self.path / "last.pth").exists():
-            raise FarError(f"--output-dir {self.path}: already holds a run; add --resume to continue it or name another")
-        context.barrier()
-        if context.main and not self.resumed:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("args.json", {"args": record, "versions": versions()})
-            for name in ("log.jsonl", "steps.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
-        context.barrier()
+    def child(self, name: str) -> "RunFolder":
+        """A folder inside, for one of several trainings of a run."""
+        if self.context.main:
+            (self.path / name).mkdir(exist_ok=True)
+        return RunFolder(self.path / name, self.context, self.resumed)
 
-    def _check(self, written: Path, record: dict[str, Any]) -> None:
-        if not written.is_file():
-            raise FarError(f"--resume: no run in {self.path}; name its folder with --output-dir, or leave --resume out")
-        before = json.loads(written.read_text())["args"]
-        for key in sorted(before.keys() | record.keys()):
-            if key not in FREE_ON_RESUME and before.get(key) != json.loads(json.dumps(record.get(key))):
-                raise FarError(
-                    f"--resume: {self.path} was run with --{key.replace('_', '-')} {before.get(key)}, not {record.get(key)}; "
-                    "give the same arguments or another --output-dir"
-                )
+    def has(self, name: str) -> bool:
+        return self.context.on_main(lambda: (self.path / name).exists())
 
     def load_last(self) -> dict[str, Any] | None:
         """The newest state to go on from; None where the run stopped before its first one."""
-        path = self.path / "last.pth"
-        return checkpoint.load(path, "--resume") if self.resumed and path.exists() else None
+        return checkpoint.load(self.path / "last.pth", "--resume") if self.resumed and self.has("last.pth") else None
 
     def save(self, name: str, content: dict[str, Any]) -> None:
         if self.context.main:
@@ -84,18 +69,109 @@ class RunFolder:
             checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
 
     def rows(self, name: str = "log.jsonl") -> list[dict[str, Any]]:
-        path = self.path / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """A log's rows; a last line cut by a kill is dropped."""
+        return read_lines(self.path / name)[0] if (self.path / name).exists() else []
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Adds lines to log.jsonl (an epoch each) or steps.jsonl (a step each); what runs again after a kill replaces its own."""
         if not self.context.main or not rows:
             return
-        place = lambda row: (row["stage_index"], row["epoch"], row.get("step", 0))  # noqa: E731
+
+        def place(row: dict[str, Any]) -> tuple[int, int, int]:
+            return row["stage_index"], row["epoch"], row.get("step", 0)
+
         kept = [r for r in self.rows(name) if place(r) < place(rows[0])]
         text = "".join(json.dumps(r) + "\n" for r in [*kept, *rows]).encode()
         checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
 
+    def figure(self, figure, name: str) -> None:
+        if self.context.main:
+            save_figure(figure, self.path / name)
+
     def draw(self) -> None:
         if self.context.main and (rows := self.rows()):
-            save_figure(training_curves(rows), self.path / "curves.png")
+            self.figure(training_curves(rows), "curves.png")
+
+
+@contextlib.contextmanager
+def open_run(args: dict[str, Any], mode: str, context: Context) -> Iterator[RunFolder]:
+    """Makes a run's folder, or opens an old one as `resume` says, and owns it until the end of the block.
+
+    args: the flags; `resume` is None, "must" (a run must be there) or "auto" (continue one, or begin).
+
+    Raises:
+        FarError: the folder holds a run and `resume` is None, or a run of other arguments or of another number of
+            processes, or none to resume, or another run owns it now.
+    """
+    lock: list[filelock.BaseFileLock] = []
+    record = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
+    record = json.loads(json.dumps({**record, "processes": context.world}))
+
+    def claim() -> list:
+        path = Path(args["output_dir"]) if args["output_dir"] else _new_folder(mode)
+        if args["resume"] == "must" and not (path / "args.json").is_file():
+            raise FarError(f"--resume: no run in {path}; name its folder with --output-dir, or use --resume auto")
+        resumed = bool(args["resume"]) and (path / "args.json").is_file()
+        check_writable(path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock.append(_own(path))
+        if resumed:
+            _check_same(path, record)
+        elif any(path.glob("last.pth")) or any(path.glob("*/last.pth")):
+            raise FarError(f"--output-dir {path}: already holds a run; add --resume to continue it or name another")
+        if (path / "args.json").is_file():
+            _tidy(path, resumed)
+        run = RunFolder(path, context, resumed)
+        if not resumed:
+            run.write_json("args.json", {"args": record, "versions": versions()})
+        return [str(path), resumed]
+
+    try:
+        path, resumed = context.on_main(claim)
+        yield RunFolder(Path(path), context, resumed)
+    finally:
+        for held in lock:
+            held.release()
+
+
+def _new_folder(mode: str) -> Path:
+    """runs/<mode>-<time>, made here so that two runs of one second get two folders."""
+    name = Path("runs") / f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_writable(name)
+    for k in range(1000):
+        path = name.with_name(f"{name.name}-{k + 1}" if k else name.name)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise FarError(f"--output-dir: {name} and its neighbours are taken; name a folder")
+
+
+def _tidy(path: Path, resumed: bool) -> None:
+    """Removes what a kill in the middle of a write left, and the logs of a run that never got to its first checkpoint."""
+    for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
+        if LEFT_OVER.fullmatch(file.name):
+            file.unlink()
+    if not resumed:
+        for name in ("log.jsonl", "steps.jsonl"):
+            (path / name).unlink(missing_ok=True)
+
+
+def _own(path: Path) -> filelock.BaseFileLock:
+    """The folder's lock, which the system takes back when the process ends, however it ends."""
+    lock = filelock.FileLock(path / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise FarError(f"--output-dir {path}: another run is writing there; wait for its end or name another") from error
+    return lock
+
+
+def _check_same(path: Path, record: dict[str, Any]) -> None:
+    before = {"processes": record["processes"], **read_record(path / "args.json")["args"]}  # older runs do not say
+    for key in sorted(before.keys() | record.keys()):
+        if key not in FREE_ON_RESUME and before.get(key) != record.get(key):
+            flag = "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"
+            raise FarError(
+                f"--resume: {path} was run with {flag} {before.get(key)}, not {record.get(key)}; "
+                "give the same arguments or another --output-dir"
+            )

@@ -1,0 +1,23 @@
+"""Folders to write to, checked before work begins."""
+
+import tempfile
+from pathlib import Path
+
+from utils.errors import FarError
+
+
+def check_writable(path: Path, flag: str = "--output-dir") -> None:
+    """Raises FarError where a folder `path` could not be made or written to; makes nothing."""
+    try:
+        (path / ("x" * 20)).stat()  # a name of the length that is written there
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = "a file is in its place" if isinstance(error, NotADirectoryError) else getattr(error, "strerror", str(error))
+        raise FarError(f"{flag} {path}: cannot be a folder ({reason}); name another") from error
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise FarError(f"{flag} {path}: cannot be written ({error.strerror}); name another") from error
