@@ -163,7 +163,7 @@ class Trainer:
         task = self.make_task(stage, self.settings.criterion()).to(self.context.device)
         if self.context.world > 1:
             ids = [self.context.device.index] if self.context.device.type == "cuda" else None
-            task = DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
+            task = DistributedDataParallel(task, device_ids=ids, forward_sync_buffers=False)
         val = self.data.val_loader(stage.optim.batch_size)
         if self.at.epoch == 0 and self.at.step == 0:
             self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
@@ -249,12 +249,9 @@ class Trainer:
 
     def _stop(self, stage: Stage, number: int) -> None:
         self._save_last()
-        raise signals.Stopped(
-            number,
-            f"stopped at stage {stage.name}, epoch {self.at.epoch + 1}, step {self.at.step}: "
-            f"{self.run.path / 'last.pth'} holds it; the same command with --resume goes on",
-            saved=True,
-        )
+        where = f"stage {stage.name}, epoch {self.at.epoch + 1}, step {self.at.step}: {self.run.path / 'last.pth'} holds it"
+        message = f"stopped at {where}; the same command with --resume goes on" if self.context.main else ""
+        raise signals.Stopped(number, message, saved=True)
 
     def _flush(self, pending: list, stage: Stage) -> float:
         """Adds the collected losses to the epoch's sums; stops on the first that is not finite."""

@@ -1,8 +1,11 @@
 """Shared fixtures: small runs of main.py, fake data in real layouts, weights made here."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,38 @@ def launch(*command: str, cwd: Path, timeout: int = 300, **env: str) -> subproce
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def torchrun(*flags: str, script: str = "main.py", processes: int = 2, before: tuple[str, ...] = ()) -> list[str]:
+    """The arguments that start a script in several processes."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master-port={free_port()}", *before]
+    return [*launcher, str(ROOT / script), "--distributed", *flags]
+
+
+def spawn(*command: str, cwd: Path, **env: str) -> subprocess.Popen:
+    """The same as `launch`, going on by itself; its output comes together from `communicate()`."""
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until the condition holds; fails where the process ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=10)[0]
+        time.sleep(0.01)
+
+
+def lines_in(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @pytest.fixture(scope="session")

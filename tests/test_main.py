@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -14,22 +11,11 @@ import torch
 import main
 from engine.jobs import build_parser
 from models.deit import create_teacher
-from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
 from utils.checkpoint import load
 
 FEW = ["--train-subset", "0.004", "--holdout", "0.004"]
 SMALL = ["--epochs", "1", "--block-ft-epochs", "1", *QUIET]
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def torchrun(*command, cwd, processes=2, **kwargs):
-    return launch("-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master-port={free_port()}",
-                  str(ROOT / "main.py"), *command, cwd=cwd, **kwargs)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +31,11 @@ def imnet(tmp_path_factory):
 
 
 def test_section_7_torchrun_line_runs_as_written_on_a_fake_imnet(imnet):
-    done = torchrun(
-        "--distributed", "--mode", "train", "--rep-by", "multi-lstm", "--base-model", "DeiT-Tiny", "--batch-size", "2", "--scale",
+    done = launch(*torchrun(
+        "--mode", "train", "--rep-by", "multi-lstm", "--base-model", "DeiT-Tiny", "--batch-size", "2", "--scale",
         "Tiny", "--block-ft-lr", "2e-5", "--block-ft-batch-size", "2", "--skip-train-attn", *SMALL,
-        *FEW, "--base-weight", "tiny.pth", "--output-dir", "runs/torchrun", cwd=imnet,
-    )  # fmt: skip
+        *FEW, "--base-weight", "tiny.pth", "--output-dir", "runs/torchrun",
+    ), cwd=imnet)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("starts from fresh modules") == 1  # rank 0 alone speaks
     assert {p.name for p in (imnet / "runs/torchrun").iterdir()} >= {"last.pth", "best.pth", "log.jsonl"}
@@ -94,28 +80,13 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(teacher, tmp_
               "--epochs", "2", "--block-ft-epochs", "1", "--drop-path", "0", "--select", "last"]  # fmt: skip
     # Augmentation follows from the sample, not the process, so even the random crops agree.
     one = launch(str(ROOT / "main.py"), *common, "--batch-size", "32", "--block-ft-batch-size", "32", "--output-dir", "a", cwd=tmp_path)
-    two = torchrun("--distributed", *common, "--batch-size", "16", "--block-ft-batch-size", "16", "--output-dir", "b", cwd=tmp_path)
+    two = launch(*torchrun(*common, "--batch-size", "16", "--block-ft-batch-size", "16", "--output-dir", "b"), cwd=tmp_path)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     a, b = (load(tmp_path / run / "best.pth", "--test")["model"] for run in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
     ours, theirs = (json.loads((tmp_path / run / "result.json").read_text()) for run in "ab")
     assert ours["images"] == theirs["images"] == 360 and ours["acc1"] == pytest.approx(theirs["acc1"], abs=0.3)
-
-
-def test_two_nodes_on_loopback_train_together(teacher, tmp_path):
-    port = free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master-addr=127.0.0.1",
-               f"--master-port={port}"]  # fmt: skip
-    script = [str(ROOT / "main.py"), "--distributed", *TRAIN, "--base-weight", str(teacher), *SMALL, "--output-dir", "run"]
-    agents = [
-        subprocess.Popen([*command, f"--node-rank={rank}", *script], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        for rank in range(2)
-    ]
-    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert (tmp_path / "run/best.pth").exists() and "before training" not in outputs[1]
 
 
 def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(far, tmp_path, capsys):

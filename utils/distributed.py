@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.errors import FarError, LostContact
+from utils import signals
+from utils.errors import Echo, FarError, LostContact
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -71,10 +74,11 @@ class Context:
             try:
                 said = {"value": work()}
             except FarError as error:
-                said = {"error": str(error)}
+                self.share(json.dumps({"error": str(error)}).encode())
+                raise
         said = json.loads(self.share(json.dumps(said).encode()))
         if "error" in said:
-            raise FarError(said["error"])
+            raise Echo(said["error"])
         return said["value"]
 
 
@@ -110,9 +114,39 @@ def start(distributed: bool, device: str = "auto") -> Context:
     where = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if where.type == "cuda" else dist.group.WORLD
-    return Context(dist.get_rank(), dist.get_world_size(), where, control)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    with signals.by_default():
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = _fresh(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
+    return Context(rank, world, where, control)
+
+
+def _fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of the store that no earlier attempt has written to, agreed on by all processes.
+
+    Under a static rendezvous (`--master-port`) torchrun keeps one store over its restarts: a process could read in it the
+    address of one that is gone. So each process says hello with a name that was never used before; the first one answers
+    to that name, again and again, until everyone has taken up its own name as the new part's.
+    """
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"far/hello/{rank}", me)
+        token = store.get(f"far/answer/{me}").decode()
+        store.set(f"far/joined/{token}/{rank}", "")
+        return dist.PrefixStore(token, store)
+    waiting, end = set(range(1, world)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"far/hello/{other}"]):
+                store.set(f"far/answer/{store.get(f'far/hello/{other}').decode()}", me)
+            if store.check([f"far/joined/{me}/{other}"]):
+                waiting.remove(other)
+        if time.monotonic() > end:
+            raise LostContact(f"process {min(waiting)} did not come within {TIMEOUT}; see what torchrun says of it")
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
 
 
 @contextlib.contextmanager
@@ -122,9 +156,11 @@ def joined(distributed: bool, device: str = "auto") -> Iterator[Context]:
         yield start(distributed, device)
     except RuntimeError as error:
         # Both backends raise bare RuntimeErrors, from collectives and from within backward; their text alone names them.
-        if dist.is_initialized() and dist.get_world_size() > 1 and any(name in str(error) for name in ("gloo", "NCCL", "Gloo")):
-            raise LostContact(f"process {dist.get_rank()} lost contact with the others: one of them ended or cannot be "
-                              "reached; what it says itself is the cause") from error  # fmt: skip
+        if distributed and any(name in str(error) for name in ("gloo", "Gloo", "NCCL")):
+            raise LostContact(
+                f"process {os.environ['RANK']} lost contact with the others: one of them ended or cannot be reached; "
+                "what it says itself is the cause"
+            ) from error
         raise
     finally:
         if dist.is_initialized():

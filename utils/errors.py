@@ -12,11 +12,18 @@ class FarError(Exception):
     """A mistake the user can mend. The message is one line: the flag or file, what is wrong, what to do."""
 
     code = 2
+    told = False  # whether another process says it
 
     def __init__(self, message: str):
         # A DataLoader worker re-raises with its whole traceback as the message: the cause is the last line.
         prefix = f"{type(self).__module__}.{type(self).__name__}: "
         super().__init__(message.strip().splitlines()[-1].removeprefix(prefix))
+
+
+class Echo(FarError):
+    """Rank 0's error, raised in the other processes too; rank 0 says it."""
+
+    told = True
 
 
 class LostContact(FarError):
@@ -34,10 +41,11 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
         try:
             return main(argv)
         except FarError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if not error.told:
+                print(f"error: {error}", file=sys.stderr)
             return error.code
         except signals.Stopped as stopped:
-            print(stopped, flush=True)
+            print(stopped, end="\n" if str(stopped) else "", flush=True)
             return stopped.code
         except BrokenPipeError:  # `... | head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

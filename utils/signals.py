@@ -34,7 +34,7 @@ class Request:
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+def _handled(handler: Callable[[int, object], None] | signal.Handlers) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in ENDING}
     try:
         yield
@@ -54,6 +54,11 @@ def ending_at_once() -> contextlib.AbstractContextManager[None]:
         raise Stopped(number, f"stopped by {signal.Signals(number).name}")
 
     return _handled(end)
+
+
+def by_default() -> contextlib.AbstractContextManager[None]:
+    """Inside, signals do what the system does by default: for calls that block where no Python handler would run."""
+    return _handled(signal.SIG_DFL)
 
 
 @contextlib.contextmanager

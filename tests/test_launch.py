@@ -1,0 +1,241 @@
+"""Several processes, signals, restarts: one run has one owner and ends with the undisturbed run's weights."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, wait_for
+from utils import distributed
+from utils.checkpoint import load
+from utils.errors import FarError
+from utils.run_folder import open_run
+
+MAIN = str(ROOT / "main.py")
+
+
+def weights(run: Path, name: str = "last.pth"):
+    return load(run / name, "--test")["model"]
+
+
+def assert_same(a: Path, b: Path, name: str = "last.pth"):
+    ours, theirs = weights(a, name), weights(b, name)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.fixture(scope="module")
+def short(teacher):
+    """A run of two stages with fresh modules in each, eight steps an epoch for two processes."""
+    return ["--mode", "train", "--dataset", "DIGITS", "--scale", "Micro", "--num-workers", "0", "--train-subset", "0.18", "--batch-size", "16",
+            "--block-ft-batch-size", "16", "--base-weight", str(teacher), "--epochs", "2", "--block-ft-epochs", "1", "--step", "2",
+            "--drop-path", "0.2", "--accum-steps", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(short, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(*torchrun(*short, "--output-dir", "run"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    """The worker that torchrun started in a folder."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in environment and (entry / "cwd").resolve() == folder.resolve():
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_those_of_the_undisturbed_run(short, undisturbed, tmp_path):
+    job = spawn(*torchrun(*short, "--output-dir", "run", "--resume", "auto", before=("--max-restarts=2",)), cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 2, job)
+    time.sleep(0.1)  # into the epoch
+    os.kill(process_of_rank(1, tmp_path), signal.SIGKILL)
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
+    assert_same(tmp_path / "run", undisturbed)
+    assert_same(tmp_path / "run", undisturbed, "best.pth")
+    assert output.count("lost contact") == 1 and "Traceback" not in output, output  # the survivor's one line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(short, undisturbed, tmp_path, number):
+    job = spawn(*torchrun(*short, "--output-dir", "run"), cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 3, job)
+    time.sleep(0.1)
+    asked = time.monotonic()
+    job.send_signal(number)
+    output = job.communicate(timeout=60)[0]
+    assert time.monotonic() - asked < 25 and output.count("--resume goes on") == 1, output
+    place = load(tmp_path / "run/last.pth", "--test")["position"]
+    assert place["step"] % 2 == 0 or place["step"] == 4  # whole groups of --accum-steps
+    done = launch(*torchrun(*short, "--output-dir", "run", "--resume"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_the_stop_of_one_rank_stops_all_at_the_same_step(short, tmp_path):
+    job = spawn(*torchrun(*short, "--output-dir", "run"), cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 2, job)
+    os.kill(process_of_rank(1, tmp_path), signal.SIGTERM)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 0 and output.count("--resume goes on") == 1, output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_signals_save_and_exit_with_their_codes(number, code, short, tmp_path):
+    run = spawn(MAIN, *short, "--output-dir", "run", cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, run)
+    run.send_signal(number)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == code and output.count("--resume goes on") == 1 and "Traceback" not in output, output
+    assert load(tmp_path / "run/last.pth", "--test")["position"]["stage"] == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    program = """
+import signal, time
+from utils import signals
+with signals.deferred() as request:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+    run = spawn("-c", program, cwd=tmp_path)
+    assert run.stdout.readline() == "ready\n"
+    for _ in range(3):
+        run.send_signal(signal.SIGINT)  # one request, however often it is sent within a second
+    time.sleep(1.3)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=10) == -signal.SIGINT
+
+
+def test_outside_a_training_a_signal_ends_with_one_line(tmp_path, far):
+    program = f"""
+import sys, time, main
+from engine import jobs
+def slow(*args):
+    print("ready", flush=True)
+    time.sleep(60)
+jobs.evaluate = slow
+from utils.errors import run_script
+sys.exit(run_script(main.main, ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", {str(far / "best.pth")!r}]))
+"""
+    run = spawn("-c", program, cwd=tmp_path)
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30)[0] == "stopped by SIGINT\n" and run.returncode == 130
+
+
+def test_two_nodes_without_a_shared_disk_train_together(teacher, short, undisturbed, tmp_path):
+    """Node 1 has the teacher and the run's folder; node 2 has neither, and writes nothing."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "teacher.pth").write_bytes(teacher.read_bytes())
+    flags = [*short, "--base-weight", "teacher.pth", "--output-dir", "run"]
+    port = free_port()
+    for resume in ((), ("--resume",)):  # the second round loads what rank 0 wrote, a finished run
+        before = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+        nodes = [
+            spawn(*torchrun(*flags, *resume, processes=1, before=(*before, f"--node-rank={rank}")), cwd=folder)
+            for rank, folder in enumerate(folders)
+        ]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert not (folders[1] / "run").exists() and "top-1" not in outputs[1]
+    assert_same(folders[0] / "run", undisturbed, "best.pth")
+
+
+def test_an_error_of_one_rank_is_its_one_line(short, tmp_path):
+    program = """
+import os, sys, main
+from datasets import loading
+from utils.errors import FarError, run_script
+whole = loading.Data.at
+def broken(self, loader, *place):
+    if os.environ["RANK"] == "1":
+        raise FarError("picture.jpg: not a readable image; mend or remove the file")
+    return whole(self, loader, *place)
+loading.Data.at = broken
+sys.exit(run_script(main.main))
+"""
+    (tmp_path / "broken.py").write_text(program)
+    command = torchrun(*short, "--output-dir", "run")
+    command[command.index(MAIN)] = "broken.py"
+    done = launch(*command, cwd=tmp_path)
+    ours = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode != 0 and len(ours) == 2, done.stderr
+    assert any("picture.jpg" in line for line in ours) and any("lost contact" in line for line in ours)
+    assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
+
+
+def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
+    program = "from utils.errors import run_script\nimport sys\nsys.exit(run_script(lambda argv: 1 / 0))"
+    done = launch("-c", program, cwd=tmp_path)
+    first, *rest = done.stderr.splitlines()
+    assert done.returncode == 1 and "a fault of FAR" in first and "args.json" in first and "ZeroDivisionError" in rest[-1]
+
+
+ARGS = {"output_dir": None, "resume": None, "epochs": 1}
+
+
+def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    context = distributed.Context()
+    with open_run(ARGS, "train", context) as a, open_run(ARGS, "train", context) as b, open_run(ARGS, "train", context) as c:
+        assert len({a.path, b.path, c.path}) == 3
+
+
+def test_a_folder_has_one_owner_at_a_time(tmp_path):
+    args, context = {**ARGS, "output_dir": tmp_path / "run"}, distributed.Context()
+    with open_run(args, "train", context), pytest.raises(FarError, match="another run is writing there"):
+        open_run({**args, "resume": "must"}, "train", context).__enter__()
+    with open_run({**args, "resume": "auto"}, "train", context) as run:  # free again
+        assert run.resumed
+
+
+def test_two_resumes_of_one_folder_do_not_both_train(short, tmp_path):
+    first = spawn(MAIN, *short, "--output-dir", "run", cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, first)
+    second = launch(MAIN, *short, "--output-dir", "run", "--resume", cwd=tmp_path)
+    assert second.returncode == 2 and "another run is writing there" in second.stderr and first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    assert first.communicate(timeout=60) and first.returncode == 0
+
+
+def test_resume_auto_begins_where_there_is_nothing_and_continues_where_there_is_a_run(short, tmp_path):
+    for finished in (False, True):
+        done = launch(MAIN, *short, "--output-dir", "run", "--resume", "auto", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("before training" in done.stdout) != finished
+    first, again = (json.loads(re.sub("NaN", "null", (tmp_path / "run/result.json").read_text())) for _ in range(2))
+    assert first == again
+
+
+def test_another_number_of_processes_is_refused(short, undisturbed, tmp_path):
+    done = launch(MAIN, *short, "--output-dir", str(undisturbed), "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "number of processes 2, not 1" in done.stderr
+
+
+def test_files_of_others_in_a_run_folder_stay(tmp_path):
+    for name in ("notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"):
+        (tmp_path / name).write_text("mine")
+    args, context = {**ARGS, "output_dir": tmp_path}, distributed.Context()
+    with open_run(args, "train", context):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} >= {"notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"}
+    with open_run({**args, "resume": "must"}, "train", context):
+        assert not (tmp_path / ".last.pth.12.tmp").exists() and (tmp_path / ".hidden.tmp").exists()
