@@ -78,7 +78,6 @@ def test_a_run_killed_mid_epoch_ends_bit_equal_after_resume(long, uninterrupted,
 def test_sigterm_finishes_the_step_saves_and_exits_cleanly_then_resume_is_bit_equal(long, uninterrupted, tmp_path):
     code, output = interrupt(long, tmp_path, signal.SIGTERM, 3)
     assert code == 0 and "--resume goes on" in output
-    assert load(tmp_path / "run/last.pth", "--test")["position"]["step"] > 0
     done = launch(str(ROOT / "main.py"), *long, "--output-dir", "run", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_equal(weights(tmp_path / "run"), weights(uninterrupted))

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from utils import distributed
 from utils.errors import FarError
 
 
@@ -32,7 +33,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: str | Path, flag: str) -> dict[str, Any]:
-    """Loads a `.pth` (weights only) or `.safetensors` file onto the CPU.
+    """Loads a `.pth` (weights only) or `.safetensors` file onto the CPU; of several processes, rank 0 reads for all.
 
     Args:
         path: the file.
@@ -41,7 +42,10 @@ def load(path: str | Path, flag: str) -> dict[str, Any]:
     Raises:
         FarError: missing, truncated, or a pickle of more than tensors and plain data (refused, never executed).
     """
-    path = Path(path)
+    return distributed.everywhere(lambda file: _load(file, flag), Path(path))
+
+
+def _load(path: Path, flag: str) -> dict[str, Any]:
     if not path.is_file():
         raise FarError(f"{flag} {path}: no such file; check the path")
     try:

@@ -1,13 +1,14 @@
 """One process or many: the few collective operations FAR needs, the same calls in both cases."""
 
 import contextlib
-import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,32 +55,48 @@ class Context:
         if self.world > 1:
             dist.barrier(group=self.control)
 
-    def share(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes to everyone."""
-        if self.world == 1:
-            return data
-        size = torch.tensor(len(data) if self.main else 0)
-        dist.broadcast(size, 0, group=self.control)
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
-        if size:
-            dist.broadcast(buffer, 0, group=self.control)
-        return buffer.numpy().tobytes()
-
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work; everyone gets its result (plain data), or raises its FarError."""
         if self.world == 1:
             return work()
-        said = {}
-        if self.main:
-            try:
-                said = {"value": work()}
-            except FarError as error:
-                self.share(json.dumps({"error": str(error)}).encode())
-                raise
-        said = json.loads(self.share(json.dumps(said).encode()))
-        if "error" in said:
-            raise Echo(said["error"])
-        return said["value"]
+        if not self.main:
+            return _heard(self.control)
+        return _said(work, self.control)
+
+
+def _said(work: Callable[[], Any], group=None) -> Any:
+    """Rank 0's side: does the work and tells its result, or its FarError."""
+    try:
+        told = (work(), "")
+    except FarError as error:
+        dist.broadcast_object_list([(None, str(error))], 0, group=group)
+        raise
+    dist.broadcast_object_list([told], 0, group=group)
+    return told[0]
+
+
+def _heard(group=None) -> Any:
+    """The others' side of `_said`."""
+    heard: list[Any] = [None]
+    dist.broadcast_object_list(heard, 0, group=group)
+    value, error = heard[0]
+    if error:
+        raise Echo(error)
+    return value
+
+
+def everywhere(load: Callable[[Path], Any], path: Path) -> Any:
+    """`load(path)` in every process, of rank 0's file: the others may share no disk with it. Raises rank 0's FarError."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return load(path)
+    if dist.get_rank() == 0:
+        loaded = []
+        _said(lambda: loaded.append(load(path)) or path.read_bytes())
+        return loaded[0]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(_heard())
+        return load(copy)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
