@@ -1,19 +1,39 @@
 """What goes wrong outside FAR: kills, command lines nobody meant, a full disk. tests/faults.py does the same for longer."""
 
+import argparse
+import contextlib
+import functools
+import io
+import os
 import random
 import resource
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+import benchmark
+import demo
+import main
+import prune
+import visualization
+from datasets import loading, registry
+from engine import jobs, pictures, pruning, speed
+from models.deit import create_teacher
+from models.replace import FarConfig, build, pack
 from tests import faults
-from utils import checkpoint
+from utils import arguments, checkpoint
+from utils.arguments import Parser
 from utils.distributed import Context
-from utils.errors import FarError
+from utils.errors import FarError, run_script
 from utils.figures import save_figure
 from utils.run_folder import open_run
 
@@ -102,3 +122,169 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, small_files):
 def test_a_folder_that_is_gone_is_one_line(tmp_path):
     with pytest.raises(FarError, match="No such file or directory"):
         checkpoint.save(tmp_path / "gone/last.pth", {})
+
+
+EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "60"))  # a script
+
+
+class Done(BaseException):
+    """Real work would begin."""
+
+
+def begin(*args, **kwargs):
+    raise Done
+
+
+NUMBERS = ["0", "1", "2", "3", "-1", "0.5", "1e-3", "nan", "-inf", "inf", "1e400", "", " ", "1_0", "0x10", "\u0663", "\u00b2", "\uff11",
+           "9" * 30, "9" * 5000, "-5\n", "1\n2", "2147483648", "-0", "1e-400", "none", "+4", "\x0c-7"]  # fmt: skip
+PATHS = ["file", "file/inside", "folder", "missing", "missing/deeper", "x" * 300, "y/" * 3000, "nul\0", "new\nline", "fifo", "fifo/inside",
+         "loop", "loop/inside", "", "  ", "\u2028", "\udcff", "-", ".", "..", "/dev/null", "/dev/null/x", "/proc/none", "teacher.pth",
+         "far.pth", "far.safetensors", "~", "broken.pth"]  # fmt: skip
+WORDS = ["nope", "none", "all", "0", "0-3", "3-0", "0,2", "-1", "0-99999999999", "\u0661", ",", "adamw", "sgd", "lbfgs", "adahessian",
+         "lookahead_adam", "rand-m9-mstd0.5-inc1", "rand-mx", "rand-m9-n-1", "augmix-m3", "original", "originalr", "v0", "0.5,0.5", "0.5,0.25",
+         "nan", "a\nb", "\x85", "\0", "9" * 5000, "--", "-x", "=", "--=", "best", "\udc80"]  # fmt: skip
+TEXT = st.text(st.characters(exclude_characters="/"), max_size=6)  # no path that leads out of the example's folder
+
+
+def values(action: argparse.Action) -> st.SearchStrategy[list[str]]:
+    """What may follow a flag: right ones and wrong ones, too few and too many."""
+    word = st.sampled_from(NUMBERS) | st.sampled_from(PATHS) | st.sampled_from(WORDS) | TEXT
+    if action.choices:
+        word = st.sampled_from([str(choice) for choice in action.choices]) | word
+    elif action.type is arguments.path:
+        word = st.sampled_from(PATHS) | word
+    else:
+        word = st.sampled_from(NUMBERS) | word
+    if action.nargs == 0:
+        return st.just([]) | st.lists(word, max_size=1)
+    return st.lists(word, min_size=1, max_size=1 if action.nargs is None else 3) | st.lists(word, max_size=2)
+
+
+@st.composite
+def flag(draw, actions: list[argparse.Action]) -> list[str]:
+    """One flag as a person, or a broken script, would write it."""
+    action = draw(st.sampled_from(actions))
+    name, words = draw(st.sampled_from(action.option_strings)), draw(values(action))
+    return [f"{name}={words[0]}", *words[1:]] if words and draw(st.booleans()) else [name, *words]
+
+
+def parser_of(script: Callable) -> argparse.ArgumentParser:
+    """The parser that a script makes."""
+    found = []
+
+    def stop(parser: Parser, *args) -> None:
+        found.append(parser)
+        raise Done
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Done):
+        patch.setattr(Parser, "parse_args", stop)
+        script([])
+    return found[0]
+
+
+MICRO = ["--scale", "Micro", "--dataset", "DIGITS"]
+SCRIPTS = {  # name: (script, lines that reach its work)
+    "main": (main.main, [
+        ["--mode", "teacher", *MICRO], ["--mode", "train", *MICRO, "--base-weight", "teacher.pth"],
+        ["--mode", "block-distill", *MICRO, "--base-weight", "teacher.pth", "--attn-weight", "far.pth"],
+        ["--mode", "downstream", *MICRO, "--far-weight", "far.pth"], ["--mode", "eval", "--dataset", "DIGITS", "--far-weight", "far.pth"],
+    ]),
+    "prune": (prune.main, [[*MICRO, "--model-path", "far.pth"], [*MICRO, "--model-path", "far.pth", "--base-weight", "teacher.pth"]]),
+    "visualization": (visualization.main, [["--base-weight", "teacher.pth", "--far-weight", "far.pth"], ["--far-weight", "far.pth"]]),
+    "demo": (demo.demo, [["--output-dir", "demo"]]),
+    "benchmark": (benchmark.benchmark, [["--output-dir", "speed"]]),
+}  # fmt: skip
+
+
+@st.composite
+def lines(draw, name: str) -> list[str]:
+    """A command line of a script: one that would work, or none, with up to four flags or words added."""
+    script, good = SCRIPTS[name]
+    actions = [action for action in parser_of(script)._actions if action.option_strings]
+    stray = st.sampled_from([*WORDS, *PATHS]).map(lambda word: [word])
+    added = draw(st.lists(flag(actions) | flag(actions) | flag(actions) | stray, max_size=4))
+    return [*draw(st.sampled_from([*good, []])), *(word for part in added for word in part)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder of checkpoints that the lines name."""
+    folder = tmp_path_factory.mktemp("weights")
+    far = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 2, 3))
+    checkpoint.save(folder / "teacher.pth", pack(create_teacher("DeiT-Micro", 10, 32), FarConfig("DeiT-Micro", 10, 32)))
+    checkpoint.save(folder / "far.pth", pack(build(far), far))
+    safetensors.torch.save_file(build(far).state_dict(), folder / "far.safetensors")
+    (folder / "broken.pth").write_bytes((folder / "far.pth").read_bytes()[:5000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def idle() -> Iterator[None]:
+    """Real work raises Done; reading the digits and making models larger than DeiT-Micro would take an example's time."""
+
+    def small(name: str, *args, **kwargs):
+        return create_teacher(name, *args, **kwargs) if name == "DeiT-Micro" else begin()
+
+    def local(name: str, root: Path, train: bool, download: bool = False):
+        return begin() if download and registry.SOURCES[name].can_download else registry.build_split(name, root, train, download)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (jobs.Trainer, "fit"), (jobs, "evaluate"), (pruning.Pruning, "run"), (pictures.Pictures, "importance"), (speed, "layers"),
+            (demo.Demo, "run"), (demo.Demo, "stage"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, begin)
+        for owner in (jobs, pictures):
+            patch.setattr(owner, "create_teacher", small)
+        patch.setattr(loading, "build_split", local)
+        patch.setattr(registry, "Digits", functools.cache(registry.Digits))
+        yield
+
+
+def furnish(folder: Path, weights: Path) -> None:
+    """What the lines' paths name."""
+    (folder / "folder").mkdir()
+    (folder / "file").touch()
+    os.mkfifo(folder / "fifo")
+    (folder / "loop").symlink_to("loop")
+    for file in weights.iterdir():
+        os.link(file, folder / file.name)
+
+
+def seen(folder: Path) -> set[tuple[str, int]]:
+    """Everything below a folder and when it was last written."""
+    return {(str(p), p.lstat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()} | {(str(p), 0) for p in folder.rglob("*")}
+
+
+def ended(script: Callable, argv: list[str]) -> tuple[int | None, str]:
+    """The exit code (None where the work would begin) and what stands on stderr, streams encoding as a shell's do."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors=errors) for errors in ("strict", "backslashreplace"))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run_script(script, argv)
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        except Done:
+            code = None
+    err.seek(0)
+    return code, err.read()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_any_command_line_works_or_is_one_line_that_leaves_nothing(name, weights, idle):
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(lines(name))
+    def holds(argv: list[str]) -> None:
+        with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):
+            cwd = Path(root, "cwd")
+            cwd.mkdir()
+            furnish(cwd, weights)
+            before = seen(Path(root))
+            with contextlib.chdir(cwd):
+                code, err = ended(SCRIPTS[name][0], argv)
+            assert code in (0, 2, None), err
+            if code == 2:
+                assert err.startswith("error: ") and len(err.splitlines()) == 1, err
+                assert seen(Path(root)) == before, err
+
+    holds()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from utils.errors import FarError
+from utils.errors import FarError, one_line
 from utils.files import check_writable
 
 SCHEDULES = ("cosine", "tanh", "step", "poly")
@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {one_line(message)}; see --help\n")
 
     def given(self, argv: list[str] | None) -> dict[str, str]:
         """The flags that a command line names, by destination."""

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from utils import signals
 
 
+def one_line(text: str) -> str:
+    """The text with line breaks, and whatever else a terminal would not show, escaped: a file's name may hold any."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class FarError(Exception):
     """A mistake the user can mend. The message is one line: the flag or file, what is wrong, what to do."""
 
@@ -15,9 +20,9 @@ class FarError(Exception):
     told = False  # whether another process says it
 
     def __init__(self, message: str):
-        # A DataLoader worker re-raises with its whole traceback as the message: the cause is the last line.
-        prefix = f"{type(self).__module__}.{type(self).__name__}: "
-        super().__init__(message.strip().splitlines()[-1].removeprefix(prefix))
+        # A DataLoader worker re-raises with its whole traceback as the message: the cause stands behind its last prefix.
+        cause = message.rpartition(f"{type(self).__module__}.{type(self).__name__}: ")[-1]
+        super().__init__(one_line(cause.strip()))
 
 
 class Echo(FarError):
