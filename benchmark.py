@@ -9,16 +9,14 @@ from pathlib import Path
 
 import torch
 
-import utils  # noqa: F401  (first: makes torchvision importable)
+from engine import speed
+from engine.count import count_macs
+from models.replace import count_parameters
 from utils.arguments import SECONDS, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.errors import FarError, run_script
 from utils.figures import accuracy_by_latency, latency_by_tokens
 from utils.files import check_writable
-
-from engine import speed  # isort: skip
-from engine.count import count_macs  # isort: skip
-from models.replace import count_parameters  # isort: skip
 
 
 def show(title: str, times: speed.Times, against: str) -> None:

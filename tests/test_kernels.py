@@ -224,7 +224,7 @@ def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
 
 
 PROGRAM = """
-import utils, torch
+import torch
 from models.kernels import cpu
 print(cpu.available(), flush=True)
 """
