@@ -1,4 +1,4 @@
-"""The CPU kernel, forward and backward, and fuse() against the float64 reference; builds that collide, fall back, or have nowhere to go."""
+"""The CPU kernel, forward and backward, against the float64 reference."""
 
 import os
 import subprocess
@@ -7,12 +7,9 @@ import sys
 import pytest
 import torch
 
-from engine.count import count_macs
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
-from models.fuse import FusedBiLSTM, fuse
 from models.kernels import cpu
-from models.replace import FarConfig, build
 from tests.conftest import ROOT
 from utils.errors import FarError
 
@@ -86,12 +83,6 @@ def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch)
     assert error_against_float64(x, m, got) < 5e-3
     assert ((got - with_rounded_weights).norm() / got.norm()).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
     assert torch.equal(got, cpu.fused(x, cells(m))) == (tokens == 1)  # the first token meets no recurrence
-
-
-def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
-    with pytest.raises(FarError, match="--fuse float32"):
-        FusedBiLSTM(layer(UNITS[0]), torch.bfloat16)
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -186,6 +177,11 @@ def test_a_layer_computes_with_the_weights_it_has_now(change):
         assert_layer_is_current(m, x)
 
 
+def start(program, *argv, **env):
+    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
 BROADCAST = """
 import sys
 import utils, torch
@@ -232,90 +228,79 @@ def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
-def test_fuse_keeps_the_function_in_float64(keep):
-    for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
-        m = layer(units).double()
-        f = FusedBiLSTM(m)
-        x = torch.randn(2, 40, 192, dtype=torch.float64)
-        expected = m(x)
-        assert ((f(x) - expected).norm() / expected.norm()).item() < 1e-12
-        torch.testing.assert_close(FusedBiLSTM(m.float())(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, monkeypatch):
+    seen, name = [], "cpu" if backend == "auto" else backend
+    kernel = kernels.KERNELS[name]
+
+    def watched(x, c):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(x, c)
+
+    monkeypatch.setitem(kernels.KERNELS, name, watched)
+    m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 30, 192)
+    expected, m.backend = m(x), backend
+    seen.clear()
+    with torch.autocast("cpu", dtype):
+        got = m(x)
+        got.float().square().mean().backward()  # inside: the way back keeps its precision too
+    assert seen == [(torch.float32, False)]
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in m.parameters())
 
 
-@pytest.mark.parametrize("patience", [0.0, 100.0])
-def test_fuse_keeps_the_function_whichever_maps_it_merges(patience, monkeypatch):
-    monkeypatch.setattr("models.fuse.PATIENCE", patience)
-    for m in (layer([(64, 64)] * 12, dim=768), layer(UNITS[1])):
-        f, x = FusedBiLSTM(m), torch.randn(2, 30, m.dim)
-        torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
-        f.tokens = 1
-        torch.testing.assert_close(f(x), m(x)[:, :1], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(("x_learns", "learning", "products"), [
+    (True, [], 6), (False, ["weight_ih"], 6), (False, ["weight_hh"], 6), (False, ["bias_ih"], 0), (False, ["bias_hh", "weight_hh"], 6),
+    (True, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"], 18),
+])  # fmt: skip
+def test_backward_multiplies_only_for_the_gradients_asked_for(operators, x_learns, learning, products):
+    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_learns)
+    asked = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in learning]
+    loss = cpu.fused(x, cells(m), operators).square().sum()
+    with torch.autograd.profiler.profile() as record:
+        got = torch.autograd.grad(loss, [x] * x_learns + asked)
+    assert sum(event.name == "aten::mm" for event in record.function_events) == products
+    full = torch.autograd.grad(cpu.fused(x.detach().requires_grad_() if not x_learns else x, cells(m), operators).square().sum(), asked or x)
+    for a, b in zip(got[x_learns:] if asked else got, full, strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("units", [64, 32, 8])
-def test_a_fused_layers_macs_are_counted_as_merged(units):
-    config = FarConfig("DeiT-Tiny", 10, 224, replaced=(0,), units={"0": [[units] * 2] * 3})
-    plain, fused = build(config), fuse(build(config))
-    total = 6 * units
-    before = 192 * 192 + 4 * total * (64 + units) + 64 * total + 192 * 192  # pre_proj, LSTMs, head_proj, post_proj
-    inputs = min(192 * 192 + 4 * total * 64, 4 * total * 192)  # merged where that costs less
-    after = inputs + 4 * total * units + 192 * total
-    assert count_macs(plain) - count_macs(fused) == 197 * (before - after)
+def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
+    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=True)
+    (first,) = torch.autograd.grad(cpu.fused(x, cells(m), operators).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(first.sum(), x)
 
 
-def test_a_fused_model_gives_the_models_logits():
-    units = {"1": [[5, 32], [1, 7]]}
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units=units)
-    model = build(config).eval()
-    x = torch.randn(3, 3, 32, 32)
+def test_the_operators_keep_what_torch_asks_of_operators(operators):
+    m, x = layer([(17, 5), (16, 3)], dim=32), torch.randn(2, 7, 2, 16, requires_grad=True)
+    weights = [w.requires_grad_() for cell in cells(m) for w in cell]
+    torch.library.opcheck(operators.train.default, (x, weights))
     with torch.no_grad():
-        expected = model(x)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-3, atol=1e-4)
-    assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
+        torch.library.opcheck(operators.forward.default, (x, weights))
+        hidden, gates, states = operators.train(x, weights)
+        for wanted in ([True] * 13, [True] + [False] * 12, [False, True, False, True] + [False] * 9):
+            arguments = (torch.randn_like(hidden), x.detach(), [w.detach() for w in weights], hidden, gates, states, wanted)
+            torch.library.opcheck(operators.backward.default, arguments)
+        packed, units = [w.clone() for w in operators.pack(weights)], [17, 5, 16, 3]
+        torch.library.opcheck(operators.run_packed.default, (x.detach(), packed, units))
+        maps = [torch.randn(32, 32), torch.randn(32)], [torch.randn(10, 41), torch.randn(10)]
+        torch.library.opcheck(operators.layer.default, (torch.randn(2, 7, 32), *maps[0], packed, units, *maps[1], 3))
 
 
-@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])
-def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})
-    model = build(config).double().eval()
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        expected, plain = model(x), count_macs(model)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-12)
-    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
-    if 3 in replaced:
-        assert plain - count_macs(model) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
-
-
-AVAILABLE = """
-import utils, torch
-from models.kernels import cpu
-print(cpu.available(), flush=True)
-"""
-
-
-def start(program=AVAILABLE, *argv, **env):
-    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
-def test_two_processes_building_at_once_do_not_collide(tmp_path):
-    both = [start(TORCH_EXTENSIONS_DIR=str(tmp_path / "cache")) for _ in range(2)]
-    for process in both:
-        said, error = process.communicate(timeout=300)
-        assert said.strip() == str(cpu.available()), error
-    assert len(list((tmp_path / "cache").iterdir())) <= 1  # one build, nothing left over
-
-
-def test_a_home_that_cannot_be_written_does_not_break_it(tmp_path):
-    (tmp_path / "file").write_text("")  # a file in the folder's place fails for root too
-    process = start(TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path))
-    said, error = process.communicate(timeout=300)
-    assert said.strip() == str(cpu.available()), error
-
-
-def test_without_a_compiler_torch_serves_and_one_line_says_so(tmp_path):
-    process = start(TORCH_EXTENSIONS_DIR=str(tmp_path), TMPDIR=str(tmp_path), CXX="no-such-compiler", PATH=os.environ["PATH"])
-    said, error = process.communicate(timeout=300)
-    assert said.strip() == "False" and error.count("could not be built") == 1, error
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@pytest.mark.parametrize("train", [False, True])
+def test_a_layer_compiles_and_exports_as_one_graph(train):
+    m, x = layer(UNITS[1], tokens=9).train(train).requires_grad_(train), torch.randn(2, 9, 192)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), m(x))
+    if train:
+        ours, theirs = (torch.autograd.grad(f(x).square().sum(), list(m.parameters())) for f in (compiled, m))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    exported = torch.export.export(m, (x,))
+    torch.testing.assert_close(exported.module()(x), m(x))
+    parts = [part for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert any(str(node.target).startswith("far.") for part in parts for node in part.graph.nodes)

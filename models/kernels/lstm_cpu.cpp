@@ -439,7 +439,8 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at
   const std::vector<int64_t> units = units_of(weights);
   const std::vector<bool> wanted(wanted_list.begin(), wanted_list.end());
   TORCH_CHECK(grad.scalar_type() == at::kFloat && wanted.size() == 1 + 3 * units.size(), "a float32 gradient; one mark for each result");
-  std::vector<at::Tensor> kept, w_hh, results(wanted.size(), at::empty({0}, grad.options())), inputs;
+  std::vector<at::Tensor> kept, w_hh, results, inputs;
+  for (size_t i = 0; i < wanted.size(); ++i) results.push_back(at::empty({0}, grad.options()));
   std::vector<bool> marked;
   for (size_t k = 0; k < units.size(); ++k) {
     marked.push_back(wanted[0] || wanted[3 * k + 1] || wanted[3 * k + 2] || wanted[3 * k + 3]);
