@@ -293,6 +293,14 @@ def test_a_storage_larger_than_its_file_is_refused(tmp_path):
     assert "damaged" in refusal(tmp_path / "b.pth", checkpoint.load)
 
 
+def test_a_record_marked_as_a_folder_is_refused_not_left_to_what_memory_held(tmp_path):
+    path = write(tmp_path / "a.pth", content())
+    raw = bytearray(path.read_bytes())
+    raw[raw.rindex(b"archive/data/3PK") - 8] |= 0x10  # of the directory at the file's end, where torch looks
+    path.write_bytes(raw)
+    assert "damaged" in refusal(path)
+
+
 # ---- teachers
 
 

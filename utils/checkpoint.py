@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.errors import FarError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
 def write_atomic(path: Path, write) -> None:
@@ -79,8 +80,10 @@ def _parse(file: BinaryIO) -> Any:
     if head[8:] == b"{":  # the header's length in eight bytes, then JSON
         return safetensors.torch.load_file(file.name)
     if head.startswith(b"PK\x03\x04"):
-        with zipfile.ZipFile(file) as archive:  # torch stores checksums and never looks at them; it does not compress
-            if archive.testzip() or any(record.compress_type for record in archive.infolist()):
+        # torch stores checksums and never looks at them, and of a record marked as a folder it reads nothing, leaving
+        # the tensor whatever was in memory. It does not compress.
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
                 raise zipfile.BadZipFile
         file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
