@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain data, written atomically, never unpickled."""
 
+import io
 import os
 import pickle
 import stat
@@ -21,21 +22,33 @@ FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
 def write_atomic(path: Path, write) -> None:
-    """Calls `write(file)` on a temporary neighbour, syncs it, then renames: readers see the old file or the new one."""
+    """Calls `write(file)` on a file in memory, which then replaces `path`: readers see the old file or the new one, whole.
+
+    Raises:
+        FarError: the disk is full, or the folder gone or closed; the old file stays, and nothing beside it.
+    """
     path = Path(path)
+    # In memory first: a format's own writer meets a full disk with an error of its own, or with none.
+    content = io.BytesIO()
+    write(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise FarError(
+            f"{path}: cannot be written ({error.strerror}); what was there before is kept; make room or name another folder"
+        ) from error
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Saves a dictionary of tensors and plain data."""
+    """Saves a dictionary of tensors and plain data. Raises `write_atomic`'s FarError."""
     write_atomic(path, lambda file: torch.save(content, file))
 
 

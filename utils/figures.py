@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from utils.checkpoint import write_atomic
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for colour-blind readers
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    """In the format that the path's ending names. Raises `write_atomic`'s FarError."""
+    write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, bbox_inches="tight"))
 
 
 def training_curves(rows: list[dict[str, Any]]) -> Figure:
