@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from models.deit import create_teacher, load_teacher_weights
 from models.replace import FarConfig, build, load_model, pack, parse_blocks
-from tests.conftest import DIGITS
+from tests.conftest import EVAL, TEACH
 from utils import checkpoint
 from utils.errors import FarError
 
@@ -220,7 +220,7 @@ def test_hostile_checkpoints_end_a_script_in_one_line(tmp_path, failure):
     saved = content()
     saved["config"]["num_classes"] = 10**9
     path = write(tmp_path / "a.pth", saved)
-    assert f"--far-weight {path}: its configuration" in failure("--mode", "eval", *DIGITS, "--far-weight", path)
+    assert f"--far-weight {path}: its configuration" in failure("--mode", "eval", *EVAL, "--far-weight", path)
 
 
 # ---- files
@@ -388,7 +388,7 @@ def test_sizes_that_would_cut_patches_off_are_refused(name, size, failure):
 
 
 def test_a_size_that_would_cut_patches_off_ends_a_script_in_one_line(teacher, failure):
-    line = failure("--mode", "teacher", *DIGITS, "--base-weight", teacher, "--epochs", "1", "--input-size", "33")
+    line = failure(*TEACH, "--base-weight", teacher, "--epochs", "1", "--input-size", "33")
     assert "--input-size 33" in line
 
 
