@@ -58,7 +58,8 @@ def cars(root, monkeypatch, classes=196):
         write_images(base / f"cars_{split}", 3)
         (base / where).parent.mkdir(parents=True, exist_ok=True)
         savemat(base / where, {"annotations": np.array([[(f"{i}.jpg", i + 1) for i in range(3)]], dtype=kind)})
-    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([[f"car {c}" for c in range(classes)]], dtype=object)})
+    names = np.array([[f"car {c}" for c in range(classes)]], dtype=object)
+    savemat(base / "devkit/cars_meta.mat", {"class_names": names})
 
 
 def inat(root, year, classes):
@@ -69,8 +70,9 @@ def inat(root, year, classes):
         folder = root / year / "Plantae" / str(c)
         write_images(folder, 3)
         names += [f"train_val{year}/Plantae/{c}/{i}.jpg" for i in range(3)]
-    (root / f"train{year}.json").write_text(json.dumps({"images": [{"file_name": n} for n in names if "2.jpg" not in n]}))
-    (root / f"val{year}.json").write_text(json.dumps({"images": [{"file_name": n} for n in names if "2.jpg" in n]}))
+    for split, held in (("train", False), ("val", True)):
+        images = [{"file_name": n} for n in names if ("2.jpg" in n) is held]
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images}))
 
 
 FIXTURES = {
@@ -186,7 +188,10 @@ def test_names_of_odd_bytes_are_read_and_shown_on_one_line(tmp_path):
     assert folder_error(root).isprintable()
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"images": 3}', '{"images": [{"id": 1}]}', '{"images": [1]}', '{"images": [', "\xff"])
+NO_LISTINGS = ["[]", "{}", '{"images": 3}', '{"images": [{"id": 1}]}', '{"images": [1]}', '{"images": [', "\xff"]
+
+
+@pytest.mark.parametrize("text", NO_LISTINGS)
 def test_a_listing_that_is_no_listing_is_named(text, tmp_path):
     inat(tmp_path, "2019", 2)
     (tmp_path / "train2019.json").write_text(text, encoding="latin-1")
@@ -218,63 +223,3 @@ def test_digits_splits_are_disjoint_complete_and_stratified():
     expected = sorted(np.repeat(np.round(i * 255 / 16).astype(np.uint8)[..., None], 3, 2).tobytes() for i in source)
     assert pixels == expected
     assert np.bincount(val.targets).min() >= 34
-
-
-def digits(seed=0, **kwargs):
-    world, rank = kwargs.pop("world", 1), kwargs.pop("rank", 0)
-    return Data(DataConfig("DIGITS", None, 32, num_workers=kwargs.pop("num_workers", 0), seed=seed, **kwargs), Context(rank, world))
-
-
-def batches(data, epoch=0, size=64, start=0):
-    return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
-
-
-def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
-    first, again = batches(digits(subset=0.1)), batches(digits(subset=0.1, num_workers=2))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
-    data = digits(subset=0.1)
-    batches(data, epoch=0)
-    late = batches(data, epoch=1)
-    assert torch.equal(batches(digits(subset=0.1), epoch=1, start=1)[0][0], late[1][0])
-    assert not torch.equal(first[0][0], late[0][0])
-    assert not torch.equal(first[0][0], batches(digits(seed=1, subset=0.1))[0][0])
-
-
-def test_global_batches_are_the_same_whatever_the_world_size():
-    alone = batches(digits(), size=64)
-    parts = [batches(digits(world=2, rank=r), size=32) for r in range(2)]
-    for (x, _), (a, _), (b, _) in zip(alone, *parts, strict=False):
-        key = lambda t: sorted(row.sum().item() for row in t)  # noqa: E731
-        assert key(x) == key(torch.cat([a, b]))
-
-
-@pytest.mark.parametrize("world", [1, 2, 7])
-def test_evaluation_shares_hold_every_image_once(world):
-    labels = torch.cat([y for r in range(world) for _, y in digits(world=world, rank=r).val_loader(50)])
-    assert labels.bincount().tolist() == np.bincount(build_split("DIGITS", None, False).targets).tolist()
-
-
-def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_images():
-    data = digits(subset=0.2, repeated_aug=True)
-    indices = [key[0] for batch in data.train_loader(32).batch_sampler for key in batch]
-    assert set(np.unique(indices, return_counts=True)[1]) <= {1, 2, 3} and len(set(indices)) < len(indices)
-    key = next(i for i in indices if indices.count(i) > 1)
-    a, b = [data.train[k][0] for batch in data.train_loader(32).batch_sampler for k in batch if k[0] == key][:2]
-    assert not torch.equal(a, b)
-
-
-def test_subset_and_holdout_take_their_shares():
-    data = digits(subset=0.5, holdout=0.2)
-    assert (len(data.train), len(data.val)) == (575, 287)
-    held = set(data.val.data.indices)
-    assert not held & {data.train.data.dataset.indices[i] for i in data.train.data.indices}
-
-
-def test_undecodable_image_is_named_through_a_worker_too(tmp_path):
-    image_folder(tmp_path)
-    (tmp_path / "train/class1/3.jpg").write_bytes(b"no image")
-    for workers in (0, 1):
-        data = Data(DataConfig("FOLDER", tmp_path, 32, num_workers=workers), Context())
-        with pytest.raises(FarError, match=r"class1/3\.jpg: not a readable image") as error:
-            batches(data, size=2)
-        assert "\n" not in str(error.value)

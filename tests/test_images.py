@@ -10,6 +10,8 @@ from PIL import Image
 from datasets.images import read_image
 from utils.errors import FarError
 
+DEEP = [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2"), ("tif", "<i4")]
+
 
 def noise(high, *shape, dtype):
     return np.random.default_rng().integers(0, high, shape, dtype=dtype)
@@ -23,7 +25,7 @@ def pixels(path):
     return np.asarray(image)
 
 
-@pytest.mark.parametrize(("suffix", "dtype"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2"), ("tif", "<i4")])
+@pytest.mark.parametrize(("suffix", "dtype"), DEEP)
 def test_sixteen_bit_greys_span_black_to_white(suffix, dtype, tmp_path):
     grey = noise(65536, 9, 7, dtype=np.uint16)
     grey[0, :4] = 0, 65535, 257, 65535 - 257
