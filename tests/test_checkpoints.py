@@ -113,6 +113,7 @@ def test_a_checkpoint_gives_back_its_model_in_real_memory_of_its_own(tmp_path):
         ({"base_model": "DeiT-Tiny", "units": {}}, "another architecture"),
         ({"rep_by": {}}, "rep_by"),
         ({"rep_by": "mixer"}, "units"),
+        ({"rep_by": "mixer", "units": {"2": []}}, "units"),
         ({"replaced": (0, 2, 9)}, "replaced"),
         ({"replaced": (0, 2, 2)}, "replaced"),
         ({"replaced": (0, -2)}, "replaced"),
@@ -203,11 +204,12 @@ def test_names_that_are_no_names_and_weights_that_are_no_dictionary_are_one_line
     assert "not a FAR checkpoint" in refusal(write(tmp_path / "b.pth", saved))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_and_shared_or_repeated_memory_become_float32(dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 256])
+def test_other_precisions_and_shared_or_repeated_memory_become_float32(dtype, rows, tmp_path):
     saved = content()
     name, other = (f"blocks.{i}.mlp.fc1.weight" for i in (0, 2))
-    saved["model"][name] = saved["model"][other] = torch.randn(64, dtype=dtype).expand(256, 64)
+    saved["model"][name] = saved["model"][other] = torch.randn(rows, 64, dtype=dtype).expand(256, 64)
     model, _ = load_model(write(tmp_path / "a.pth", saved))
     first, second = (model.get_parameter(n) for n in (name, other))
     assert first.dtype == torch.float32 and torch.equal(first, saved["model"][name].float())

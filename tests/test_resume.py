@@ -213,7 +213,10 @@ def test_an_optimizer_state_that_this_run_cannot_have_written_is_one_line(path, 
     if path == ("state", True):
         del state["state"][1]  # True is 1 to a dictionary
     put(state, value, *path)
-    assert said in line_of(load_optimizer, make(model, "adamw"), state, FILE)
+    optimizer = make(model, "adamw")
+    before = copy.deepcopy(optimizer.state_dict())
+    assert said in line_of(load_optimizer, optimizer, state, FILE)
+    assert optimizer.state_dict() == before
 
 
 def test_a_parameter_without_a_state_is_refused_unless_no_gradient_reaches_it():
