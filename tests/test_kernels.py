@@ -304,3 +304,12 @@ def test_a_layer_compiles_and_exports_as_one_graph(train):
     torch.testing.assert_close(exported.module()(x), m(x))
     parts = [part for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     assert any(str(node.target).startswith("far.") for part in parts for node in part.graph.nodes)
+
+
+def test_a_way_back_inside_autocast_is_the_same(operators):
+    m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 9, 3, 64, requires_grad=True)
+    loss, asked = cpu.fused(x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
+    expected = torch.autograd.grad(loss, asked, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, asked)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
