@@ -283,12 +283,13 @@ class Trainer:
         if sums and self.context.world > 1:
             values = self.context.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
             sums = dict(zip(sums, values, strict=True))
+        # The log first: a kill in between runs its rows again, which then replace themselves.
+        self.run.append("steps.jsonl", self.trace)
         self.run.save("last.pth", {
             **pack(self.model, self.config),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "position": {**vars(self.at), "sums": sums},
         })  # fmt: skip
-        self.run.append("steps.jsonl", self.trace)
         self.trace = []
         self.context.barrier()
 

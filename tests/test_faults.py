@@ -1,41 +1,69 @@
 """What goes wrong outside FAR: kills, command lines nobody meant, a full disk. tests/faults.py does the same for longer."""
 
-import json
+import random
 import resource
+import signal
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.conftest import DIGITS, ROOT, launch
+from tests import faults
 from utils import checkpoint
+from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import save_figure
-
-FULL_DISK = """
-import resource, sys, main
-from utils.errors import run_script
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(run_script(main.main, sys.argv[1:]))
-"""
+from utils.run_folder import open_run
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(teacher, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with the undisturbed runs, and how long each took."""
+    cwd = tmp_path_factory.mktemp("faults")
+    return cwd, faults.prepare(cwd, ["train", "prune"])
+
+
+@pytest.mark.parametrize("case", ["train", "train", "prune"])
+def test_a_run_killed_again_and_again_ends_bit_equal_to_the_undisturbed_one(case, undisturbed):
+    cwd, seconds = undisturbed
+    print(faults.disturb(cwd, case, seconds[case], random.SystemRandom().randrange(10**6), most=3))
+
+
+@pytest.mark.parametrize("write", [5, 6])
+def test_a_kill_between_two_writes_changes_no_log(write, undisturbed):
+    """Around a teacher's second last.pth, which log.jsonl and steps.jsonl must agree with."""
+    cwd, _ = undisturbed
+    with faults.started(cwd, "teacher", f"teacher-{write}", faults.Kill(write=write).arm) as process:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    faults.finish(cwd, "teacher", f"teacher-{write}")
+    faults.assert_equal(cwd / f"teacher-{write}", cwd / "teacher")
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(undisturbed):
     """The optimiser's state makes the second last.pth three times as large as the first one, which still fits."""
-    argv = ["--mode", "teacher", *DIGITS, "--batch-size", "64", "--epochs", "2", "--output-dir", "run"]
-    program = FULL_DISK.format(limit=2 * teacher.stat().st_size)
-    full = launch("-c", program, *argv, cwd=tmp_path)
-    lines = [line for line in full.stderr.splitlines() if line.strip() and "step/s" not in line]
-    assert full.returncode == 2 and len(lines) == 1, full.stderr
-    assert lines[0].startswith("error: run/last.pth: cannot be written (File too large)")
-    run = tmp_path / "run"
-    assert checkpoint.load(run / "last.pth", "--test")["position"]["epoch"] == 0
-    assert not list(run.glob(".*.tmp"))
-    again = launch(str(ROOT / "main.py"), *argv, "--resume", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    cwd, _ = undisturbed
+    limit = 2 * (cwd / "teacher/best.pth").stat().st_size
+    with faults.started(cwd, "teacher", "full", partial(faults.full_disk, limit)) as process:
+        process.join()
+    output = (cwd / "full.log").read_text()
+    lines = [line for line in output.splitlines() if "error: " in line]
+    assert process.exitcode == 2 and "Traceback" not in output, output
+    assert lines == ["error: full/last.pth: cannot be written (File too large); what was there before is kept; "
+                     "make room or name another folder"]  # fmt: skip
+    faults.assert_loads(cwd / "full")
+    assert not list((cwd / "full").glob(".*.tmp")) and output.rstrip().endswith(lines[0])
+    faults.finish(cwd, "teacher", "full")
+    faults.assert_equal(cwd / "full", cwd / "teacher")
+
+
+def test_a_kill_before_a_run_has_its_record_leaves_no_file_to_the_next(tmp_path):
+    for name in (".args.json.12.tmp", ".last.pth.12.tmp"):  # the second one cannot be ours: nothing was trained here
+        (tmp_path / name).write_text("half")
+    with open_run({"output_dir": tmp_path, "resume": "auto"}, "train", Context()):
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", ".last.pth.12.tmp", "args.json"}
 
 
 @pytest.fixture

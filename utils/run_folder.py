@@ -116,8 +116,7 @@ def open_run(args: dict[str, Any], mode: str, context: Context) -> Iterator[RunF
             _check_same(path, record)
         elif any(path.glob("last.pth")) or any(path.glob("*/last.pth")):
             raise FarError(f"--output-dir {path}: already holds a run; add --resume to continue it or name another")
-        if (path / "args.json").is_file():
-            _tidy(path, resumed)
+        _tidy(path, resumed)
         run = RunFolder(path, context, resumed)
         if not resumed:
             run.write_json("args.json", {"args": record, "versions": versions()})
@@ -145,10 +144,11 @@ def _new_folder(mode: str) -> Path:
 
 def _tidy(path: Path, resumed: bool) -> None:
     """Removes what a kill in the middle of a write left, and the logs of a run that never got to its first checkpoint."""
-    for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
+    began = (path / "args.json").is_file()
+    for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")) if began else path.glob(".args.json.*.tmp"):
         if LEFT_OVER.fullmatch(file.name):
             file.unlink()
-    if not resumed:
+    if began and not resumed:
         for name in ("log.jsonl", "steps.jsonl"):
             (path / name).unlink(missing_ok=True)
 
