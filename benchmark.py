@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 
-import utils  # noqa: F401  (first: makes torchvision importable)
+from engine import speed
+from engine.count import count_macs
+from models import kernels
+from models.replace import count_parameters
 from utils.arguments import SECONDS, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.errors import FarError, run_script
 from utils.figures import accuracy_by_latency, latency_by_tokens
 from utils.files import check_writable
-
-from engine import speed  # isort: skip
-from engine.count import count_macs  # isort: skip
-from models.replace import count_parameters  # isort: skip
 
 
 def show(title: str, times: speed.Times, against: str) -> None:
@@ -81,6 +80,10 @@ def benchmark(argv: list[str] | None = None) -> int:
     with torch.inference_mode():
         for threads in sorted({1, everyone}):
             out |= by_batch("layer", layers, (197, speed.DIM), args, threads, "attention")
+        if kernels.cpu.available():
+            out["packing"] = speed.packing(layers["FAR"], args.seconds / 2)
+            pack_ms, call_ms = (out["packing"][name]["median_ms"] for name in ("packing", "call"))
+            print(f"\npacking the weights of a layer: {pack_ms:.3f} ms, {100 * pack_ms / call_ms:.1f} % of a call at batch 1")
         out |= by_batch("model", models, (3, 224, 224), args, everyone, speed.NAME)
         out["tokens"] = by_tokens(layers, args)
     out["training step"] = speed.training_steps(args.seconds)

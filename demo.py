@@ -16,7 +16,6 @@ import torch
 
 import main
 import prune
-import utils  # noqa: F401  (first: makes torchvision importable)
 import visualization
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits

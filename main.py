@@ -2,12 +2,10 @@
 
 import sys
 
-import utils  # noqa: F401  (first: makes torchvision importable beside a torch it was not built for)
+from engine.jobs import JOBS, build_parser, parse
 from models import kernels
 from utils import distributed
 from utils.errors import run_script
-
-from engine.jobs import JOBS, build_parser, parse  # isort: skip
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
 PRETRAINED_PATH = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/far/best.pth"}

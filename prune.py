@@ -2,13 +2,11 @@
 
 import sys
 
-import utils  # noqa: F401  (first: makes torchvision importable beside a torch it was not built for)
+from engine.pruning import build_parser, prune
 from main import PRETRAINED_PATH
 from models import kernels
 from utils import arguments, distributed
 from utils.errors import run_script
-
-from engine.pruning import build_parser, prune  # isort: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,10 +2,8 @@
 
 import sys
 
-import utils  # noqa: F401  (first: makes torchvision importable beside a torch it was not built for)
+from engine.pictures import build_parser, visualize
 from utils.errors import run_script
-
-from engine.pictures import build_parser, visualize  # isort: skip
 
 
 def main(argv: list[str] | None = None) -> int:

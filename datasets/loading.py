@@ -1,6 +1,8 @@
-"""From a split to batches: transforms, samplers, loaders. Order and augmentation follow from (seed, epoch, sample) alone."""
+"""From a split to batches: transforms, samplers, loaders. Order and draws follow from (seed, epoch, sample) alone."""
 
+import contextlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -8,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_choices
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import transforms
 
+from datasets.images import shown
 from datasets.registry import SOURCES, Source, build_split, count_classes
 from utils.distributed import Context
 from utils.errors import FarError
@@ -42,39 +47,96 @@ class DataConfig:
 
 
 class Transformed(Dataset):
-    """A split with its transform; the draws of sample i in epoch e follow from (seed, e, i), whichever worker makes it.
+    """A split with a transform that draws nothing."""
 
-    Under repeated augmentation one sample comes several times an epoch: `repeat` then numbers its copies by position.
-    """
-
-    def __init__(self, data: Dataset, transform, seed: int):
-        self.data, self.transform, self.seed, self.epoch = data, transform, seed, 0
+    def __init__(self, data: Dataset, transform):
+        self.data, self.transform = data, transform
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: int | tuple[int, int]):
-        index, copy = key if isinstance(key, tuple) else (key, 0)
+    def __getitem__(self, index: int):
         image, label = self.data[index]
+        return self.transform(image), label
+
+
+class Augmented(Transformed):
+    """A split with random draws, which follow from (seed, epoch, sample, copy) in whichever worker."""
+
+    def __init__(self, data: Dataset, transform, seed: int):
+        super().__init__(data, transform)
+        self.seed, self.epoch = seed, 0
+
+    def __getitem__(self, key: tuple[int, int]):
+        index, copy = key
         with seeded(self.seed, self.epoch, index, copy):
-            return self.transform(image), label
+            return super().__getitem__(index)
 
 
 class Batches(BatchSampler):
-    """Batches of one process, able to start in the middle of an epoch, the point at which a stopped run goes on."""
+    """Batches of (sample, copy), able to start in the middle of an epoch, the point at which a stopped run goes on.
 
-    def __init__(self, sampler: Sampler, batch_size: int, drop_last: bool, copies: int = 0):
-        super().__init__(sampler, batch_size, drop_last)
-        self.start, self.copies = 0, copies
+    A copy's number is its sample's place in the epoch's order over all processes, divided by `period`, so that no two
+    copies of a sample look alike, on whichever process each is. With the split's length as period a sample's only copy
+    is number 0, and what pads the last places is number 1.
+    """
 
-    def __iter__(self) -> Iterator[list]:
+    def __init__(self, sampler: DistributedSampler | RepeatAugSampler, batch_size: int, period: int):
+        super().__init__(sampler, batch_size, drop_last=len(sampler) >= batch_size)
+        self.start, self.period = 0, period
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world = self.sampler.rank, self.sampler.num_replicas
         for number, batch in islice(enumerate(super().__iter__()), self.start, None):
-            # A copy's number is its place in the epoch: two copies of a sample get different augmentations.
-            yield [(i, number * self.batch_size + j + self.copies) for j, i in enumerate(batch)] if self.copies else batch
+            first = number * self.batch_size
+            yield [(i, (rank + k * world) // self.period) for k, i in enumerate(batch, first)]
+
+
+@contextlib.contextmanager
+def naming_dead_workers(num_workers: int) -> Iterator[None]:
+    """Turns torch's RuntimeError at a loader process that died into a FarError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        cause = "a loader process died, most likely for want of memory or shared memory"
+        raise FarError(f"--num-workers {num_workers}: {cause}; use fewer workers or a smaller batch") from error
+
+
+class Loader(DataLoader):
+    """A DataLoader whose dead worker is one line."""
+
+    def __iter__(self):
+        with naming_dead_workers(self.num_workers):
+            yield from super().__iter__()
+
+
+def check_policy(text: str | None) -> None:
+    """Raises FarError where timm cannot run an auto-augment policy, or would skip a part of it without a word."""
+    if text in (None, "none"):
+        return
+    wrong, mend = f"--aa {shown(text)}", "see timm's auto_augment.py, or use none"
+    family, *sections = text.split("-")
+    seen = set()
+    for section in sections:
+        if family == "rand" and section.startswith("t"):  # a set of operations; timm takes its default for unknown ones
+            key, known = "t", rand_augment_choices(section[1:]) is not rand_augment_choices("")
+        else:  # timm splits a key from its number, and passes over what it cannot split
+            key, known = re.match(r"\D*", section)[0], re.fullmatch(r"\D+\d.*", section)
+        if not known or key in seen:
+            raise FarError(f"{wrong}: part {shown(section)!r} is {'given twice' if known else 'unknown'}; {mend}")
+        seen.add(key)
+    try:
+        with seeded(0):  # an empty text would mean none to timm
+            create_transform(32, is_training=True, auto_augment=text or "empty")(Image.new("RGB", (32, 32)))
+    except (AssertionError, ArithmeticError, MemoryError, ValueError) as error:
+        raise FarError(f"{wrong}: timm cannot run it ({shown(error) or 'unknown policy'}); {mend}") from error
 
 
 def train_transform(config: DataConfig, source: Source):
     """DeiT's augmentation by timm; at 32 pixels and below a padded random crop takes the resized crop's place."""
+    check_policy(config.aa)
     transform = create_transform(
         input_size=config.input_size, is_training=True, color_jitter=config.color_jitter or None,
         auto_augment=config.aa if config.aa != "none" else None, interpolation=config.interpolation,
@@ -84,12 +146,13 @@ def train_transform(config: DataConfig, source: Source):
     if config.input_size <= 32:
         size = config.input_size
         mode = transforms.InterpolationMode(config.interpolation if config.interpolation != "random" else "bicubic")
-        transform.transforms[0:1] = [transforms.Resize((size, size), mode), transforms.RandomCrop(size, padding=size // 8)]
+        crop = transforms.RandomCrop(size, padding=size // 8)
+        transform.transforms[0:1] = [transforms.Resize((size, size), mode), crop]
     return transform
 
 
 def eval_transform(config: DataConfig, source: Source):
-    """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, cropping would cut the object."""
+    """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, a crop would cut the object."""
     ratio = config.eval_crop_ratio if config.input_size > 32 else 1.0
     size = math.floor(config.input_size / ratio)
     return transforms.Compose([
@@ -117,7 +180,13 @@ class Data:
         source = SOURCES.get(config.name)
         train = build_split(config.name, config.root, True)
         self.num_classes = count_classes(config.name, train)
-        val = None
+        train, val = self._split(train)
+        self.train = Augmented(train, train_transform(config, source), config.seed)
+        self.val = Transformed(val, eval_transform(config, source))
+
+    def _split(self, train: Dataset) -> tuple[Dataset, Dataset]:
+        """What trains and what evaluates after --holdout and --train-subset. Raises FarError on too few images."""
+        config, val = self.config, None
         if config.holdout:
             # Tuning reads a share of the training split, so that the evaluation split stays unseen.
             held = share(len(train), config.holdout, 0)
@@ -126,38 +195,44 @@ class Data:
         val = val or build_split(config.name, config.root, False)
         if config.subset < 1:
             train = Subset(train, share(len(train), config.subset, config.seed).tolist())
-        for flag, data in (("training", train), ("evaluation", val)):
-            if len(data) < context.world:
-                raise FarError(
-                    f"--nproc_per_node: {context.world} processes but {len(data)} {flag} images; start fewer processes"
-                )
-        self.train = Transformed(train, train_transform(config, source), config.seed)
-        self.val = Transformed(val, eval_transform(config, source), config.seed)
+        for split, data in (("training", train), ("evaluation", val)):
+            if not len(data):
+                where = f"--holdout {config.holdout:g}, --data-path {shown(config.root)}"
+                raise FarError(f"{where}: no {split} images are left; hold out less or add images")
+            if len(data) < self.context.world:
+                where = f"--nproc_per_node: {self.context.world} processes but {len(data)} {split} images"
+                raise FarError(f"{where}; start fewer processes")
+        return train, val
 
-    def _loader(self, data: Dataset, **kwargs) -> DataLoader:
-        return DataLoader(
+    def _loader(self, data: Dataset, **kwargs) -> Loader:
+        return Loader(
             data, num_workers=self.config.num_workers, pin_memory=self.context.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed), **kwargs,
         )  # fmt: skip
 
-    def train_loader(self, batch_size: int) -> DataLoader:
-        """Batches of `batch_size` a process. Global batch k is the same set of samples whatever the world size."""
+    def _sampler(self) -> DistributedSampler | RepeatAugSampler:
         world, rank = self.context.world, self.context.rank
         if self.config.repeated_aug:
-            sampler = RepeatAugSampler(self.train, world, rank, shuffle=True, num_repeats=3, selected_round=0)
-        else:
-            sampler = DistributedSampler(self.train, world, rank, shuffle=True, seed=self.config.seed)
-        batches = Batches(sampler, batch_size, len(sampler) >= batch_size, int(self.config.repeated_aug))
-        return self._loader(self.train, batch_sampler=batches)
+            return RepeatAugSampler(self.train, world, rank, shuffle=True, num_repeats=3, selected_round=0)
+        return DistributedSampler(self.train, world, rank, shuffle=True, seed=self.config.seed)
 
-    def at(self, loader: DataLoader, epoch: int, start: int = 0) -> DataLoader:
+    def smallest_batch(self, batch_size: int) -> int:
+        """Images in every training batch of a process: `batch_size`, or all of its share where that is smaller."""
+        return min(batch_size, len(self._sampler()))
+
+    def train_loader(self, batch_size: int) -> Loader:
+        """Batches of `batch_size` a process. Global batch k is the same set of samples whatever the world size."""
+        period = 1 if self.config.repeated_aug else len(self.train)
+        return self._loader(self.train, batch_sampler=Batches(self._sampler(), batch_size, period))
+
+    def at(self, loader: Loader, epoch: int, start: int = 0) -> Loader:
         """Sets a training loader to batch `start` of an epoch."""
         loader.batch_sampler.sampler.set_epoch(epoch + (self.config.seed if self.config.repeated_aug else 0))
         loader.batch_sampler.start = start
         self.train.epoch = epoch
         return loader
 
-    def val_loader(self, batch_size: int) -> DataLoader:
+    def val_loader(self, batch_size: int) -> Loader:
         """This process's share of the evaluation split: every image once over all processes, none twice."""
         mine = range(self.context.rank, len(self.val), self.context.world)
         return self._loader(Subset(self.val, mine), batch_size=batch_size)

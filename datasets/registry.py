@@ -1,17 +1,19 @@
 """Every data set FAR knows, as one table: how to build a split, how many classes, where to get it."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv
 
+from datasets.images import read_image, shown
 from utils.errors import FarError
 
 Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data set of (PIL image, label)
@@ -19,7 +21,7 @@ Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data
 
 @dataclass(frozen=True)
 class Source:
-    """`layout` says what is looked for under --data-path, `get` how to obtain it; `flip`: mirror images still mean the same."""
+    """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same."""
 
     build: Build
     num_classes: int | None
@@ -32,7 +34,7 @@ class Source:
 
 
 class Digits(Dataset):
-    """The 1,797 real handwritten digits inside scikit-learn (UCI, 8 x 8 pixels, 16 greys), fixed split 1,437 / 360, RGB."""
+    """The 1,797 real handwritten digits inside scikit-learn (UCI, 8 x 8, 16 greys), fixed split 1,437 / 360, RGB."""
 
     def __init__(self, train: bool):
         digits = load_digits()
@@ -55,50 +57,84 @@ def photographs() -> dict[str, Image.Image]:
     return {Path(name).stem: Image.fromarray(image) for name, image in zip(bunch.filenames, bunch.images, strict=True)}
 
 
-def read_image(path: str) -> Image.Image:
-    """An RGB image; raises FarError naming a file that cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise FarError(f"{path}: not a readable image ({type(error).__name__}); mend or remove the file") from error
+def image_files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+    """(folder, name) of every image file at or below a class folder, links followed.
+
+    Raises FarError naming a link that leads back to a folder above it, or an image that is no regular file.
+    """
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise FarError(f"--data-path {shown(folder)}: a link back to a folder above it; remove the link")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from image_files(Path(entry.path), (*above, here))
+            elif tv.folder.is_image_file(entry.name):
+                if not entry.is_file():
+                    raise FarError(f"--data-path {shown(entry.path)}: a broken link or no regular file; remove it")
+                yield str(folder), entry.name
+
+
+class Folder(tv.ImageFolder):
+    """torchvision's ImageFolder over `image_files`, in its order of samples."""
+
+    @staticmethod
+    def make_dataset(directory, class_to_idx: dict[str, int], **_) -> list[tuple[str, int]]:
+        samples = []
+        for name, label in class_to_idx.items():
+            folder = Path(directory) / name
+            found = sorted(image_files(folder))
+            if not found:
+                raise FarError(f"--data-path {shown(folder)}: an empty class folder; add images or remove it")
+            samples += [(str(Path(below) / file), label) for below, file in found]
+        return samples
 
 
 def _folder(root: Path, train: bool, download: bool) -> Dataset:
-    split = root / ("train" if train else "val")
-    if not split.is_dir():
-        raise FileNotFoundError(split)
-    folders = sorted(p for p in split.iterdir() if p.is_dir())
-    if not folders:
-        raise FarError(f"--data-path {split}: holds no class folders; make one folder of images a class")
-    for folder in folders:
-        if not any(p.suffix.lower() in tv.folder.IMG_EXTENSIONS for p in folder.rglob("*")):
-            raise FarError(f"--data-path {folder}: an empty class folder; add images or remove it")
-    data = tv.ImageFolder(split, loader=read_image)
-    other = root / ("val" if train else "train")
-    if other.is_dir() and (names := sorted(p.name for p in other.iterdir() if p.is_dir())) != data.classes:
-        odd = sorted(set(names) ^ set(data.classes))[0]
-        raise FarError(f"--data-path {root}: class {odd} is in only one of train/ and val/; make the class folders agree")
-    return data
+    split, other = (root / part for part in (("train", "val") if train else ("val", "train")))
+    names = {p.name for p in split.iterdir() if p.is_dir()}
+    if not names:
+        raise FarError(f"--data-path {shown(split)}: holds no class folders; make one folder of images a class")
+    if other.is_dir() and (odd := names ^ {p.name for p in other.iterdir() if p.is_dir()}):
+        where = f"--data-path {shown(root)}: class {shown(min(odd))}"
+        raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree")
+    return Folder(split, loader=read_image)
 
 
 def _flowers(root: Path, train: bool, download: bool) -> Dataset:
     # As in DeiT's transfer experiments: the 1,020 + 1,020 labelled images train, the 6,149 test images evaluate.
-    parts = [tv.Flowers102(root, split=s, download=download, loader=read_image) for s in (("train", "val") if train else ("test",))]
+    splits = ("train", "val") if train else ("test",)
+    parts = [tv.Flowers102(root, split=split, download=download, loader=read_image) for split in splits]
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def _listed(listing: Path) -> set[str]:
+    """<id>/<file> of every image that a competition's json file names."""
+    if not listing.is_file():
+        raise FileNotFoundError(listing)
+    try:
+        images = json.loads(listing.read_text(encoding="utf-8"))["images"]
+        return {"/".join(Path(image["file_name"]).parts[-2:]) for image in images}
+    except (ValueError, KeyError, TypeError) as error:
+        where = f"--data-path {shown(listing)}: not a competition's list of images"
+        raise FarError(f"{where} ({type(error).__name__}: {shown(error)}); fetch it again") from error
 
 
 def _inaturalist(year: str) -> Build:
     def build(root: Path, train: bool, download: bool) -> Dataset:
-        data = tv.INaturalist(root, version=year, download=download and not (root / year).exists(), loader=read_image)
-        listing = root / f"{'train' if train else 'val'}{year}.json"
-        listed = json.loads(listing.read_text())["images"]
-        wanted = {"/".join(Path(image["file_name"]).parts[-2:]) for image in listed}
+        folder, listing = root / year, root / f"{'train' if train else 'val'}{year}.json"
+        if not download and not folder.is_dir():
+            raise FileNotFoundError(folder)  # torchvision would make the root
+        data = tv.INaturalist(root, version=year, download=download and not folder.exists(), loader=read_image)
+        wanted = _listed(listing)
         names = [f"{Path(data.all_categories[category]).name}/{file}" for category, file in data.index]
-        chosen = [i for i, name in enumerate(names) if name in wanted]
-        if not chosen:
-            raise FarError(f"--data-path {listing}: names no image under {root / year}; unpack the images of {year} there")
-        return Subset(data, chosen)
+        chosen = Subset(data, [i for i, name in enumerate(names) if name in wanted])
+        if not len(chosen):
+            where = f"--data-path {shown(listing)}: names no image under {shown(folder)}"
+            raise FarError(f"{where}; unpack the images of {year} there")
+        chosen.classes = data.all_categories
+        return chosen
 
     return build
 
@@ -126,9 +162,11 @@ SOURCES: dict[str, Source] = {
     "IMNET": _folder_source(1000, "unpack ImageNet-1k's ILSVRC2012 archives, one folder a class"),
     "CIFAR10": _cifar(tv.CIFAR10, 10, "cifar-10-batches-py/"),
     "CIFAR100": _cifar(tv.CIFAR100, 100, "cifar-100-python/"),
-    "FLOWER": Source(_flowers, 102, "flowers-102/jpg, imagelabels.mat and setid.mat", "add --download", can_download=True),
+    "FLOWER": Source(
+        _flowers, 102, "flowers-102/jpg, imagelabels.mat and setid.mat", "add --download", can_download=True
+    ),
     "CAR": Source(
-        lambda root, train, download: tv.StanfordCars(root, split="train" if train else "test", loader=read_image), 196,
+        lambda root, train, _: tv.StanfordCars(root, split="train" if train else "test", loader=read_image), 196,
         "stanford_cars/devkit, cars_train, cars_test and cars_test_annos_withlabels.mat",
         "torchvision can no longer download it; get the Stanford Cars archives and unpack them there",
     ),
@@ -150,9 +188,19 @@ def build_split(name: str, root: Path, train: bool, download: bool = False) -> D
     if download and not source.can_download:
         raise FarError(f"--download: not possible for {name}; {source.get}")
     try:
-        return source.build(root, train, download)
+        data = source.build(root, train, download)
     except (FileNotFoundError, RuntimeError, NotADirectoryError, KeyError, ValueError) as error:
-        raise FarError(f"--data-path {root}: {name} not found there; looked for {source.layout}; {source.get}") from error
+        where = f"--data-path {shown(root)}: {name} not found there"
+        raise FarError(f"{where}; looked for {source.layout}; {source.get}") from error
+    except OSError as error:
+        flag = "--download" if download else "--data-path"
+        reason = shown(error.strerror or error)
+        raise FarError(f"{flag} {shown(error.filename or root)}: cannot be read ({reason}); mend this first") from error
+    classes = getattr(data, "classes", None)  # absent where the source's own checksums vouch for the count
+    if source.num_classes and classes is not None and len(classes) != source.num_classes:
+        where = f"--data-path {shown(root)}: {len(classes)} classes, but {name} has {source.num_classes}"
+        raise FarError(f"{where}; complete it, or name a subset or another set --dataset FOLDER")
+    return data
 
 
 def count_classes(name: str, data: Dataset) -> int:

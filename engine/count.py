@@ -37,7 +37,7 @@ def _torch_lstm(module: nn.LSTM, args, output) -> int:
 
 def _fused(module: FusedBiLSTM, args, output) -> int:
     b, n, _ = args[0].shape
-    mixing = module.pre_w.numel() + sum(w.numel() for w in module.cells if w.dim() == 2)
+    mixing = module.pre_w.numel() + sum(4 * u * (module.depth + u) for u in module.units)
     return b * n * mixing + output[..., 0].numel() * module.out_w.numel()
 
 

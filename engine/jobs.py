@@ -13,7 +13,7 @@ from datasets.loading import Data, DataConfig
 from datasets.registry import SOURCES
 from engine.distill import LOSSES, Distillation, check_reach, mean_similarity_of_z
 from engine.evaluate import evaluate
-from engine.stages import Optim, Stage, distillation, with_epochs
+from engine.stages import Optim, Stage, distillation
 from engine.train import AMP, Settings, Trainer, check_optimizer
 from models.bilstm import REPLACEMENTS
 from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_published_weights, load_teacher_weights
@@ -108,6 +108,19 @@ def data_from(args: Namespace, input_size: int, context: Context) -> Data:
     ), context)  # fmt: skip
 
 
+def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
+    """The stages that train at all. Raises FarError where none does, or one cannot."""
+    kept = [stage for stage in stages if stage.optim.epochs]
+    if not kept:
+        raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
+    check_reach(kept)
+    for stage in kept:
+        if (settings.mixup or settings.cutmix) and (least := data.smallest_batch(stage.optim.batch_size)) < 2:
+            raise FarError(f"--mixup, --cutmix: pair the images of a step, and stage {stage.name} has steps of {least} image; "
+                           "raise its batch size, or switch them off")  # fmt: skip
+    return kept
+
+
 def say(context: Context, text: str) -> None:
     if context.main:
         print(text, flush=True)
@@ -160,7 +173,8 @@ def teacher(args: Namespace, context: Context, paths: Paths) -> None:
     model = create_teacher(config.base_model, config.num_classes, config.img_size, args.drop, args.drop_path)
     if args.base_weight and not load_teacher_weights(model, args.base_weight, head=False):
         say(context, f"--base-weight {args.base_weight}: its classifier has another class count; a fresh one is trained")
-    stages = with_epochs([Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))])
+    stages = [Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))]
+    stages = planned(stages, data, settings_from(args))
     with open_run(vars(args), args.mode, context) as run:
         model, last = from_last(args, run, model, config)
         task = partial(classify, model=model)
@@ -186,8 +200,7 @@ def train(args: Namespace, context: Context, paths: Paths) -> None:
         blocks, args.train_mode, args.step, None if skip else optim_from(args, "", context), args.train_loss, block,
         args.block_ft_train_loss, args.block_ft_mode, block if args.finetune_head else None, bool(args.attn_weight),
     )  # fmt: skip
-    stages = with_epochs(stages)
-    check_reach(stages)
+    stages = planned(stages, data, settings_from(args))
     with open_run(vars(args), args.mode, context) as run:
         model, last = from_last(args, run, model, config)
         reference.to(context.device)
@@ -256,7 +269,8 @@ def downstream(args: Namespace, context: Context, paths: Paths) -> None:
         if args.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
     blocks = tuple(range(len(model.blocks)))
-    stages = with_epochs([Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))])
+    stages = [Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))]
+    stages = planned(stages, data, settings_from(args))
     with open_run(vars(args), args.mode, context) as run:
         model, last = from_last(args, run, model, config)
         task = partial(classify, model=model)

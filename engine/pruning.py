@@ -12,7 +12,7 @@ from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.hoyer import REGULARIZERS, Regularized, lstm_norms, mlp_norms
-from engine.jobs import data_from, from_last, load_teacher, optim_from, say
+from engine.jobs import data_from, from_last, load_teacher, optim_from, planned, say
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink_lstms, shrink_mlps
 from engine.stages import Stage
 from engine.train import AMP, Settings, Trainer
@@ -90,6 +90,8 @@ class Pruning:
         self.distill = self.teacher is not None and args.distill is not False
         self.settings = Settings(args.seed, args.amp, args.smoothing, args.mixup, args.cutmix, args.select, lstm_backend=args.lstm_backend)
         self.regularize, self.fine_tune = (optim_from(args, prefix, context) for prefix in ("", "ft_"))
+        if self.regularize.epochs or self.fine_tune.epochs:
+            planned([self._stage(*each) for each in (("regularize", self.regularize), ("fine-tune", self.fine_tune))], self.data, self.settings)
         self._select(self.model)  # a selection that cannot be met is told before hours of training
 
     def _find(self, args: Namespace, pretrained: dict[str, str]) -> Path:
@@ -145,20 +147,22 @@ class Pruning:
             set_backend(model, self.args.lstm_backend)
             return model.to(self.context.device)
         model, last = from_last(self.args, run, model, self.config)
-        regularizing = name == "regularize"
-        stage = Stage(name, (), tuple(range(len(model.blocks))), "full", "classification", "output", optim,
-                      "last" if regularizing else "")  # fmt: skip  (the best top-1 while regularizing is the least regularized)
-        if self.distill:
-            stage = replace(stage, loss="combine", blocks=tuple(self.config.replaced))
+        stage = self._stage(name, optim)
         set_backend(model, self.args.lstm_backend)
         if optim.epochs:
-            task = partial(self._task, model, regularizing)
+            task = partial(self._task, model, name == "regularize")
             result = Trainer(model, self.config, [stage], task, self.data, run, self.context, self.settings, last).fit()
         else:
             run.save("best.pth", pack(model, self.config))
             result = self._evaluate(model)
         run.write_json("result.json", result)
         return model
+
+    def _stage(self, name: str, optim) -> Stage:
+        # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
+        select = "last" if name == "regularize" else ""
+        stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
+        return replace(stage, loss="combine", blocks=tuple(self.config.replaced)) if self.distill else stage
 
     def _task(self, model, regularizing: bool, stage: Stage, criterion):
         task = Distillation(model, self.teacher, stage, criterion)

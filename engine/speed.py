@@ -99,6 +99,13 @@ def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> T
     return result
 
 
+def packing(layer: MultiHeadBiLSTM, seconds: float) -> Times:
+    """What of a call at batch 1 goes into packing the weights, which the unfused layer does each time."""
+    weights = [w for head in layer.lstm for direction in head for w in direction.cell()]
+    x = torch.randn(1, 197, layer.dim)
+    return interleaved({"packing": lambda: torch.ops.far.pack(weights), "call": lambda: layer(x)}, seconds, 3)
+
+
 def peak_bytes(call: Callable) -> int:
     """Peak bytes allocated during a call, beyond what was there before it: the running sum of torch's allocations."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's notices stand between the rows

@@ -7,8 +7,6 @@ from typing import NamedTuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from utils.errors import FarError
-
 
 @dataclass(frozen=True)
 class Optim:
@@ -73,14 +71,6 @@ def select_trainable(model: VisionTransformer, stage: Stage) -> int:
     for part in PARTS[stage.parts].pick(model, stage.blocks):
         part.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def with_epochs(stages: list[Stage]) -> list[Stage]:
-    """The stages that train at all. Raises FarError where none does."""
-    kept = [stage for stage in stages if stage.optim.epochs]
-    if not kept:
-        raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
-    return kept
 
 
 def steps(blocks: tuple[int, ...], mode: str, step: int) -> list[tuple[int, ...]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from datasets.loading import Data
 from engine.evaluate import evaluate
+from engine.resume import check, load_optimizer, load_scaler
 from engine.stages import Optim, Stage, select_trainable
 from models.replace import FarConfig, pack, set_backend, swap_attention
 from utils import checkpoint, signals
@@ -119,8 +120,8 @@ class Trainer:
     ):  # fmt: skip
         self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
         self.data, self.run, self.context, self.settings = data, run, context, settings
-        self.resumed = resumed
-        self.at = Position(**resumed["position"]) if resumed else Position()
+        self.resumed, self.source = resumed, f"--resume {run.path / 'last.pth'}"
+        self.at = Position(**self._resumed_position()) if resumed else Position()
         self.trace: list[dict[str, float]] = []  # the process's own losses step by step, not yet written
         if not context.main:
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)  # a stopped epoch's totals are stored once, for all processes
@@ -129,6 +130,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.amp == "fp16")
         # The CPU pays nothing to look at a loss; on CUDA each look waits for the device, so it looks every 20 steps.
         self.look_every = 1 if context.device.type == "cpu" else 20
+
+    def _resumed_position(self) -> dict[str, Any]:
+        def batches(stage: Stage) -> int:
+            return len(self.data.train_loader(stage.optim.batch_size))
+
+        return check(self.resumed, self.config, self.stages, batches, self.source)
 
     def fit(self) -> dict[str, float]:
         """Trains every stage; returns the evaluation of the weights the run hands on. Raises signals.Stopped, FarError."""
@@ -157,8 +164,8 @@ class Trainer:
         self.updates = math.ceil(len(loader) / stage.optim.accum_steps)
         self.optimizer, self.scheduler = make_optimizer(self.model, stage.optim, self.updates)
         if self.resumed:
-            self.optimizer.load_state_dict(self.resumed["optimizer"])
-            self.scaler.load_state_dict(self.resumed["scaler"])
+            load_optimizer(self.optimizer, self.resumed["optimizer"], self.source)
+            load_scaler(self.scaler, self.resumed["scaler"], self.source)
             self.resumed = None
         task = self.make_task(stage, self.settings.criterion()).to(self.context.device)
         if self.context.world > 1:
@@ -241,11 +248,11 @@ class Trainer:
     def _evaluate(self, stage: Stage, loader) -> dict[str, float]:
         """`evaluate`, which a signal interrupts: the epoch's steps are saved, its evaluation comes again."""
 
-        def check() -> None:
+        def look() -> None:
             if number := self.context.most(self.request.number):
                 self._stop(stage, number)
 
-        return evaluate(self.model, loader, self.context, self.autocast, check)
+        return evaluate(self.model, loader, self.context, self.autocast, look)
 
     def _stop(self, stage: Stage, number: int) -> None:
         self._save_last()

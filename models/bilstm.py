@@ -91,7 +91,6 @@ class MultiHeadBiLSTM(Replacement):
         super().__init__(dim, num_heads, num_tokens, units)
         d = dim // num_heads
         self.backend = "auto"
-        self._packed: tuple[tuple, kernels.cpu.Packed] | None = None
         units = units or [(d, d)] * num_heads
         self.pre_proj = nn.Linear(dim, dim)
         self.lstm = nn.ModuleList(nn.ModuleList(DirectionLSTM(d, u) for u in pair) for pair in units)
@@ -110,17 +109,7 @@ class MultiHeadBiLSTM(Replacement):
 
     def hidden(self, p: Tensor) -> Tensor:
         """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""
-        cells = [direction.cell() for head in self.lstm for direction in head]
-        name = kernels.choose(self.backend, p, max(map(max, self.units)))
-        learns = torch.is_grad_enabled() and (p.requires_grad or any(w.requires_grad for cell in cells for w in cell))
-        # Packing weights costs as much as a few tokens: keep them until one changes (its version counts writes, but
-        # a tensor made under inference_mode counts none).
-        if name != "cpu" or learns or cells[0].weight_hh.is_inference():
-            return kernels.KERNELS[name](p, cells)
-        key = tuple((w.data_ptr(), w._version) for cell in cells for w in cell)
-        if self._packed is None or self._packed[0] != key:
-            self._packed = (key, kernels.cpu.pack(cells))
-        return kernels.cpu.run(p, self._packed[1])
+        return kernels.compute(self.backend, p, [direction.cell() for head in self.lstm for direction in head])
 
     def init_from_attention(self, attn: nn.Module, init: str) -> None:
         """Where the LSTMs start. `chrono` was the best of the three on the digits (README, ablation).

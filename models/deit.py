@@ -1,19 +1,23 @@
 """Teachers: timm's DeiT, and DeiT-Micro, a small one of ours for the digits."""
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from utils.checkpoint import load, load_into
+from utils.checkpoint import FLOATS, check_dense, load, load_into, whole
 from utils.errors import FarError
 
 
 def _micro(img_size: int = 32, **kwargs) -> VisionTransformer:
-    model = VisionTransformer(img_size=img_size, patch_size=4, embed_dim=64, depth=4, num_heads=2, **kwargs)
+    patch_size = PATCH_SIZE["DeiT-Micro"]
+    model = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=64, depth=4, num_heads=2, **kwargs)
     # Learned positions that start as 2-D sines and cosines (MAE, arXiv 2111.06377): a patch of DIGITS is about one
     # pixel, and from random positions the teacher needs several times the epochs to find out which pixel it is.
     with torch.no_grad():
@@ -45,16 +49,58 @@ TEACHERS: dict[str, Callable[..., VisionTransformer]] = {
 SCALES = {name.removeprefix("DeiT-"): name for name in TEACHERS}
 PUBLISHED = {name for name in TEACHERS if name != "DeiT-Micro"}
 INPUT_SIZE = {name: 32 if name == "DeiT-Micro" else 224 for name in TEACHERS}
+PATCH_SIZE = {name: 4 if name == "DeiT-Micro" else 16 for name in TEACHERS}
+LARGEST_INPUT = 4096
+WRAPPERS = ("model", "state_dict", "model_ema")  # under which training scripts store the weights
+
+
+def fits_patches(base_model: str, img_size) -> bool:
+    """Whether images of this size are cut into whole patches."""
+    return whole(img_size, 1, LARGEST_INPUT) and img_size % PATCH_SIZE[base_model] == 0
 
 
 def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float = 0.0, drop_path: float = 0.0):
     """A DeiT with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
-    try:
-        return TEACHERS[base_model](
-            num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path
+    if not fits_patches(base_model, img_size):
+        raise FarError(
+            f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {PATCH_SIZE[base_model]}, "
+            f"up to {LARGEST_INPUT}"
         )
-    except AssertionError as error:
-        raise FarError(f"--input-size {img_size}: {base_model} needs a multiple of its patch size") from error
+    return TEACHERS[base_model](
+        num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path
+    )
+
+
+def teacher_state(content: dict, source: str) -> dict[str, Tensor]:
+    """A vision transformer's weights by timm's names, whatever script wrapped them. Raises FarError on others."""
+    state = next((content[key] for key in WRAPPERS if key in content), content)
+    state = state if isinstance(state, dict) else {}
+    names = {str(key).removeprefix("module."): key for key in state}  # DataParallel's prefix
+    if "pos_embed" not in names:
+        raise FarError(f"{source}: holds no vision transformer's weights; give timm's or DeiT's layout")
+    if any(".post_proj." in name for name in names):
+        raise FarError(f"{source}: is a FAR model, not a teacher; give it as --far-weight or --attn-weight")
+    if "dist_token" in names:
+        raise FarError(f"{source}: is a distilled DeiT (holds dist_token), unknown here; give the plain DeiT's weights")
+    state = {name: state[key] for name, key in names.items()}
+    for name, value in state.items():
+        check_dense(value, FLOATS, name, source)
+    return state
+
+
+def resize_positions(state: dict[str, Tensor], model: VisionTransformer, source: str) -> dict[str, Tensor]:
+    """The weights with their position embeddings (1, 1 + n * n, D) interpolated to the model's grid, by timm."""
+    own, positions = model.pos_embed, state["pos_embed"]
+    if positions.shape == own.shape:
+        return state
+    side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
+    largest = LARGEST_INPUT // model.patch_embed.patch_size[0]
+    if positions.shape != (1, 1 + side**2, own.shape[2]) or not whole(side, 1, largest):
+        raise FarError(
+            f"{source}: pos_embed has shape {tuple(positions.shape)}, this model needs (1, 1 + n * n, {own.shape[2]}); "
+            "name the model the weights belong to"
+        )
+    return {**state, "pos_embed": resample_abs_pos_embed(positions, list(model.patch_embed.grid_size))}
 
 
 def load_teacher_weights(model: VisionTransformer, path: str | Path, flag: str = "--base-weight", head: bool = True):
@@ -62,25 +108,18 @@ def load_teacher_weights(model: VisionTransformer, path: str | Path, flag: str =
 
     With `head=False` a classifier of another class count stays fresh (returns False then); else it is an error.
     """
-    content = load(path, flag)
-    state = content.get("model", content.get("state_dict", content))
-    if not all(isinstance(v, torch.Tensor) for v in state.values()) or "pos_embed" not in state:
-        raise FarError(f"{flag} {path}: holds no vision transformer's weights; give timm's or DeiT's layout")
-    if any(".post_proj." in key for key in state):
-        raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight or --attn-weight")
-    if "patch_embed.proj.weight" in state and state["patch_embed.proj.weight"].shape == model.patch_embed.proj.weight.shape:
-        # timm would also reshape a patch embedding of another width, silently: only positions may be resized here.
-        state = checkpoint_filter_fn(state, model)
-    classes = state["head.weight"].shape[0] if "head.weight" in state else None
-    fits = classes == model.num_classes
+    source = f"{flag} {path}".strip()
+    state = resize_positions(teacher_state(load(path, flag), source), model, source)
+    found = state.get("head.weight")
+    fits = found is not None and (found.ndim != 2 or len(found) == model.num_classes)
     if not fits and not head:
         state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith("head.")}}
     elif not fits:
         raise FarError(
-            f"{flag} {path}: its classifier has {classes} classes, --dataset needs {model.num_classes}; "
-            "train a teacher on this data first with --mode teacher"
+            f"{source}: its classifier has {0 if found is None else len(found)} classes, --dataset needs "
+            f"{model.num_classes}; train a teacher on this data first with --mode teacher"
         )
-    load_into(model, state, f"{flag} {path}")
+    load_into(model, state, source)
     return fits
 
 
@@ -101,4 +140,5 @@ def load_published_weights(model: VisionTransformer, base_model: str) -> None:
             f"--base-weight: no weights for {base_model}: none given and timm's could not be downloaded "
             f"({type(error).__name__}); give a local file with --base-weight FILE"
         ) from error
-    load_into(model, checkpoint_filter_fn(published.state_dict(), model), f"timm's {base_model}")
+    source = f"timm's {base_model}"
+    load_into(model, resize_positions(published.state_dict(), model, source), source)

@@ -1,5 +1,6 @@
 """The swap, and a FAR model's configuration, which travels with its weights."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,11 +11,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.bilstm import REPLACEMENTS, MultiHeadBiLSTM, Replacement
-from models.deit import TEACHERS, create_teacher
-from utils.checkpoint import load, load_into
+from models.deit import LARGEST_INPUT, PATCH_SIZE, TEACHERS, create_teacher, fits_patches
+from utils.checkpoint import load, load_into, whole
 from utils.errors import FarError
 
 MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
+MOST_CLASSES = 10**6
+MOST_PARAMETERS = 2**29  # 2 GiB; a file of some bytes can claim more, one number repeated
+BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of them
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ def parse_blocks(text: str | Sequence[str], depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
     blocks: set[int] = set()
     for word in words:
-        first, _, last = word.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or word.endswith("-"):
+        match = BLOCKS.fullmatch(word)
+        if match is None:
             raise FarError(f"--replace {word}: not a block or a range; write 0-11 or 0,2,5-7")
-        low, high = int(first), int(last or first)
+        low, high = int(match[1]), int(match[2] or match[1])
         if low > high or high >= depth:
             raise FarError(f"--replace {word}: blocks run from 0 to {depth - 1} in this model")
         blocks.update(range(low, high + 1))
@@ -109,28 +113,70 @@ def pack(model: VisionTransformer, config: FarConfig) -> dict[str, Any]:
     return {"model": model.state_dict(), "config": asdict(describe(model, config))}
 
 
+def is_nest(value: Any, full: Sequence) -> bool:
+    """Whether `value` is nested like `full`, each number from 1 to the one in its place."""
+    if isinstance(full, int):
+        return whole(value, 1, full)
+    return isinstance(value, list | tuple) and len(value) == len(full) and all(map(is_nest, value, full))
+
+
+def find_damage(config: FarConfig) -> str:
+    """What is wrong with a configuration from a file, in words; empty where nothing is. Allocates nothing."""
+    for name, table in (("base_model", TEACHERS), ("rep_by", REPLACEMENTS)):
+        if not isinstance(value := getattr(config, name), str) or value not in table:
+            return f"{name} is none of {', '.join(table)}"
+    if not whole(config.num_classes, 1, MOST_CLASSES):
+        return f"num_classes must be a whole number from 1 to {MOST_CLASSES}"
+    if not fits_patches(config.base_model, config.img_size):
+        return f"img_size must be a multiple of {PATCH_SIZE[config.base_model]} up to {LARGEST_INPUT}"
+    with torch.device("meta"):
+        model = create_teacher(config.base_model, config.num_classes, config.img_size)
+        swap_attention(model, (0,), config.rep_by)
+    blocks, full = range(len(model.blocks)), getattr(model.blocks[0].attn, "units", ())
+    replaced = config.replaced if isinstance(config.replaced, list | tuple) else (None,)
+    if not all(whole(i, 0, blocks[-1]) for i in replaced) or len(set(replaced)) < len(replaced):
+        return f"replaced must be different blocks from 0 to {blocks[-1]}"
+    for name, owners, most in (("units", replaced, full), ("mlp", blocks, MLP_RATIO * model.embed_dim)):
+        kept = getattr(config, name)
+        if not isinstance(kept, dict) or not set(kept) <= set(map(str, owners)):
+            return f"{name} must be a dictionary by block, of {sorted(owners)}"
+        if not most and kept or not all(is_nest(value, most) for value in kept.values()):
+            return f"{name} must be whole numbers from 1 to those of an unpruned block, {most}"
+    return ""
+
+
 def read_config(content: dict[str, Any], source: str) -> FarConfig:
-    """The configuration inside a checkpoint. Raises FarError where it has none or is of another kind."""
+    """The configuration inside a checkpoint. Raises FarError where it has none or one that no model can have."""
     stored = content.get("config")
     known = {f.name for f in fields(FarConfig)}
     if not isinstance(stored, dict) or not isinstance(content.get("model"), dict) or not set(stored) <= known:
         raise FarError(f"{source}: not a FAR checkpoint (no configuration inside); give one that FAR's main.py wrote")
-    try:
-        config = FarConfig(**{**stored, "replaced": tuple(stored["replaced"])})
-    except (TypeError, KeyError) as error:
-        raise FarError(f"{source}: its configuration is damaged; train or copy it again") from error
-    if config.base_model not in TEACHERS or config.rep_by not in REPLACEMENTS:
-        raise FarError(f"{source}: of an unknown architecture ({config.base_model}, {config.rep_by})")
-    return config
+    if lacking := {"base_model", "num_classes", "img_size"} - stored.keys():
+        raise FarError(f"{source}: its configuration lacks {min(lacking)}; train or copy it again")
+    config = FarConfig(**stored)
+    if damage := find_damage(config):
+        raise FarError(f"{source}: its configuration is damaged: {damage}; train or copy it again")
+    units = {index: [list(pair) for pair in heads] for index, heads in config.units.items()}
+    return replace(config, replaced=tuple(sorted(config.replaced)), units=units)
 
 
-def load_model(path: str | Path, flag: str, drop: float = 0.0, drop_path: float = 0.0):
-    """Rebuilds a model from its checkpoint alone. Returns (model, configuration)."""
-    content = load(path, flag)
-    config = read_config(content, f"{flag} {path}")
-    model = build(config, drop, drop_path)
-    load_into(model, content["model"], f"{flag} {path}")
-    return model, config
+def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: float = 0.0):
+    """The model a checkpoint's content holds, in eval mode, and its configuration. Raises FarError where they disagree.
+
+    Nothing is allocated before the tensors are known to be the model's: it is built on meta, then takes copies of them.
+    """
+    config = read_config(content, source)
+    with torch.device("meta"):
+        model = build(config, drop, drop_path)
+    if (count := count_parameters(model)) > MOST_PARAMETERS:
+        raise FarError(f"{source}: describes {count:,} parameters, more than any model here; train or copy it again")
+    load_into(model, content["model"], source)
+    return model.eval(), config
+
+
+def load_model(path: str | Path, flag: str = "", drop: float = 0.0, drop_path: float = 0.0):
+    """Rebuilds a model from its checkpoint alone, in eval mode. Returns (model, configuration)."""
+    return restore(load(path, flag), f"{flag} {path}".strip(), drop, drop_path)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 import main
-import utils  # noqa: F401  (first: makes torchvision importable)
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]

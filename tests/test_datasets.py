@@ -1,8 +1,12 @@
-"""Every data set of the table through torchvision's own classes, on tiny fixtures in exactly their layouts."""
+"""Every data set of the table on tiny fixtures in exactly their layouts, and the batches that come of them."""
 
+import errno
 import hashlib
 import json
+import os
 import pickle
+from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def cifar(root, monkeypatch, kind, folder, label):
+def cifar(root, monkeypatch, kind, folder, label, classes):
     folder = root / folder
     folder.mkdir(parents=True)
     listed = {"train_list": ["train"], "test_list": ["test"]}
@@ -32,7 +36,7 @@ def cifar(root, monkeypatch, kind, folder, label):
             data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
             (folder / name).write_bytes(pickle.dumps({"data": data, label: [0, 1, 2, 3]}))
         monkeypatch.setattr(kind, attribute, [[n, md5(folder / n)] for n in names])
-    (folder / "meta").write_bytes(pickle.dumps({"names": list("abcd")}))
+    (folder / "meta").write_bytes(pickle.dumps({"names": [str(c) for c in range(classes)]}))
     monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "names", "md5": md5(folder / "meta")})
 
 
@@ -47,35 +51,39 @@ def flowers(root, monkeypatch):
     monkeypatch.setattr(tv.Flowers102, "_file_dict", {**tv.Flowers102._file_dict, **files})
 
 
-def cars(root, monkeypatch):
+def cars(root, monkeypatch, classes=196):
     base = root / "stanford_cars"
     kind = [("fname", object), ("class", int)]
     for split, where in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
         write_images(base / f"cars_{split}", 3)
         (base / where).parent.mkdir(parents=True, exist_ok=True)
         savemat(base / where, {"annotations": np.array([[(f"{i}.jpg", i + 1) for i in range(3)]], dtype=kind)})
-    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([["a", "b", "c"]], dtype=object)})
+    names = np.array([[f"car {c}" for c in range(classes)]], dtype=object)
+    savemat(base / "devkit/cars_meta.mat", {"class_names": names})
 
 
-def inat(root, year):
+def inat(root, year, classes):
     names = []
+    for c in range(classes):  # the archive holds every class's folder
+        (root / year / "Plantae" / str(c)).mkdir(parents=True)
     for c in range(2):
         folder = root / year / "Plantae" / str(c)
         write_images(folder, 3)
         names += [f"train_val{year}/Plantae/{c}/{i}.jpg" for i in range(3)]
-    (root / f"train{year}.json").write_text(json.dumps({"images": [{"file_name": n} for n in names if "2.jpg" not in n]}))
-    (root / f"val{year}.json").write_text(json.dumps({"images": [{"file_name": n} for n in names if "2.jpg" in n]}))
+    for split, held in (("train", False), ("val", True)):
+        images = [{"file_name": n} for n in names if ("2.jpg" in n) is held]
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images}))
 
 
 FIXTURES = {
-    "IMNET": (lambda root, mp: image_folder(root), 8, 8, 1000),
+    "IMNET": (lambda root, mp: image_folder(root, 1000, count=1, size=8), 1000, 1000, 1000),
     "FOLDER": (lambda root, mp: image_folder(root, classes=3), 12, 12, 3),
-    "CIFAR10": (lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels"), 4, 4, 10),
-    "CIFAR100": (lambda root, mp: cifar(root, mp, tv.CIFAR100, "cifar-100-python", "fine_labels"), 4, 4, 100),
+    "CIFAR10": (lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels", 10), 4, 4, 10),
+    "CIFAR100": (lambda root, mp: cifar(root, mp, tv.CIFAR100, "cifar-100-python", "fine_labels", 100), 4, 4, 100),
     "FLOWER": (flowers, 4, 3, 102),
     "CAR": (cars, 3, 3, 196),
-    "INAT18": (lambda root, mp: inat(root, "2018"), 4, 2, 8142),
-    "INAT19": (lambda root, mp: inat(root, "2019"), 4, 2, 1010),
+    "INAT18": (lambda root, mp: inat(root, "2018", 8142), 4, 2, 8142),
+    "INAT19": (lambda root, mp: inat(root, "2019", 1010), 4, 2, 1010),
     "DIGITS": (lambda root, mp: None, 1437, 360, 10),
 }
 
@@ -98,6 +106,114 @@ def test_a_missing_folder_says_what_was_looked_for_and_how_to_get_it(name, tmp_p
     with pytest.raises(FarError, match="--data-path") as error:
         build_split(name, tmp_path / "nowhere", True)
     assert SOURCES[name].layout in str(error.value) and SOURCES[name].get in str(error.value)
+    assert not any(tmp_path.iterdir())  # asking makes nothing
+
+
+WRONG_COUNTS = {
+    "IMNET": lambda root, mp: image_folder(root, classes=3, count=1),
+    "CIFAR10": lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels", 9),
+    "CAR": lambda root, mp: cars(root, mp, classes=195),
+    "INAT19": lambda root, mp: inat(root, "2019", 1011),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG_COUNTS))
+def test_another_count_of_classes_is_refused_since_labels_would_shift(name, tmp_path, monkeypatch):
+    WRONG_COUNTS[name](tmp_path, monkeypatch)
+    with pytest.raises(FarError, match=f"classes, but {name} has {SOURCES[name].num_classes}; .*--dataset FOLDER"):
+        build_split(name, tmp_path, True)
+
+
+def folder_error(root):
+    with pytest.raises(FarError) as error:
+        build_split("FOLDER", root, True)
+    assert str(error.value).startswith("--data-path ") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_class_folders_are_read_as_torchvision_reads_them(tmp_path):
+    root, outside = image_folder(tmp_path / "data", classes=3, count=12), tmp_path / "outside"
+    write_images(outside, 3)
+    write_images(root / "train/class1/0/deep", 2)
+    write_images(root / "train/class1/0deep", 2)
+    (root / "train/class1/more").symlink_to(outside)
+    (root / "train/class1/notes.txt").touch()
+    (root / "train/class2/9.jpg").rename(root / "train/class2/9.JPG")
+    assert build_split("FOLDER", root, True).samples == tv.ImageFolder(root / "train").samples
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "../../.."])
+def test_a_link_back_to_a_folder_above_is_named(target, tmp_path):
+    root = image_folder(tmp_path / "data")
+    (root / "train/class1/loop").symlink_to(target)
+    assert "a link back to a folder above it; remove the link" in folder_error(root)
+
+
+def test_a_link_to_itself_a_broken_link_and_a_pipe_are_named(tmp_path):
+    root = image_folder(tmp_path / "data")
+    for name, make in {
+        "knot": lambda path: path.symlink_to(path),
+        "gone.jpg": lambda path: path.symlink_to("nowhere.jpg"),
+        "pipe.jpg": os.mkfifo,
+    }.items():
+        make(root / "train/class0" / name)
+        assert f"class0/{name}: " in folder_error(root)
+        (root / "train/class0" / name).unlink()
+    assert len(build_split("FOLDER", root, True)) == 8
+
+
+@pytest.mark.parametrize("locked", ["train", "train/class1"])
+def test_a_folder_without_permission_is_named(locked, tmp_path, monkeypatch):
+    root = image_folder(tmp_path / "data")
+    scandir, listdir = os.scandir, os.listdir
+
+    def guarded(function):
+        def call(path):
+            if Path(path) == root / locked:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", guarded(scandir))
+    monkeypatch.setattr(os, "listdir", guarded(listdir))
+    assert f"{root / locked}: cannot be read (Permission denied)" in folder_error(root)
+
+
+def test_names_of_odd_bytes_are_read_and_shown_on_one_line(tmp_path):
+    root = image_folder(tmp_path / "data", classes=1)
+    (root / "train/class0/0.jpg").rename(root / "train/class0" / os.fsdecode(b"\xff\n.jpg"))
+    assert len(build_split("FOLDER", root, True)) == 4
+    (root / "train" / os.fsdecode(b"odd\xff\n")).mkdir()
+    assert folder_error(root).isprintable()
+
+
+NO_LISTINGS = ["[]", "{}", '{"images": 3}', '{"images": [{"id": 1}]}', '{"images": [1]}', '{"images": [', "\xff"]
+
+
+@pytest.mark.parametrize("text", NO_LISTINGS)
+def test_a_listing_that_is_no_listing_is_named(text, tmp_path):
+    inat(tmp_path, "2019", 2)
+    (tmp_path / "train2019.json").write_text(text, encoding="latin-1")
+    with pytest.raises(FarError, match=r"train2019\.json: not a competition's list of images .*; fetch it again"):
+        build_split("INAT19", tmp_path, True)
+
+
+def test_a_pipe_for_a_listing_is_not_opened(tmp_path):
+    inat(tmp_path, "2019", 2)
+    (tmp_path / "train2019.json").unlink()
+    os.mkfifo(tmp_path / "train2019.json")
+    with pytest.raises(FarError, match="--data-path"):
+        build_split("INAT19", tmp_path, True)
+
+
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(tv.CIFAR10, "download", unreachable)
+    with pytest.raises(FarError, match="--download .*no route to host"):
+        build_split("CIFAR10", tmp_path, True, download=True)
 
 
 def test_digits_splits_are_disjoint_complete_and_stratified():
@@ -107,63 +223,3 @@ def test_digits_splits_are_disjoint_complete_and_stratified():
     expected = sorted(np.repeat(np.round(i * 255 / 16).astype(np.uint8)[..., None], 3, 2).tobytes() for i in source)
     assert pixels == expected
     assert np.bincount(val.targets).min() >= 34
-
-
-def digits(seed=0, **kwargs):
-    world, rank = kwargs.pop("world", 1), kwargs.pop("rank", 0)
-    return Data(DataConfig("DIGITS", None, 32, num_workers=kwargs.pop("num_workers", 0), seed=seed, **kwargs), Context(rank, world))
-
-
-def batches(data, epoch=0, size=64, start=0):
-    return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
-
-
-def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
-    first, again = batches(digits(subset=0.1)), batches(digits(subset=0.1, num_workers=2))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
-    data = digits(subset=0.1)
-    batches(data, epoch=0)
-    late = batches(data, epoch=1)
-    assert torch.equal(batches(digits(subset=0.1), epoch=1, start=1)[0][0], late[1][0])
-    assert not torch.equal(first[0][0], late[0][0])
-    assert not torch.equal(first[0][0], batches(digits(seed=1, subset=0.1))[0][0])
-
-
-def test_global_batches_are_the_same_whatever_the_world_size():
-    alone = batches(digits(), size=64)
-    parts = [batches(digits(world=2, rank=r), size=32) for r in range(2)]
-    for (x, _), (a, _), (b, _) in zip(alone, *parts, strict=False):
-        key = lambda t: sorted(row.sum().item() for row in t)  # noqa: E731
-        assert key(x) == key(torch.cat([a, b]))
-
-
-@pytest.mark.parametrize("world", [1, 2, 7])
-def test_evaluation_shares_hold_every_image_once(world):
-    labels = torch.cat([y for r in range(world) for _, y in digits(world=world, rank=r).val_loader(50)])
-    assert labels.bincount().tolist() == np.bincount(build_split("DIGITS", None, False).targets).tolist()
-
-
-def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_images():
-    data = digits(subset=0.2, repeated_aug=True)
-    indices = [key[0] for batch in data.train_loader(32).batch_sampler for key in batch]
-    assert set(np.unique(indices, return_counts=True)[1]) <= {1, 2, 3} and len(set(indices)) < len(indices)
-    key = next(i for i in indices if indices.count(i) > 1)
-    a, b = [data.train[k][0] for batch in data.train_loader(32).batch_sampler for k in batch if k[0] == key][:2]
-    assert not torch.equal(a, b)
-
-
-def test_subset_and_holdout_take_their_shares():
-    data = digits(subset=0.5, holdout=0.2)
-    assert (len(data.train), len(data.val)) == (575, 287)
-    held = set(data.val.data.indices)
-    assert not held & {data.train.data.dataset.indices[i] for i in data.train.data.indices}
-
-
-def test_undecodable_image_is_named_through_a_worker_too(tmp_path):
-    image_folder(tmp_path)
-    (tmp_path / "train/class1/3.jpg").write_bytes(b"no image")
-    for workers in (0, 1):
-        data = Data(DataConfig("FOLDER", tmp_path, 32, num_workers=workers), Context())
-        with pytest.raises(FarError, match=r"class1/3\.jpg: not a readable image") as error:
-            batches(data, size=2)
-        assert "\n" not in str(error.value)

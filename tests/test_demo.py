@@ -33,6 +33,7 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     layer = out["layer, batch 1, threads 1"]
     assert {"attention", "dense BiLSTM", "FAR fused", "FAR pruned 0.25"} <= layer.keys() and layer["attention"]["repeats"] >= 3
     assert [p["tokens"] for p in out["tokens"]["FAR fused"]] == [5, 197]
+    assert out["packing"]["packing"]["median_ms"] > 0 and "packing the weights of a layer" in done.stdout
     assert all(p["peak_bytes"] > 0 for points in out["tokens"].values() for p in points)
     for figure in ("tokens.png", "accuracy.png"):
         assert (tmp_path / "runs/benchmark" / figure).stat().st_size > 5000

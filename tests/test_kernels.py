@@ -1,4 +1,4 @@
-"""The CPU kernel, forward and backward, and fuse() against the float64 reference; builds that collide, fall back, or have nowhere to go."""
+"""The CPU kernel, forward and backward, against the float64 reference."""
 
 import os
 import subprocess
@@ -7,12 +7,9 @@ import sys
 import pytest
 import torch
 
-from engine.count import count_macs
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
-from models.fuse import FusedBiLSTM, fuse
 from models.kernels import cpu
-from models.replace import FarConfig, build
 from tests.conftest import ROOT
 from utils.errors import FarError
 
@@ -70,7 +67,7 @@ def operators(request):
 def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
     m = layer(units)
     x = torch.randn(batch, tokens, 3, 64)
-    assert error_against_float64(x, m, cpu.run(x, cpu.pack(cells(m), operators), operators)) < 1e-6
+    assert error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-6
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -79,18 +76,13 @@ def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch)
     if not cpu.has_bfloat16():
         pytest.skip("no AVX512_BF16 here")
     m, x = layer(units), torch.randn(batch, tokens, 3, 64)
-    got = cpu.run(x, cpu.pack(cells(m), recurrent=torch.bfloat16))
+    packed = torch.ops.far.pack([w for cell in cells(m) for w in cell], half=True)
+    got = torch.ops.far.run_packed(x, packed, [u for pair in units for u in pair])
     rounded = [cell._replace(weight_hh=cell.weight_hh.bfloat16().float()) for cell in cells(m)]
-    with_rounded_weights = cpu.run(x, cpu.pack(rounded))
+    with_rounded_weights = cpu.fused(x, rounded)
     assert error_against_float64(x, m, got) < 5e-3
     assert ((got - with_rounded_weights).norm() / got.norm()).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
-    assert torch.equal(got, cpu.run(x, cpu.pack(cells(m)))) == (tokens == 1)  # the first token meets no recurrence
-
-
-def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
-    with pytest.raises(FarError, match="--fuse float32"):
-        FusedBiLSTM(layer(UNITS[0]), torch.bfloat16)
+    assert torch.equal(got, cpu.fused(x, cells(m))) == (tokens == 1)  # the first token meets no recurrence
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -114,37 +106,105 @@ def test_the_cpu_kernels_graph_can_be_walked_twice_and_frozen_parts_stay_without
 
 def test_the_cpu_kernel_reads_strided_input(operators):
     m = layer(UNITS[1])
-    packed = cpu.pack(cells(m), operators)
     views = (
         torch.randn(3, 20, 4, 64).transpose(0, 1)[:, :, :3],
         torch.randn(64, 20, 2, 3).permute(2, 1, 3, 0),
         torch.randn(2, 9, 1, 64).expand(2, 9, 3, 64),
     )
     for x in views:
-        assert error_against_float64(x, m, cpu.run(x, packed, operators)) < 1e-6
+        assert error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-6
 
 
 def test_extreme_input_saturates_and_nan_passes_through(operators):
     m = layer(UNITS[0])
     x = torch.randn(2, 12, 3, 64) * 1e4
-    packed = cpu.pack(cells(m), operators)
-    assert error_against_float64(x, m, cpu.run(x, packed, operators)) < 1e-3  # gates of 1e4 are rounded to 1e-3 in float32
+    assert error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-3  # gates of 1e4 are rounded to 1e-3 in float32
     x[0, 5, 1, 0] = float("nan")
-    bad = cpu.run(x, packed, operators).isnan()  # (2, 12, 384)
+    bad = cpu.fused(x, cells(m), operators).isnan()  # (2, 12, 384)
     assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
     assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
 
 
-def test_weights_that_change_are_packed_again():
-    m = layer(UNITS[0])
-    x = torch.randn(1, 30, 192)
+def assert_layer_is_current(m, x):
+    """The layer computes with the weights it has now, whoever wrote them and how."""
     m.backend = "auto"
-    before = m(x)
-    m.lstm[0][0].weight_hh.mul_(0.5)
-    after = m(x)
+    got = m(x).detach()
     m.backend = "reference"
+    torch.testing.assert_close(got, m(x).detach(), rtol=1e-3, atol=1e-4)
+    return got
+
+
+def scale_by_data(m):
+    for p in m.parameters():
+        p.data *= 0.5
+
+
+def scale_by_copy(m):
+    for p in m.parameters():
+        p.data.copy_(p.data * 0.5)
+
+
+def scale_by_raw_memory(m):
+    """As a collective of torch.distributed writes: no version counter moves."""
+    for p in m.parameters():
+        p.detach().numpy()[...] *= 0.5
+
+
+def scale_by_loading(m):
+    m.load_state_dict({name: w * 0.5 for name, w in m.state_dict().items()})
+
+
+def scale_in_inference(m):
+    with torch.inference_mode():
+        scale_by_copy(m)
+
+
+def scale_by_a_step(m):
+    for p in m.requires_grad_().parameters():
+        p.grad = p.detach() * 0.5
+    torch.optim.SGD(m.parameters(), lr=1.0).step()
+    m.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [scale_by_data, scale_by_copy, scale_by_raw_memory, scale_by_loading, scale_in_inference, scale_by_a_step])
+def test_a_layer_computes_with_the_weights_it_has_now(change):
+    m, x = layer(UNITS[1]), torch.randn(1, 30, 192)
+    before = assert_layer_is_current(m, x)
+    change(m)
+    after = assert_layer_is_current(m, x)
     assert not torch.allclose(before, after, atol=1e-3)
-    torch.testing.assert_close(after, m(x), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        assert_layer_is_current(m, x)
+
+
+def start(program, *argv, **env):
+    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+BROADCAST = """
+import sys
+import torch
+from torch import distributed as dist
+from models.bilstm import MultiHeadBiLSTM
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(rank)
+m, x = MultiHeadBiLSTM(64, 2, 9).requires_grad_(False), torch.ones(1, 9, 64)
+m(x)
+for p in m.parameters():
+    dist.broadcast(p, 0)
+got = m(x)
+m.backend = "reference"
+print((got - m(x)).abs().max().item() < 1e-5)
+"""
+
+
+def test_weights_that_another_process_sends_are_used(tmp_path):
+    both = [start(BROADCAST, str(rank), str(tmp_path / "store"), OMP_NUM_THREADS="1") for rank in (0, 1)]
+    for process in both:
+        said, error = process.communicate(timeout=300)
+        assert said.strip() == "True", error
 
 
 def test_auto_takes_the_cpu_kernel_only_where_it_fits():
@@ -168,89 +228,88 @@ def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
-def test_fuse_keeps_the_function_in_float64(keep):
-    for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
-        m = layer(units).double()
-        f = FusedBiLSTM(m)
-        x = torch.randn(2, 40, 192, dtype=torch.float64)
-        expected = m(x)
-        assert ((f(x) - expected).norm() / expected.norm()).item() < 1e-12
-        torch.testing.assert_close(FusedBiLSTM(m.float())(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
-    total = sum(map(sum, m.units))
-    assert f.merged_pre == (192 * 4 * total < 192**2 + 64 * 4 * total)
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, monkeypatch):
+    seen, name = [], "cpu" if backend == "auto" else backend
+    kernel = kernels.KERNELS[name]
+
+    def watched(x, c):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(x, c)
+
+    monkeypatch.setitem(kernels.KERNELS, name, watched)
+    m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 30, 192)
+    expected, m.backend = m(x), backend
+    seen.clear()
+    with torch.autocast("cpu", dtype):
+        got = m(x)
+        got.float().square().mean().backward()  # inside: the way back keeps its precision too
+    assert seen == [(torch.float32, False)]
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in m.parameters())
 
 
-def test_a_wide_layer_keeps_its_head_projections_apart():
-    m = layer([(64, 64)] * 12, dim=768)
-    f, x = FusedBiLSTM(m), torch.randn(2, 30, 768)
-    assert not f.merged_out and not f.merged_pre
-    torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(("x_learns", "learning", "products"), [
+    (True, [], 6), (False, ["weight_ih"], 6), (False, ["weight_hh"], 6), (False, ["bias_ih"], 0), (False, ["bias_hh", "weight_hh"], 6),
+    (True, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"], 18),
+])  # fmt: skip
+def test_backward_multiplies_only_for_the_gradients_asked_for(operators, x_learns, learning, products):
+    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_learns)
+    asked = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in learning]
+    loss = cpu.fused(x, cells(m), operators).square().sum()
+    with torch.autograd.profiler.profile() as record:
+        got = torch.autograd.grad(loss, [x] * x_learns + asked)
+    assert sum(event.name == "aten::mm" for event in record.function_events) == products
+    full = torch.autograd.grad(cpu.fused(x.detach().requires_grad_() if not x_learns else x, cells(m), operators).square().sum(), asked or x)
+    for a, b in zip(got[x_learns:] if asked else got, full, strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("units", [64, 32, 8])
-def test_a_fused_layers_macs_are_counted_as_merged(units):
-    config = FarConfig("DeiT-Tiny", 10, 224, replaced=(0,), units={"0": [[units] * 2] * 3})
-    plain, fused = build(config), fuse(build(config))
-    total = 6 * units
-    before = 192 * 192 + 4 * total * (64 + units) + 64 * total + 192 * 192  # pre_proj, LSTMs, head_proj, post_proj
-    inputs = min(192 * 192 + 4 * total * 64, 4 * total * 192)  # merged where that costs less
-    after = inputs + 4 * total * units + 192 * total
-    assert count_macs(plain) - count_macs(fused) == 197 * (before - after)
+def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
+    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=True)
+    (first,) = torch.autograd.grad(cpu.fused(x, cells(m), operators).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(first.sum(), x)
 
 
-def test_a_fused_model_gives_the_models_logits():
-    units = {"1": [[5, 32], [1, 7]]}
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units=units)
-    model = build(config).eval()
-    x = torch.randn(3, 3, 32, 32)
+def test_the_operators_keep_what_torch_asks_of_operators(operators):
+    m, x = layer([(17, 5), (16, 3)], dim=32), torch.randn(2, 7, 2, 16, requires_grad=True)
+    weights = [w.requires_grad_() for cell in cells(m) for w in cell]
+    torch.library.opcheck(operators.train.default, (x, weights))
     with torch.no_grad():
-        expected = model(x)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-3, atol=1e-4)
-    assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
+        torch.library.opcheck(operators.forward.default, (x, weights))
+        hidden, gates, states = operators.train(x, weights)
+        for wanted in ([True] * 13, [True] + [False] * 12, [False, True, False, True] + [False] * 9):
+            arguments = (torch.randn_like(hidden), x.detach(), [w.detach() for w in weights], hidden, gates, states, wanted)
+            torch.library.opcheck(operators.backward.default, arguments)
+        packed, units = [w.clone() for w in operators.pack(weights)], [17, 5, 16, 3]
+        torch.library.opcheck(operators.run_packed.default, (x.detach(), packed, units))
+        maps = [torch.randn(32, 32), torch.randn(32)], [torch.randn(10, 41), torch.randn(10)]
+        torch.library.opcheck(operators.layer.default, (torch.randn(2, 7, 32), *maps[0], packed, units, *maps[1], 3))
 
 
-@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])
-def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})
-    model = build(config).double().eval()
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        expected, plain = model(x), count_macs(model)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-12)
-    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
-    if 3 in replaced:
-        assert plain - count_macs(model) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@pytest.mark.parametrize("train", [False, True])
+def test_a_layer_compiles_and_exports_as_one_graph(train):
+    m, x = layer(UNITS[1], tokens=9).train(train).requires_grad_(train), torch.randn(2, 9, 192)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), m(x))
+    if train:
+        ours, theirs = (torch.autograd.grad(f(x).square().sum(), list(m.parameters())) for f in (compiled, m))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    exported = torch.export.export(m, (x,))
+    torch.testing.assert_close(exported.module()(x), m(x))
+    parts = [part for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert any(str(node.target).startswith("far.") for part in parts for node in part.graph.nodes)
 
 
-PROGRAM = """
-import utils, torch
-from models.kernels import cpu
-print(cpu.available(), flush=True)
-"""
-
-
-def start(**env):
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
-def test_two_processes_building_at_once_do_not_collide(tmp_path):
-    both = [start(TORCH_EXTENSIONS_DIR=str(tmp_path / "cache")) for _ in range(2)]
-    for process in both:
-        said, error = process.communicate(timeout=300)
-        assert said.strip() == str(cpu.available()), error
-    assert len(list((tmp_path / "cache").iterdir())) <= 1  # one build, nothing left over
-
-
-def test_a_home_that_cannot_be_written_does_not_break_it(tmp_path):
-    (tmp_path / "file").write_text("")  # a file in the folder's place fails for root too
-    process = start(TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path))
-    said, error = process.communicate(timeout=300)
-    assert said.strip() == str(cpu.available()), error
-
-
-def test_without_a_compiler_torch_serves_and_one_line_says_so(tmp_path):
-    process = start(TORCH_EXTENSIONS_DIR=str(tmp_path), TMPDIR=str(tmp_path), CXX="no-such-compiler", PATH=os.environ["PATH"])
-    said, error = process.communicate(timeout=300)
-    assert said.strip() == "False" and error.count("could not be built") == 1, error
+def test_a_way_back_inside_autocast_is_the_same(operators):
+    m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 9, 3, 64, requires_grad=True)
+    loss, asked = cpu.fused(x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
+    expected = torch.autograd.grad(loss, asked, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, asked)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

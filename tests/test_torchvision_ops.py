@@ -1,6 +1,8 @@
 """torchvision imports beside a torch its operators were not built for."""
 
-from tests.conftest import ROOT, launch
+import pytest
+
+from tests.conftest import launch
 from utils import torchvision_ops
 
 
@@ -8,8 +10,9 @@ def test_shim_is_active_exactly_where_the_compiled_operators_do_not_load():
     assert torchvision_ops.ensure_loadable() == (not torchvision_ops.compiled_ops_load())
 
 
-def test_importing_utils_first_makes_torchvision_and_timm_importable(tmp_path):
-    done = launch("-c", "import utils, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')", cwd=ROOT)
+@pytest.mark.parametrize("module", ["models.fuse", "datasets.registry", "engine.pictures", "main"])
+def test_every_part_can_be_imported_first(module, tmp_path):
+    done = launch("-c", f"import {module}, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')", cwd=tmp_path)
     assert done.stdout.strip() == "fine", done.stderr
 
 

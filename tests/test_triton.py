@@ -72,7 +72,6 @@ PROGRAM = """
 import json, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import utils
 from models.kernels import gpu, lstm_triton
 tensors = {"forward": ("inputs", "weight", "hidden", "gates", "states"), "backward": ("d_hidden", "weight", "gates", "states", "d_inputs")}
 for capability in (80, 90):

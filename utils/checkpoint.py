@@ -3,15 +3,22 @@
 import io
 import os
 import pickle
+import stat
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
 from utils import distributed
 from utils.errors import FarError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
 def write_atomic(path: Path, write) -> None:
@@ -45,52 +52,111 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, lambda file: torch.save(content, file))
 
 
-def load(path: str | Path, flag: str) -> dict[str, Any]:
-    """Loads a `.pth` (weights only) or `.safetensors` file onto the CPU; of several processes, rank 0 reads for all.
+def load(path: str | Path, flag: str = "") -> dict[str, Any]:
+    """Loads a file of torch's (weights only) or safetensors onto the CPU; its content tells which, not its name.
+
+    Of several processes rank 0 reads for all.
 
     Args:
         path: the file.
         flag: the flag the user named it with, for the message.
 
     Raises:
-        FarError: missing, truncated, or a pickle of more than tensors and plain data (refused, never executed).
+        FarError: no file, damaged, or a pickle of more than tensors and plain data (refused, never executed).
     """
-    return distributed.everywhere(lambda file: _load(file, flag), Path(path))
+    source = f"{flag} {path}".strip()
+    return distributed.everywhere(lambda file: _load(file, source), Path(path))
 
 
-def _load(path: Path, flag: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FarError(f"{flag} {path}: no such file; check the path")
+def _load(path: Path, source: str) -> dict[str, Any]:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
+            raise FarError(f"{source}: not a file; name a checkpoint, such as a run's best.pth")
+        file = path.open("rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FarError(f"{source}: {reason.lower()}; check the path") from error
+    try:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on kinds of tensors that are refused by name below
+            content = _parse(file)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
-        if "Weights only load failed" in first or "Unsupported" in str(error):
+        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise FarError(
-                f"{flag} {path}: holds pickled Python objects (or is damaged), which FAR refuses to execute; "
+                f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; "
                 "save its state_dict with torch.save(model.state_dict(), FILE)"
             ) from error
-        raise FarError(f"{flag} {path}: not a checkpoint, or damaged; copy or train it again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
-        raise FarError(f"{flag} {path}: truncated or not a checkpoint; copy or train it again") from error
+        raise FarError(f"{source}: not a checkpoint, or damaged; copy or train it again") from error
+    except Exception as error:  # noqa: BLE001  (parsers of damaged bytes raise a dozen unrelated types)
+        raise FarError(f"{source}: truncated, damaged or not a checkpoint; copy or train it again") from error
     if not isinstance(content, dict):
-        raise FarError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights; save a state_dict")
+        raise FarError(f"{source}: holds a {type(content).__name__}, not a dictionary of weights; save a state_dict")
     return content
 
 
-def load_into(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """`load_state_dict`, strict, with the first difference told in one line."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+def _parse(file: BinaryIO) -> Any:
+    head = file.read(9)
+    file.seek(0)
+    if head[8:] == b"{":  # the header's length in eight bytes, then JSON
+        return safetensors.torch.load_file(file.name)
+    if head.startswith(b"PK\x03\x04"):
+        # torch stores checksums and never looks at them, and of a record marked as a folder it reads nothing, leaving
+        # the tensor whatever was in memory. It does not compress.
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
+                raise zipfile.BadZipFile
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value from a file is an integer (no bool, no float) in low..high."""
+    return type(value) is int and low <= value <= high
+
+
+def check_dense(value: Any, dtypes: tuple[torch.dtype, ...], name: str, source: str) -> None:
+    """Raises FarError unless `value` is an ordinary tensor of one of these types."""
+    if not isinstance(value, Tensor):
+        raise FarError(f"{source}: {name} is a {type(value).__name__}, not a tensor; save a state_dict of tensors")
+    if value.dtype not in dtypes or value.layout != torch.strided or value.is_nested or value.is_meta:
+        kind = ", ".join(str(k).removeprefix("torch.") for k in (value.dtype, value.layout, value.device))
+        raise FarError(f"{source}: {name} is a tensor of another kind ({kind}); save it dense, as float32")
+
+
+def check_tensor(value: Any, like: Tensor, name: str, source: str) -> None:
+    """Raises FarError unless `value` can stand for `like`: of its shape and kind of number, finite in its precision."""
+    check_dense(value, FLOATS if like.is_floating_point() else (like.dtype,), name, source)
+    if value.shape != like.shape:
+        raise FarError(
+            f"{source}: {name} has shape {tuple(value.shape)}, this model needs {tuple(like.shape)}; "
+            "name the model and the data set the weights belong to"
+        )
+    value = value.detach().to(like.dtype)
+    if not value.isfinite().all():
+        what = "NaN" if value.isnan().any() else "infinity"
+        raise FarError(f"{source}: {name} holds {what}; copy it again, or train again from an earlier checkpoint")
+
+
+def check_state(own: Mapping[str, Tensor], state: Any, source: str) -> None:
+    """Raises FarError unless `state` holds the tensors of `own` and no others, by name, shape and kind."""
+    if not isinstance(state, dict):
+        raise FarError(f"{source}: holds a {type(state).__name__} for weights; save a state_dict")
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
     if missing or extra:
-        first = f"lacks {missing[0]}" if missing else f"holds {extra[0]} besides"
+        first = f"lacks {missing[0]}" if missing else f"holds {extra[0]!s:.80} besides"
         raise FarError(f"{source}: weights of another architecture ({first}); name the model they belong to")
     for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise FarError(
-                f"{source}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(tensor.shape)}; "
-                "name the model and the data set the weights belong to"
-            )
-    module.load_state_dict(state)
+        check_tensor(state[name], tensor, name, source)
+
+
+def load_into(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """`load_state_dict`, strict, the first difference told in one line. A module on meta gets copies of its own."""
+    own = module.state_dict()
+    check_state(own, state, source)
+    assign = any(tensor.is_meta for tensor in own.values())
+    if assign:  # copies: a file's tensors may share memory with each other
+        state = {
+            name: state[name].detach().to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in own.items()
+        }
+    module.load_state_dict(dict(state), assign=assign)

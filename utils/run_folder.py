@@ -7,14 +7,11 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy
-import timm
-import torch
-import torchvision
 
 from utils import checkpoint
 from utils.distributed import Context
@@ -36,8 +33,8 @@ def versions() -> dict[str, str]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": numpy}
-    return {"python": platform.python_version(), "commit": commit, **{k: m.__version__ for k, m in modules.items()}}
+    packages = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    return {"python": platform.python_version(), "commit": commit, **packages}
 
 
 class RunFolder:

@@ -1,182 +1,204 @@
-"""The fused CPU kernel: lstm_cpu.cpp, built on first use and cached. Float32, forward and backward."""
+"""The fused CPU kernel: lstm_cpu.cpp, compiled on first use and cached. Float32, forward and backward."""
 
 import contextlib
 import functools
+import getpass
 import hashlib
 import logging
 import os
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("lstm_cpu.cpp")
+TORCH = Path(torch.__file__).parent
 TUNED, PORTABLE = ("-march=native",), ()
 log = logging.getLogger(__name__)
 
 
-class Packed(NamedTuple):
-    """Weights of all cells in the kernel's order: per cell W_ih (d, 4 U), W_hh (u, 4 U) and bias (4 U), U = u rounded up.
-
-    W_hh in bfloat16 is stored as pairs of rows in 32-bit integers, (u / 2, 4 U).
-    """
-
-    tensors: list[Tensor]
-    units: list[int]
-
-
 def cache_folders() -> list[Path]:
     """Where builds are kept: the first of these that can be written."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    home = Path(named) if named else Path.home() / ".cache" / "torch_extensions"
-    return [home, Path(tempfile.gettempdir()) / f"torch_extensions_{os.getuid()}"]
+    folders = []
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        folders.append(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"))
+    user = getattr(os, "getuid", getpass.getuser)()  # Windows knows no numbers
+    return [*folders, Path(tempfile.gettempdir()) / f"torch_extensions_{user}"]
 
 
-def _openmp() -> list[str]:
+def _openmp_library() -> list[str]:
     """Link flags for the very OpenMP library torch runs on: a second one would bring a second pool of spinning threads."""
-    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    own = sorted((TORCH / "lib").glob("libgomp*.so*"))
     return [str(own[0]), f"-Wl,-rpath,{own[0].parent}"] if own else ["-fopenmp"]
 
 
-def _build(flags: Sequence[str], name: str, folder: Path) -> Path:
-    """Compiles in a folder of its own and moves it into place: processes that build at once do not meet."""
-    final = folder / name
-    if not (final / f"{name}.so").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+def _call(command: Sequence[str], text: str = "") -> str:
+    """Runs the compiler, `text` being its standard input. Raises OSError with its first line that names an error."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", check=False,
+                          env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+    if done.returncode:
+        said = done.stderr.splitlines() or [f"{command[0]} ended with {done.returncode}"]
+        raise OSError(next((line for line in said if "error" in line.lower()), said[0]))
+    return done.stdout
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _whole(library: Path) -> bool:
+    """Whether a cached library is what was built: loading half a file would end the process."""
+    try:
+        return _digest(library) == library.with_name("sha256").read_text()
+    except OSError:
+        return False
+
+
+def _workplace(name: str) -> Path:
+    """A new folder beside where the build will stand, in the first cache folder that can be written."""
+    for folder in cache_folders():
         try:
-            cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=["-O3", "-fopenmp", f"-DFAR_NAMESPACE={name}", *flags],
-                extra_ldflags=_openmp(), build_directory=str(work), is_python_module=False, is_standalone=False, verbose=False,
-            )  # fmt: skip
+            folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+        except OSError as error:
+            denied = error
+    raise denied
+
+
+def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
+    """The library for this source, torch, compiler and CPU, out of a cache folder or compiled.
+
+    The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled in a folder of
+    its own and moved into place: processes that build at once do not meet.
+    """
+    compiler = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++20", "-O3", "-fPIC", *flags, *["-fopenmp"][:openmp]]
+    macros = _call([*compiler, "-dM", "-E", "-x", "c++", "-"], "#include <omp.h>" if openmp else "")
+    parts = [SOURCE.read_text(), torch.__version__, namespace, *compiler, macros]
+    name = f"far_lstm_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
+    for folder in cache_folders():
+        if _whole(library := folder / name / "lstm.so"):
+            return library
+    work = _workplace(name)
+    try:
+        includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        _call([*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c", str(SOURCE), "-o", str(work / "lstm.o")])
+        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *(_openmp_library() if openmp else [])]
+        _call([*compiler[: -openmp or None], "-shared", str(work / "lstm.o"), *libraries, "-o", str(work / "lstm.so")])
+        (work / "lstm.o").unlink()
+        (work / "sha256").write_text(_digest(work / "lstm.so"))
+        final = work.with_name(name)
+        if not _whole(final / "lstm.so"):
+            shutil.rmtree(final, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was faster
                 work.rename(final)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return final / f"{name}.so"
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final / "lstm.so"
 
 
 @functools.cache
-def load(flags: tuple[str, ...] = TUNED):
-    """The compiled operators, or None where they cannot be built (said in one log line)."""
-    key = hashlib.sha256("".join([SOURCE.read_text(), torch.__version__, *flags, _machine()]).encode()).hexdigest()[:12]
-    name, errors = f"far_lstm_{key}", []
-    for folder in cache_folders():
+def load(flags: tuple[str, ...]):
+    """The compiled operators, or None where they cannot be built (said in one log line). `torch.ops.far` are those with TUNED.
+
+    Where the compiler knows no -fopenmp or no -march=native, or lies about this CPU, it goes on without them.
+    """
+    namespace = "far" if flags == TUNED else f"far_{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:12]}"
+    for attempt in dict.fromkeys((f, openmp) for f in (flags, PORTABLE) for openmp in (True, False)):
         try:
-            library = _build(flags, name, folder)
-            if not hasattr(torch.ops, name) or not hasattr(getattr(torch.ops, name), "forward"):
-                torch.ops.load_library(str(library))
-            return getattr(torch.ops, name)
-        except (OSError, RuntimeError, ImportError) as error:
-            errors.append(str(error).strip().splitlines()[0])
-    log.warning("the CPU kernel could not be built, torch's LSTM serves instead: %s", errors[-1])
+            torch.ops.load_library(_build(*attempt, namespace))
+            operators = getattr(torch.ops, namespace)
+            if not hasattr(operators, "forward"):
+                raise OSError(f"{' '.join(attempt[0])} made it for another CPU")
+            _register(namespace, operators.vector_width())
+            return operators
+        except (OSError, RuntimeError) as error:
+            failure = str(error).strip().splitlines()[0]
+    log.warning("the CPU kernel could not be built, torch's LSTM serves instead: %s", failure)
     return None
 
 
-def _machine() -> str:
-    """What -march=native depends on, so that a cache shared by several machines holds a build for each."""
-    return torch.backends.cpu.get_cpu_capability() + os.uname().machine
-
-
+@torch.compiler.assume_constant_result
 def available() -> bool:
-    return load() is not None
+    """Whether `fused` can run here. Builds the operators where they are not built yet; torch.compile asks once, outside its graph."""
+    return load(TUNED) is not None
 
 
 def has_bfloat16() -> bool:
     """Whether recurrent weights may be bfloat16 here (AVX512_BF16)."""
-    return available() and load().has_bfloat16()
+    return available() and load(TUNED).has_bfloat16()
 
 
-def _units_first(w: Tensor, v: int) -> Tensor:
-    """(4 u, m) to the kernel's order of gates, units padded with zeros: (blocks, 4, V, m)."""
-    u = w.shape[0] // 4
-    padded = F.pad(w.detach().float().view(4, u, -1), (0, 0, 0, -u % v))  # (4, U, m)
-    return padded.unflatten(1, (-1, v)).transpose(0, 1)
+def _setup(ctx, inputs, output) -> None:
+    (x, weights), (hidden, gates, states) = inputs, output
+    ctx.cells = len(gates)
+    ctx.set_materialize_grads(False)  # nobody differentiates gates and states
+    ctx.save_for_backward(x, hidden, *weights, *gates, *states)
 
 
-def _unpacked(packed: Tensor, units: int, v: int) -> Tensor:
-    """(4 U, ...) in the kernel's order back to (4 u, ...)."""
-    return packed.unflatten(0, (-1, 4, v)).transpose(0, 1).flatten(1, 2)[:, :units].flatten(0, 1)
+def _no_second(ctx, *grads):
+    raise RuntimeError("the CPU kernel has first derivatives only; take --lstm-backend torch or reference for the second")
 
 
-def _pairs(w: Tensor) -> Tensor:
-    """(u, ...) float32 to (u / 2, ...): two neighbouring rows as bfloat16, the even one in the low half."""
-    bits = F.pad(w.flatten(1), (0, 0, 0, w.shape[0] % 2)).bfloat16().view(torch.int16).int() & 0xFFFF
-    return (bits[0::2] | (bits[1::2] << 16)).contiguous()
+def _backward(operators):
+    """The recurrence runs back in the kernel, the rest is matrix products: those that are asked for."""
 
-
-def pack(cells: Sequence, operators=None, recurrent: torch.dtype = torch.float32) -> Packed:
-    """Rearranges the weights for the kernel: [k][unit block][gate][V], units padded with zeros.
-
-    recurrent: float32, or bfloat16 where `has_bfloat16()`: W_hh and the hidden state it meets are then rounded.
-    """
-    v = (operators or load()).vector_width()
-    tensors = []
-    for cell in cells:
-        bias = (cell.bias_ih.detach().float() + cell.bias_hh.detach().float())[:, None]
-        tensors += [_units_first(w, v).permute(3, 0, 1, 2).contiguous() for w in (cell.weight_ih, cell.weight_hh, bias)]
-        if recurrent == torch.bfloat16:
-            tensors[-2] = _pairs(tensors[-2])
-    return Packed(tensors, [cell.weight_hh.shape[1] for cell in cells])
-
-
-def run(x: Tensor, packed: Packed, operators=None) -> Tensor:
-    """x (B, N, H, d) float32 to hidden (B, N, sum u), without gradients."""
-    x = x if x.stride(3) == 1 else x.contiguous()
-    return (operators or load()).forward(x, packed.tensors, packed.units)
-
-
-class _Train(torch.autograd.Function):
-    """The same with gradients for x and all weights: the recurrence runs back in the kernel, the rest is matrix products."""
-
-    @staticmethod
-    def forward(ctx, operators, x: Tensor, *weights: Tensor) -> Tensor:
-        cells = [weights[i : i + 4] for i in range(0, len(weights), 4)]  # as in Cell: W_ih, W_hh and two biases
-        v = operators.vector_width()
-        tensors, back = [], []
-        for w_ih, w_hh, b_ih, b_hh in cells:
-            tensors += [_units_first(w, v).permute(3, 0, 1, 2).contiguous() for w in (w_ih, w_hh, (b_ih + b_hh)[:, None])]
-            back.append(F.pad(_units_first(w_hh, v), (0, -w_hh.shape[1] % v)).contiguous())  # (blocks, 4, V, U)
-        ctx.operators, ctx.units = operators, [cell[1].shape[1] for cell in cells]
-        x = x if x.stride(3) == 1 else x.contiguous()
-        hidden, gates, states = operators.train(x, tensors, ctx.units)
-        ctx.save_for_backward(x, hidden, *tensors[::3], *back, *gates, *states)
-        return hidden
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, *_):
         x, hidden, *saved = ctx.saved_tensors
-        n = len(ctx.units)
-        w_ih, back, gates, states = (saved[i * n : (i + 1) * n] for i in range(4))
-        gates = [g.clone() for g in gates]  # overwritten; the graph may be walked again
-        ctx.operators.backward(grad.contiguous(), gates, states, back, ctx.units)
-        v, inputs, weights = ctx.operators.vector_width(), [], []
-        for k, h in enumerate(hidden.split(ctx.units, dim=2)):
-            d_gates = gates[k].flatten(0, 1)  # (B N, 4 U)
-            before = torch.zeros_like(h)  # the hidden state each token met
-            if k % 2 == 0:
-                before[:, 1:] = h[:, :-1]
-            else:
-                before[:, :-1] = h[:, 1:]
-            inputs.append(d_gates @ w_ih[k].flatten(1).T)
-            bias = _unpacked(d_gates.sum(0), ctx.units[k], v)
-            weights += [_unpacked(d_gates.T @ x[:, :, k // 2].flatten(0, 1), ctx.units[k], v),
-                        _unpacked(d_gates.T @ before.flatten(0, 1), ctx.units[k], v), bias, bias]  # fmt: skip
-        d_x = torch.stack([a + b for a, b in zip(inputs[::2], inputs[1::2], strict=True)], dim=1).view(x.shape)
-        return None, d_x, *weights
+        n = ctx.cells
+        weights, gates, states = saved[: 4 * n], saved[4 * n : 5 * n], saved[5 * n :]
+        needs_x, needs = ctx.needs_input_grad
+        wanted = [needs_x]
+        for i in range(0, 4 * n, 4):
+            wanted += [needs[i], needs[i + 1], needs[i + 2] or needs[i + 3]]
+        found = operators.backward(grad, x, weights, hidden, gates, states, wanted)
+        by_weight = [found[1 + 3 * (i // 4) + min(i % 4, 2)] if needed else None for i, needed in enumerate(needs)]
+        return found[0] if needs_x else None, by_weight
+
+    return backward
+
+
+def _register(namespace: str, v: int) -> None:
+    """Tells torch.compile and torch.export the operators' shapes, and autograd their gradients. v: floats in a vector."""
+
+    def width(units: int) -> int:
+        return -(-units // v) * v
+
+    def forward(x, weights):
+        return x.new_empty(*x.shape[:2], sum(w.shape[1] for w in weights[1::4]))
+
+    def train(x, weights):
+        widths = [width(w.shape[1]) for w in weights[1::4]]
+        gates, states = ([x.new_empty(*x.shape[:2], times * u) for u in widths] for times in (4, 1))
+        return forward(x, weights), gates, states
+
+    def backward(grad, x, weights, hidden, gates, states, wanted):
+        shapes = [x.shape]
+        for w_ih, w_hh, bias in zip(weights[::4], weights[1::4], weights[2::4], strict=True):
+            shapes += [w_ih.shape, w_hh.shape, bias.shape]
+        return [grad.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)]
+
+    def run_packed(x, packed, units):
+        return x.new_empty(*x.shape[:2], sum(units))
+
+    def layer(x, pre_w, pre_b, packed, units, out_w, out_b, tokens):
+        return x.new_empty(x.shape[0], torch.sym_min(tokens, x.shape[1]), out_w.shape[0])
+
+    for fake in (forward, train, backward, run_packed, layer):
+        torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
+    torch.library.register_autograd(f"{namespace}::train", _backward(getattr(torch.ops, namespace)), setup_context=_setup)
+    torch.library.register_autograd(f"{namespace}::backward", _no_second)
 
 
 def fused(x: Tensor, cells: Sequence, operators=None) -> Tensor:
-    """See `models.kernels`."""
-    operators = operators or load()
+    """See `models.kernels`. Ask `available` first."""
+    operators = operators or torch.ops.far
     weights = [w for cell in cells for w in cell]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
-        return _Train.apply(operators, x, *weights)
-    return run(x, pack(cells, operators), operators)
+        return operators.train(x, weights)[0]
+    return operators.forward(x, weights)

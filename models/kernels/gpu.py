@@ -76,11 +76,10 @@ def fused(x: Tensor, cells: Sequence) -> Tensor:
     units = [cell.weight_hh.shape[1] for cell in cells]
     u = max(LEAST, 1 << (max(units) - 1).bit_length())
     batch, tokens, heads, _ = x.shape
-    with torch.autocast(x.device.type, enabled=False):  # the state sums over N tokens: keep it in full precision
-        w_ih = torch.stack([padded(c.weight_ih, k, u, False) for c, k in zip(cells, units, strict=True)])
-        w_hh = torch.stack([padded(c.weight_hh, k, u, True) for c, k in zip(cells, units, strict=True)])
-        bias = torch.stack([padded((c.bias_ih + c.bias_hh)[:, None], k, u, False) for c, k in zip(cells, units, strict=True)])
-        by_head = x.to(w_ih.dtype).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B N, d)
-        inputs = torch.baddbmm(bias.view(heads, 1, 8 * u), by_head, w_ih.view(heads, 8 * u, -1).transpose(1, 2))
-        hidden = _Recurrence.apply(inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u))
+    w_ih = torch.stack([padded(c.weight_ih, k, u, False) for c, k in zip(cells, units, strict=True)])
+    w_hh = torch.stack([padded(c.weight_hh, k, u, True) for c, k in zip(cells, units, strict=True)])
+    bias = torch.stack([padded((c.bias_ih + c.bias_hh)[:, None], k, u, False) for c, k in zip(cells, units, strict=True)])
+    by_head = x.permute(2, 0, 1, 3).flatten(1, 2)  # (H, B N, d)
+    inputs = torch.baddbmm(bias.view(heads, 1, 8 * u), by_head, w_ih.view(heads, 8 * u, -1).transpose(1, 2))
+    hidden = _Recurrence.apply(inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u))
     return unpad(hidden, units)

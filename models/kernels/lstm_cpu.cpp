@@ -1,10 +1,11 @@
 // Multi-head bidirectional LSTM on a CPU, float32. One task is one head, one direction and a tile of the batch; tasks run in
 // parallel over torch's threads. Within a task the input product of a few tokens is computed into a buffer that stays in cache,
 // then the recurrence walks over them: accumulators of all four gates live in registers. In training the gates and cell states
-// of all tokens are kept, and `backward` walks the other way; the weights' gradients are plain matrix products (cpu.py).
+// of all tokens are kept, and `backward` walks the other way; the weights' gradients are torch's own matrix products.
 //
-// Packed weights: [k][unit block][gate i, f, g, o][V], so that a step reads memory in order. Vectors are GCC's (and clang's)
-// portable ones: the compiler's flags make them AVX-512, AVX2 or whatever the machine has.
+// Weights come as in torch.nn.LSTM, four a cell (one head, one direction): W_ih (4 u, d), W_hh (4 u, u), b_ih and b_hh (4 u). Each
+// call packs them to [k][unit block][gate i, f, g, o][V], so that a step reads memory in order: nothing is kept that could go stale.
+// Vectors are GCC's (and clang's) portable ones: the compiler's flags make them AVX-512, AVX2 or whatever the machine has.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -93,7 +95,7 @@ inline void store_half(void*, vf) {}
 #endif
 
 struct Cell {
-  const float *w_ih, *w_hh, *bias;  // packed: (d, 4 U), (u, 4 U) or as pairs (u / 2, 4 U), (4 U)
+  const float *w_ih, *w_hh, *bias;  // packed: (d, 4 U), (u, 4 U) or as pairs (u / 2, 4 U, 2), (4 U)
   int64_t units, blocks, head, reverse, column;
 };
 
@@ -269,25 +271,115 @@ void share_out(const Runner* runners, const Problem& p, const std::vector<Cell>&
   });
 }
 
-Cell cell(size_t k, int64_t units, int64_t column) {
-  return {nullptr, nullptr, nullptr, units, (units + V - 1) / V, (int64_t)k / 2, (int64_t)k % 2, column};
+int64_t blocks_of(int64_t units) { return (units + V - 1) / V; }
+
+// Rows (4 u, m) of a weight to [k][unit block][gate][V], units padded with zeros.
+void pack_columns(const float* w, int64_t units, int64_t m, float* to) {
+  const int64_t width = blocks_of(units) * 4 * V;
+  for (int64_t j = 0; j * V < units; ++j)
+    for (int64_t g = 0; g < 4; ++g) {
+      const float* from = w + (g * units + j * V) * m;
+      float* at = to + (j * 4 + g) * V;
+      const int64_t rows = std::min<int64_t>(V, units - j * V);
+      for (int64_t k = 0; k < m; ++k, ++from, at += width)
+        for (int64_t v = 0; v < V; ++v) at[v] = v < rows ? from[v * m] : 0.0f;
+    }
 }
 
-// x (B, N, H, d), last dimension contiguous; packed weights, three a cell; units of each cell. Returns (B, N, sum u).
-// Recurrent weights of 32-bit integers are pairs of bfloat16.
-at::Tensor compute(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units, std::vector<at::Tensor>* gates,
-                 std::vector<at::Tensor>* states) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.stride(3) == 1, "x must be (B, N, H, d), float32, d contiguous");
-  TORCH_CHECK((int64_t)units.size() == 2 * x.size(2) && packed.size() == 3 * units.size(), "three packed tensors a cell, 2 H cells");
+// W_hh (4 u, u) for the way back: rows in the order [unit block][gate][V], rows and columns padded with zeros, (4 U, U).
+void pack_rows(const float* w, int64_t units, float* to) {
+  const int64_t U = blocks_of(units) * V;
+  std::memset(to, 0, 4 * U * U * sizeof(float));
+  for (int64_t g = 0; g < 4; ++g)
+    for (int64_t k = 0; k < units; ++k)
+      std::memcpy(to + ((k / V * 4 + g) * V + k % V) * U, w + (g * units + k) * units, units * sizeof(float));
+}
+
+// The inverse, for gradients: rows (4 U, m) in the kernel's order back to (4 u, m).
+at::Tensor natural_rows(const at::Tensor& w, int64_t units) {
+  return w.unflatten(0, {-1, 4, V}).transpose(0, 1).flatten(1, 2).slice(1, 0, units).flatten(0, 1);
+}
+
+// Four weights a cell, checked, contiguous.
+std::vector<at::Tensor> checked(at::TensorList weights) {
+  TORCH_CHECK(!weights.empty() && weights.size() % 8 == 0, "four weights a cell, two cells a head");
+  std::vector<at::Tensor> whole;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor &w = weights[i], &w_ih = weights[i - i % 4], &w_hh = weights[i - i % 4 + 1];
+    TORCH_CHECK(w.scalar_type() == at::kFloat && w.device().is_cpu(), "weights must be float32 on the CPU");
+    TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2 && w.size(0) == 4 * w_hh.size(1) && w_ih.size(1) == weights[0].size(1) &&
+                    w.dim() == (i % 4 < 2 ? 2 : 1), "weights of a cell: (4 u, d), (4 u, u), (4 u), (4 u)");
+    whole.push_back(w.contiguous());
+  }
+  return whole;
+}
+
+std::vector<int64_t> units_of(at::TensorList weights) {
+  std::vector<int64_t> units;
+  for (size_t i = 1; i < weights.size(); i += 4) units.push_back(weights[i].size(1));
+  return units;
+}
+
+// Three packed tensors a cell: W_ih (d, blocks, 4, V), W_hh (u, blocks, 4, V), bias (1, blocks, 4, V). half: W_hh in bfloat16, pairs of
+// rows side by side, (u / 2 rounded up, 4 U, 2).
+std::vector<at::Tensor> pack(at::TensorList weights, bool half) {
+  TORCH_CHECK(!half || FAR_BFLOAT16, "bfloat16 weights need AVX512_BF16");
+  const std::vector<at::Tensor> from = checked(weights);
+  std::vector<std::vector<int64_t>> shapes;
+  std::vector<int64_t> sizes;
+  for (size_t i = 0; i < from.size(); i += 4) {
+    const int64_t units = from[i + 1].size(1), blocks = blocks_of(units);
+    for (const int64_t rows : {from[i].size(1), units, int64_t{1}}) {
+      shapes.push_back({rows, blocks, 4, V});
+      sizes.push_back(rows * blocks * 4 * V);
+    }
+  }
+  // One piece of memory: malloc gives and takes back large ones whole, many small ones page by page.
+  std::vector<at::Tensor> packed = at::empty({std::accumulate(sizes.begin(), sizes.end(), int64_t{0})}, from[0].options())
+                                       .split_with_sizes(sizes);
+  for (size_t k = 0; k < packed.size(); ++k) packed[k] = packed[k].view(shapes[k]);
+  at::parallel_for(0, from.size() / 4, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> bias;
+    for (int64_t k = begin; k < end; ++k) {
+      const at::Tensor* w = &from[4 * k];
+      const int64_t units = w[1].size(1);
+      const float *b_ih = w[2].const_data_ptr<float>(), *b_hh = w[3].const_data_ptr<float>();
+      bias.resize(4 * units);
+      for (int64_t i = 0; i < 4 * units; ++i) bias[i] = b_ih[i] + b_hh[i];
+      pack_columns(w[0].const_data_ptr<float>(), units, w[0].size(1), packed[3 * k].mutable_data_ptr<float>());
+      pack_columns(w[1].const_data_ptr<float>(), units, units, packed[3 * k + 1].mutable_data_ptr<float>());
+      pack_columns(bias.data(), units, 1, packed[3 * k + 2].mutable_data_ptr<float>());
+    }
+  });
+  for (size_t k = 1; half && k < packed.size(); k += 3) {
+    const at::Tensor rows = at::constant_pad_nd(packed[k].flatten(1), {0, 0, 0, packed[k].size(0) % 2}).to(at::kBFloat16);
+    packed[k] = rows.unflatten(0, {-1, 2}).transpose(1, 2).contiguous();
+  }
+  return packed;
+}
+
+Cell cell(size_t k, int64_t units, int64_t column) {
+  return {nullptr, nullptr, nullptr, units, blocks_of(units), (int64_t)k / 2, (int64_t)k % 2, column};
+}
+
+// x (B, N, H, d); packed weights, three a cell; units of each cell. Returns (B, N, sum u). In training, `gates` and `states` take of
+// each cell the activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
+at::Tensor compute(const at::Tensor& input, at::TensorList packed, at::IntArrayRef units, std::vector<at::Tensor>* gates,
+                   std::vector<at::Tensor>* states) {
+  TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat, "x must be (B, N, H, d), float32");
+  TORCH_CHECK((int64_t)units.size() == 2 * input.size(2) && packed.size() == 3 * units.size(), "three packed tensors a cell, 2 H cells");
+  const at::Tensor x = input.stride(3) == 1 ? input : input.contiguous();
   std::vector<Cell> cells;
   std::vector<Kept> kept;
-  const bool half = packed[1].scalar_type() == at::kInt;
+  const bool half = packed[1].scalar_type() == at::kBFloat16;
   TORCH_CHECK(!half || (FAR_BFLOAT16 && !gates), "bfloat16 weights need AVX512_BF16, and do not train");
   int64_t total = 0;
   for (size_t k = 0; k < units.size(); ++k) {
     Cell c = cell(k, units[k], total);
-    const int64_t width = 4 * V * c.blocks, rows = half ? (units[k] + 1) / 2 : units[k];
-    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == rows * width, "weights of another size");
+    const int64_t width = 4 * V * c.blocks, rows = half ? (units[k] + 1) / 2 * 2 : units[k];
+    TORCH_CHECK(packed[3 * k + 2].size(-1) == V, "weights packed for vectors of another width");
+    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == rows * width &&
+                    packed[3 * k + 2].numel() == width, "weights of another size");
     c.w_ih = packed[3 * k].const_data_ptr<float>();
     c.w_hh = static_cast<const float*>(packed[3 * k + 1].const_data_ptr());
     c.bias = packed[3 * k + 2].const_data_ptr<float>();
@@ -306,31 +398,76 @@ at::Tensor compute(const at::Tensor& x, at::TensorList packed, at::IntArrayRef u
   return out;
 }
 
-at::Tensor forward(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units) { return compute(x, packed, units, nullptr, nullptr); }
+at::Tensor run_packed(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units) {
+  return compute(x, packed, units, nullptr, nullptr);
+}
 
-// The same for training: hidden, and of each cell the activated gates (B, N, 4 U) in packed order and cell states (B, N, U).
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> train(const at::Tensor& x, at::TensorList packed,
-                                                                               at::IntArrayRef units) {
+at::Tensor forward(const at::Tensor& x, at::TensorList weights) { return run_packed(x, pack(weights, false), units_of(weights)); }
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> train(const at::Tensor& x, at::TensorList weights) {
   std::vector<at::Tensor> gates, states;
-  at::Tensor out = compute(x, packed, units, &gates, &states);
+  at::Tensor out = compute(x, pack(weights, false), units_of(weights), &gates, &states);
   return {out, gates, states};
 }
 
-// From the gradient of hidden (B, N, sum u) to those of the gates' inputs, written over `gates`. w_back: W_hh packed (4 U, U).
-void backward(const at::Tensor& grad, at::TensorList gates, at::TensorList states, at::TensorList w_back, at::IntArrayRef units) {
-  TORCH_CHECK(grad.is_contiguous() && grad.scalar_type() == at::kFloat, "the gradient must be contiguous float32");
+// From the gradient of hidden (B, N, sum u) to those of the gates' inputs, for the cells marked, written over `gates`.
+void walk_back(const at::Tensor& grad, at::TensorList gates, at::TensorList states, at::TensorList w_hh, const std::vector<bool>& marked) {
   std::vector<Cell> cells;
   std::vector<Kept> kept;
+  std::vector<at::Tensor> w_back;
   int64_t total = 0;
-  for (size_t k = 0; k < units.size(); ++k) {
-    Cell c = cell(k, units[k], total);
-    c.w_hh = w_back[k].const_data_ptr<float>();
+  for (size_t k = 0; k < w_hh.size(); ++k) {
+    Cell c = cell(k, w_hh[k].size(1), total);
+    total += c.units;
+    if (!marked[k]) continue;
+    w_back.push_back(at::empty({4 * c.blocks * V, c.blocks * V}, grad.options()));
+    pack_rows(w_hh[k].const_data_ptr<float>(), c.units, w_back.back().mutable_data_ptr<float>());
+    c.w_hh = w_back.back().const_data_ptr<float>();
     cells.push_back(c);
     kept.push_back({gates[k].mutable_data_ptr<float>(), states[k].mutable_data_ptr<float>()});
-    total += units[k];
   }
   const Problem p{nullptr, const_cast<float*>(grad.const_data_ptr<float>()), grad.size(1), 0, 0, 0, 0, total};
   share_out(BACK, p, cells, kept, grad.size(0));
+}
+
+// Gradients from that of hidden (B, N, sum u), of what training kept: x, then W_ih, W_hh and the bias of each cell (its two biases
+// have one gradient). Only those wanted, 1 + 3 a cell, are computed; the others are empty.
+std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights, const at::Tensor& hidden,
+                                 at::TensorList gates, at::TensorList states, const c10::List<bool>& wanted_list) {
+  c10::impl::ExcludeDispatchKeyGuard full_precision(c10::DispatchKey::AutocastCPU);
+  const std::vector<at::Tensor> natural = checked(weights);
+  const std::vector<int64_t> units = units_of(weights);
+  const std::vector<bool> wanted(wanted_list.begin(), wanted_list.end());
+  TORCH_CHECK(grad.scalar_type() == at::kFloat && wanted.size() == 1 + 3 * units.size(), "a float32 gradient; one mark for each result");
+  std::vector<at::Tensor> kept, w_hh, results, inputs;
+  for (size_t i = 0; i < wanted.size(); ++i) results.push_back(at::empty({0}, grad.options()));
+  std::vector<bool> marked;
+  for (size_t k = 0; k < units.size(); ++k) {
+    marked.push_back(wanted[0] || wanted[3 * k + 1] || wanted[3 * k + 2] || wanted[3 * k + 3]);
+    kept.push_back(marked[k] ? gates[k].clone() : gates[k]);  // overwritten; the graph may be walked again
+    w_hh.push_back(natural[4 * k + 1]);
+  }
+  walk_back(grad.contiguous(), kept, states, w_hh, marked);
+  const std::vector<at::Tensor> packed = wanted[0] ? pack(weights, false) : std::vector<at::Tensor>{};
+  const std::vector<at::Tensor> by_cell = hidden.split_with_sizes(units, 2);
+  for (size_t k = 0; k < units.size(); ++k) {
+    const at::Tensor d_gates = kept[k].flatten(0, 1);  // (B N, 4 U)
+    if (wanted[0]) inputs.push_back(d_gates.matmul(packed[3 * k].flatten(1).t()));
+    if (wanted[3 * k + 1]) results[3 * k + 1] = natural_rows(d_gates.t().matmul(x.select(2, k / 2).flatten(0, 1)), units[k]);
+    if (wanted[3 * k + 2]) {
+      at::Tensor before = at::zeros_like(by_cell[k]);  // the hidden state each token met
+      const int64_t shorter = std::max<int64_t>(hidden.size(1) - 1, 0), to = k % 2 == 0;
+      before.narrow(1, to * (hidden.size(1) - shorter), shorter).copy_(by_cell[k].narrow(1, (1 - to) * (hidden.size(1) - shorter), shorter));
+      results[3 * k + 2] = natural_rows(d_gates.t().matmul(before.flatten(0, 1)), units[k]);
+    }
+    if (wanted[3 * k + 3]) results[3 * k + 3] = natural_rows(d_gates.sum(0), units[k]);
+  }
+  if (wanted[0]) {
+    std::vector<at::Tensor> heads;
+    for (size_t k = 0; k < inputs.size(); k += 2) heads.push_back(inputs[k] + inputs[k + 1]);
+    results[0] = at::stack(heads, 1).view(x.sizes());
+  }
+  return results;
 }
 
 // A whole layer: x (B, N, D) to the first `tokens` of (B, N, D), with the two projections around the LSTMs as torch's own matrix
@@ -340,16 +477,46 @@ at::Tensor layer(const at::Tensor& x, const at::Tensor& pre_w, const at::Tensor&
   const int64_t heads = units.size() / 2, b = x.size(0), n = x.size(1);
   at::Tensor p = pre_w.numel() ? at::linear(x, pre_w, pre_b).view({b, n, heads, -1})
                                : x.contiguous().unsqueeze(2).expand({b, n, heads, x.size(2)});
-  return at::linear(forward(p, packed, units).narrow(1, 0, std::min(tokens, n)), out_w, out_b);
+  return at::linear(run_packed(p, packed, units).narrow(1, 0, std::min(tokens, n)), out_w, out_b);
+}
+
+// Whether this CPU has what the compiler was told to use: a library that came from another machine then registers nothing.
+bool runs_here() {
+  bool has = true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#ifdef __AVX2__
+  has = has && __builtin_cpu_supports("avx2");
+#endif
+#ifdef __FMA__
+  has = has && __builtin_cpu_supports("fma");
+#endif
+#ifdef __FMA4__
+  has = has && __builtin_cpu_supports("fma4");
+#endif
+#ifdef __AVX512F__
+  has = has && __builtin_cpu_supports("avx512f");
+#endif
+#ifdef __AVX512BF16__
+  has = has && __builtin_cpu_supports("avx512bf16");
+#endif
+#endif
+  return has;
 }
 
 }  // namespace
 
-TORCH_LIBRARY(FAR_NAMESPACE, m) {
-  m.def("forward(Tensor x, Tensor[] packed, int[] units) -> Tensor", &forward);
-  m.def("train(Tensor x, Tensor[] packed, int[] units) -> (Tensor, Tensor[], Tensor[])", &train);
-  m.def("backward(Tensor grad, Tensor[] gates, Tensor[] states, Tensor[] w_back, int[] units) -> ()", &backward);
-  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) -> Tensor", &layer);
+TORCH_LIBRARY_FRAGMENT(FAR_NAMESPACE, m) {
+  if (!runs_here()) return;
+  const auto on_cpu = [](auto* function) { return torch::dispatch(c10::DispatchKey::CPU, function); };
+  m.def("forward(Tensor x, Tensor[] weights) -> Tensor", on_cpu(&forward));
+  m.def("train(Tensor x, Tensor[] weights) -> (Tensor, Tensor[], Tensor[])", on_cpu(&train));
+  m.def("backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] wanted) -> Tensor[]",
+        on_cpu(&backward));
+  m.def("pack(Tensor[] weights, bool half=False) -> Tensor[]", on_cpu(&pack));
+  m.def("run_packed(Tensor x, Tensor[] packed, int[] units) -> Tensor", on_cpu(&run_packed));
+  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) -> Tensor",
+        on_cpu(&layer));
   m.def("vector_width() -> int", []() -> int64_t { return V; });
   m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });
 }

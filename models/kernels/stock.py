@@ -41,9 +41,8 @@ def stock(x: Tensor, cells: Sequence) -> Tensor:
                 padded(cell.bias_ih[:, None], u, width, False).flatten(),
                 padded(cell.bias_hh[:, None], u, width, False).flatten(),
             ]
-        tokens = x[:, :, h].to(weights[0].dtype).contiguous()
+        tokens = x[:, :, h].contiguous()
         zero = tokens.new_zeros(2, x.shape[0], width)
-        with torch.autocast(x.device.type, enabled=False):  # the state sums over N tokens: keep it in full precision
-            y = torch._VF.lstm(tokens, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
+        y = torch._VF.lstm(tokens, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
         outputs.append(unpad(y.unflatten(2, (2, width)), pair))
     return torch.cat(outputs, dim=2)

@@ -1,0 +1,177 @@
+"""fuse(): the function is kept, the arithmetic is counted as merged, and no fused model is ever wrong."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from engine.count import count_macs
+from models.fuse import FusedBiLSTM, fuse
+from models.kernels import cpu
+from models.replace import FarConfig, build
+from tests.test_kernels import UNITS, layer
+from utils.errors import FarError
+
+needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+
+
+def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    with pytest.raises(FarError, match="--fuse float32"):
+        FusedBiLSTM(layer(UNITS[0]), torch.bfloat16)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
+def test_fuse_keeps_the_function_in_float64(keep):
+    for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
+        m = layer(units).double()
+        f = FusedBiLSTM(m)
+        x = torch.randn(2, 40, 192, dtype=torch.float64)
+        expected = m(x)
+        assert ((f(x) - expected).norm() / expected.norm()).item() < 1e-12
+        torch.testing.assert_close(FusedBiLSTM(m.float())(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("patience", [0.0, 100.0])
+def test_fuse_keeps_the_function_whichever_maps_it_merges(patience, monkeypatch):
+    monkeypatch.setattr("models.fuse.PATIENCE", patience)
+    for m in (layer([(64, 64)] * 12, dim=768), layer(UNITS[1])):
+        f, x = FusedBiLSTM(m), torch.randn(2, 30, m.dim)
+        torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
+        f.tokens = 1
+        torch.testing.assert_close(f(x), m(x)[:, :1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("units", [64, 32, 8])
+def test_a_fused_layers_macs_are_counted_as_merged(units):
+    config = FarConfig("DeiT-Tiny", 10, 224, replaced=(0,), units={"0": [[units] * 2] * 3})
+    plain, fused = build(config), fuse(build(config))
+    total = 6 * units
+    before = 192 * 192 + 4 * total * (64 + units) + 64 * total + 192 * 192  # pre_proj, LSTMs, head_proj, post_proj
+    inputs = min(192 * 192 + 4 * total * 64, 4 * total * 192)  # merged where that costs less
+    after = inputs + 4 * total * units + 192 * total
+    assert count_macs(plain) - count_macs(fused) == 197 * (before - after)
+
+
+def test_a_fused_model_gives_the_models_logits():
+    units = {"1": [[5, 32], [1, 7]]}
+    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units=units)
+    model = build(config).eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
+
+
+@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])
+def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
+    config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})
+    model = build(config).double().eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected, plain = model(x), count_macs(model)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-12)
+    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
+    if 3 in replaced:
+        assert plain - count_macs(model) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
+
+
+def micro(**kwargs):
+    return build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units={"1": [[5, 32], [1, 7]]}, **kwargs)).eval()
+
+
+@needs_kernel
+def test_nothing_written_elsewhere_reaches_a_fused_layer_and_all_of_its_own_does():
+    m = layer([(64, 64)] * 12, dim=768)
+    f, x = FusedBiLSTM(m), torch.randn(2, 9, 768)
+    before = f(x)
+    for p in m.parameters():
+        p.data.zero_()
+    assert torch.equal(f(x), before)
+    for p in f.parameters():
+        p.detach().numpy()[...] *= 0.5  # as a broadcast over all parameters would write
+    assert (f(x) - before).norm() > 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loading_into_a_fused_model_is_refused_before_anything_is_written(dtype):
+    model = micro().to(dtype)
+    content = {name: w + 1 for name, w in model.state_dict().items()}
+    fuse(model)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    for load in (lambda: model.load_state_dict(content), lambda: model.load_state_dict(content, strict=False),
+                 lambda: model.blocks[0].attn.load_state_dict(model.blocks[0].attn.state_dict())):  # fmt: skip
+        with pytest.raises(FarError, match=r"before fuse\(\)"):
+            load()
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+@needs_kernel
+@pytest.mark.parametrize("target", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_a_model_packed_for_the_kernel_stays_where_it_is(target):
+    f, x = FusedBiLSTM(layer(UNITS[1])), torch.randn(2, 9, 192)
+    before = f(x)
+    with pytest.raises(FarError, match="move it first"):
+        f.to(target)
+    assert torch.equal(f.float().cpu()(x), before)
+
+
+def test_a_fused_model_without_the_kernel_moves_freely():
+    m = layer(UNITS[1]).double()
+    x = torch.randn(2, 9, 192)
+    torch.testing.assert_close(FusedBiLSTM(m).float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_fused_model_can_be_copied_and_pickled():
+    model, x, buffer = fuse(micro()), torch.randn(2, 3, 32, 32), io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    expected = model(x)
+    for again in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(again(x), expected)
+        with pytest.raises(FarError, match="load_state_dict"):
+            again.load_state_dict(model.state_dict())
+
+
+@needs_kernel
+def test_a_model_fused_for_another_cpu_is_refused_and_not_misread(monkeypatch):
+    f, buffer = FusedBiLSTM(layer(UNITS[0])), io.BytesIO()
+    vectors = f.weights[0].unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1, 2)  # as a CPU with vectors half as wide packs them
+    f.weights[0], f.weights[2] = (torch.nn.Parameter(w, requires_grad=False) for w in (vectors, f.weights[2].unflatten(-1, (2, -1))[..., 0, :]))
+    torch.save(f, buffer)
+    buffer.seek(0)
+    with pytest.raises(FarError, match="another kind of CPU"):
+        torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_layer_refuses_to_differentiate(dtype):
+    f = FusedBiLSTM(layer(UNITS[0]).to(dtype))
+    x = torch.randn(1, 5, 192, dtype=dtype, requires_grad=True)
+    with pytest.raises(FarError, match="no gradients"):
+        f(x)
+    with torch.no_grad():
+        assert torch.equal(f(x), f(x.detach()))
+    assert not f(x.detach()).requires_grad
+    with pytest.raises(FarError, match="no gradients"):
+        f.requires_grad_()(x.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_fused_layer_keeps_its_precision_under_autocast(dtype, wide):
+    f = FusedBiLSTM(layer([(64, 64)] * 12, dim=768) if wide else layer(UNITS[1]))
+    x = torch.randn(2, 30, f.dim)
+    expected = f(x)
+    with torch.autocast("cpu", dtype):
+        for given in (x, x.to(dtype)):
+            torch.testing.assert_close(f(given).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_fused_model_gives_nearly_its_logits_under_autocast():
+    model, x = fuse(micro()), torch.randn(3, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+    torch.testing.assert_close(got.float(), model(x), rtol=0.05, atol=0.05)

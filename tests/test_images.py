@@ -1,0 +1,137 @@
+"""One image file to 8-bit RGB, against values worked out here; and every file that must be refused by name."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.images import read_image
+from utils.errors import FarError
+
+DEEP = [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2"), ("tif", "<i4")]
+
+
+def noise(high, *shape, dtype):
+    return np.random.default_rng().integers(0, high, shape, dtype=dtype)
+
+
+def pixels(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(str(path))
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), DEEP)
+def test_sixteen_bit_greys_span_black_to_white(suffix, dtype, tmp_path):
+    grey = noise(65536, 9, 7, dtype=np.uint16)
+    grey[0, :4] = 0, 65535, 257, 65535 - 257
+    Image.fromarray(grey.astype(dtype)).save(tmp_path / f"a.{suffix}")
+    found = pixels(tmp_path / f"a.{suffix}")
+    assert found[0, :4, 0].tolist() == [0, 255, 1, 254]
+    assert np.abs(found - grey[..., None] / 257).max() <= 0.5
+
+
+def test_float_greys_span_zero_to_one(tmp_path):
+    grey = np.random.default_rng().random((9, 7), dtype=np.float32)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    assert np.abs(pixels(tmp_path / "a.tif") - grey[..., None].astype(float) * 255).max() <= 0.5
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), np.float32(-0.1), np.float32("nan"), np.int32(65536), np.int32(-1)])
+def test_greys_outside_the_range_are_refused_by_name(value, tmp_path):
+    grey = np.zeros((3, 3), dtype=value.dtype)
+    grey[1, 1] = value
+    Image.fromarray(grey).save(tmp_path / "deep.tif")
+    with pytest.raises(FarError, match=r"deep\.tif: not a readable image \(greys of .* outside 0 to"):
+        read_image(str(tmp_path / "deep.tif"))
+
+
+def test_eight_bit_files_give_their_own_colours(tmp_path):
+    colour, alpha = noise(256, 9, 7, 3, dtype=np.uint8), noise(256, 9, 7, 1, dtype=np.uint8)
+    grey, bit, index = colour[..., :1], noise(2, 9, 7, dtype=np.uint8), noise(16, 9, 7, dtype=np.uint8)
+    table = noise(256, 16, 3, dtype=np.uint8)
+    palette = Image.fromarray(index, "P")
+    palette.putpalette(table.tobytes())
+    cases = {
+        "rgb.png": (Image.fromarray(colour), {}, colour),
+        "rgba.png": (Image.fromarray(np.concatenate([colour, alpha], 2)), {}, colour),
+        "grey.png": (Image.fromarray(grey[..., 0]), {}, grey),
+        "la.png": (Image.fromarray(np.concatenate([grey, alpha], 2)), {}, grey),
+        "bit.png": (Image.fromarray(bit * 255).convert("1"), {}, bit[..., None] * 255),
+        "palette.png": (palette, {}, table[index]),
+        "clear.png": (palette, {"transparency": 3}, table[index]),
+        "veiled.png": (palette, {"transparency": bytes(range(16))}, table[index]),
+        "cmyk.tif": (Image.fromarray(np.concatenate([255 - colour, 0 * alpha], 2), "CMYK"), {}, colour),
+    }
+    for name, (image, options, expected) in cases.items():
+        image.save(tmp_path / name, **options)
+        assert np.array_equal(pixels(tmp_path / name), np.broadcast_to(expected, colour.shape)), name
+
+
+def test_a_cmyk_jpeg_is_not_inverted(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
+    assert np.abs(pixels(tmp_path / "red.jpg") - np.array([255.0, 0, 0])).max() < 8
+
+
+def refused(path, reason):
+    with pytest.raises(FarError) as error:
+        read_image(str(path))
+    line = str(error.value)
+    assert path.name in line and reason in line and "\n" not in line and "remove" in line, line
+
+
+def test_a_cut_off_jpeg_or_png_is_refused_by_name(tmp_path):
+    for name in ("a.jpg", "a.png"):
+        path = tmp_path / name
+        Image.fromarray(noise(256, 64, 64, 3, dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        refused(path, "OSError")
+
+
+@pytest.mark.parametrize("factor", [1.5, 3])  # PIL warns above its limit and raises above twice that
+def test_a_decompression_bomb_is_refused_by_name(factor, tmp_path, monkeypatch):
+    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(10_000 / factor))
+    refused(tmp_path / "bomb.png", "pixels")
+
+
+def test_broken_bytes_are_refused_whatever_the_decoder_raises(tmp_path):
+    rng = np.random.default_rng()
+    for suffix in ("png", "jpg", "tif", "bmp", "webp"):
+        path = tmp_path / f"a.{suffix}"
+        Image.fromarray(noise(256, 16, 16, 3, dtype=np.uint8)).save(path)
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(60):
+            broken = whole.copy()
+            broken[rng.integers(0, min(len(whole), 60), 4)] = rng.integers(0, 256, 4)
+            path.write_bytes(broken.tobytes())
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    assert read_image(str(path)).mode == "RGB"
+            except FarError as error:
+                assert path.name in str(error)
+
+
+def test_what_is_not_a_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        refused(tmp_path / name, "not a regular file")
+    refused(tmp_path / "missing.jpg", "FileNotFoundError")
+
+
+def test_a_name_of_odd_bytes_stays_one_line(tmp_path):
+    name = os.fsdecode(b"a\n\xff.jpg")
+    path = tmp_path / name
+    Image.new("RGB", (4, 4), (0, 0, 255)).save(tmp_path / "good.bmp")
+    path.write_bytes((tmp_path / "good.bmp").read_bytes())
+    assert pixels(path)[0, 0].tolist() == [0, 0, 255]
+    path.write_bytes(b"no image")
+    with pytest.raises(FarError, match=r"a\\n\\udcff\.jpg: not a readable image") as error:
+        read_image(str(path))
+    assert str(tmp_path) in str(error.value) and str(error.value).isprintable()

@@ -1,0 +1,344 @@
+"""From a split to batches: order, views, shares and transforms, against values worked out here."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.loading import Data, DataConfig, check_policy
+from datasets.registry import build_split
+from tests.conftest import image_folder, write_images
+from utils.distributed import Context
+from utils.errors import FarError
+
+PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's, as published
+
+
+def digits(seed=0, **kwargs):
+    context = Context(kwargs.pop("rank", 0), kwargs.pop("world", 1))
+    return Data(DataConfig("DIGITS", None, 32, **{"num_workers": 0, "seed": seed, **kwargs}), context)
+
+
+def batches(data, epoch=0, size=64, start=0):
+    return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
+
+
+def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
+    first, again = batches(digits(subset=0.1)), batches(digits(subset=0.1, num_workers=2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    data = digits(subset=0.1)
+    batches(data, epoch=0)
+    late = batches(data, epoch=1)
+    assert torch.equal(batches(digits(subset=0.1), epoch=1, start=1)[0][0], late[1][0])
+    assert not torch.equal(first[0][0], late[0][0])
+    assert not torch.equal(first[0][0], batches(digits(seed=1, subset=0.1))[0][0])
+
+
+def test_global_batches_are_the_same_whatever_the_world_size():
+    alone = batches(digits(), size=64)
+    parts = [batches(digits(world=2, rank=r), size=32) for r in range(2)]
+    for (x, _), (a, _), (b, _) in zip(alone, *parts, strict=False):
+        key = lambda t: sorted(row.sum().item() for row in t)  # noqa: E731
+        assert key(x) == key(torch.cat([a, b]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 7])
+def test_evaluation_shares_hold_every_image_once(world):
+    labels = torch.cat([y for r in range(world) for _, y in digits(world=world, rank=r).val_loader(50)])
+    assert labels.bincount().tolist() == np.bincount(build_split("DIGITS", None, False).targets).tolist()
+
+
+def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_images():
+    data = digits(subset=0.2, repeated_aug=True)
+    indices = [key[0] for batch in data.train_loader(32).batch_sampler for key in batch]
+    assert set(np.unique(indices, return_counts=True)[1]) <= {1, 2, 3} and len(set(indices)) < len(indices)
+    key = next(i for i in indices if indices.count(i) > 1)
+    a, b = [data.train[k][0] for batch in data.train_loader(32).batch_sampler for k in batch if k[0] == key][:2]
+    assert not torch.equal(a, b)
+
+
+def test_subset_and_holdout_take_their_shares():
+    data = digits(subset=0.5, holdout=0.2)
+    assert (len(data.train), len(data.val)) == (575, 287)
+    held = set(data.val.data.indices)
+    assert not held & {data.train.data.dataset.indices[i] for i in data.train.data.indices}
+
+
+def test_undecodable_image_is_named_through_a_worker_too(tmp_path):
+    image_folder(tmp_path)
+    (tmp_path / "train/class1/3.jpg").write_bytes(b"no image")
+    for workers in (0, 1):
+        data = Data(DataConfig("FOLDER", tmp_path, 32, num_workers=workers), Context())
+        with pytest.raises(FarError, match=r"class1/3\.jpg: not a readable image") as error:
+            batches(data, size=2)
+        assert "\n" not in str(error.value)
+
+
+def views(world, epoch=0, size=12, **kwargs):
+    """Every view, as bytes, by global batch of `size`; random erasing's noise makes each draw unlike any other."""
+    flags = {**PLAIN, "reprob": 1.0, **kwargs}
+    parts = [batches(digits(world=world, rank=r, **flags), epoch, size // world) for r in range(world)]
+    return [[x.numpy().tobytes() for images, _ in group for x in images] for group in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_no_two_views_of_an_epoch_are_the_same_and_world_size_does_not_change_them(repeated):
+    alone = views(1, subset=0.1, repeated_aug=repeated)  # 144 images: each world's batches hold the same places
+    assert len(set(sum(alone, []))) == sum(map(len, alone)) == 144
+    for world in (2, 3, 4):
+        for mine, theirs in zip(alone, views(world, subset=0.1, repeated_aug=repeated), strict=True):
+            assert sorted(mine) == sorted(theirs)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_what_pads_the_last_places_is_a_new_view(world, repeated):
+    every = sum(views(world, subset=0.0995, repeated_aug=repeated), [])  # of 143 images
+    assert len(set(every)) == len(every) >= 143 // 12 * 12
+
+
+def test_one_sample_looks_different_by_seed_epoch_place_and_copy(tmp_path):
+    write_images(tmp_path / "train/class0", 1)
+    for i in (1, 2):
+        os.link(tmp_path / "train/class0/0.jpg", tmp_path / f"train/class0/{i}.jpg")
+
+    def view(seed, epoch, index, copy):
+        data = Data(DataConfig("FOLDER", tmp_path, 48, holdout=0.1, num_workers=0, seed=seed), Context())
+        data.train.epoch = epoch
+        return data.train[index, copy][0]
+
+    at = (3, 1, 0, 0)
+    assert torch.equal(view(*at), view(*at))
+    for other in ((4, 1, 0, 0), (3, 2, 0, 0), (3, 1, 1, 0), (3, 1, 0, 1)):
+        assert not torch.equal(view(*at), view(*other)), other
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_order_changes_by_epoch_and_seed_and_starts_where_it_is_told(repeated):
+    def order(seed, epoch, start=0):
+        data = digits(seed=seed, repeated_aug=repeated)
+        loader = data.at(data.train_loader(7), epoch, start)
+        return [index for batch in loader.batch_sampler for index, _ in batch]
+
+    first = order(0, 0)
+    assert first == order(0, 0) and first[3 * 7 :] == order(0, 0, start=3)
+    assert first != order(0, 1) and first != order(1, 0) and first != sorted(first)
+    if not repeated:
+        assert len(set(first)) == len(first) == 1437 // 7 * 7
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_batches_do_not_depend_on_the_number_of_workers(repeated):
+    alone, many = (digits(subset=0.05, repeated_aug=repeated, num_workers=n) for n in (0, 2))
+    for pair in zip(batches(alone, 2, 8), batches(many, 2, 8), strict=True):
+        assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
+    for pair in zip(alone.val_loader(50), many.val_loader(50), strict=True):
+        assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
+
+
+def test_loading_leaves_the_process_its_own_random_numbers():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    data = digits()
+    torch.manual_seed(5)
+    data.train[0, 0], data.val[0]
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_smallest_batch_is_the_size_of_every_training_batch(world, repeated):
+    for size in (1, 7, 24, 48, 71, 72, 500):
+        for rank in range(world):
+            data = digits(subset=0.05, repeated_aug=repeated, world=world, rank=rank)
+            sizes = {len(batch) for batch in data.at(data.train_loader(size), 0).batch_sampler}
+            assert sizes == {data.smallest_batch(size)}
+
+
+def picture(root, split, colour=None, size=(90, 60)):
+    """One PNG of noise, or of one colour, in class folder `only`; returns its pixels."""
+    folder = root / split / "only"
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng().integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    if colour is not None:
+        pixels[:] = colour
+    Image.fromarray(pixels).save(folder / "0.png")
+    return pixels
+
+
+def load(root, size, train, epochs=1, **kwargs):
+    """The one picture's views (epochs, 3, H, W) as the real loader gives them, in float64."""
+    data = Data(DataConfig("FOLDER", root, size, num_workers=0, **kwargs), Context())
+    shown = [next(iter(data.at(data.train_loader(1), e) if train else data.val_loader(1)))[0] for e in range(epochs)]
+    return torch.cat(shown).double().numpy()
+
+
+def normalised(pixels, mean=MEAN, std=STD):
+    return ((pixels / 255 - mean) / std).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("ratio", [0.875, 0.5, 1.0])
+def test_evaluation_resizes_crops_the_centre_and_normalises(ratio, tmp_path):
+    picture(tmp_path, "train"), picture(tmp_path, "val")
+    short = int(48 / ratio)
+    image = Image.open(tmp_path / "val/only/0.png").resize((short * 90 // 60, short), Image.Resampling.BICUBIC)
+    left, top = (round((side - 48) / 2) for side in image.size)
+    expected = normalised(np.asarray(image)[top : top + 48, left : left + 48])
+    assert np.abs(load(tmp_path, 48, train=False, eval_crop_ratio=ratio)[0] - expected).max() < 1e-5
+
+
+def test_small_evaluation_images_are_resized_whole(tmp_path):
+    picture(tmp_path, "train"), picture(tmp_path, "val")
+    whole = Image.open(tmp_path / "val/only/0.png").resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.abs(load(tmp_path, 32, train=False)[0] - normalised(np.asarray(whole))).max() < 1e-5
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_one_colour_comes_out_as_that_colour_normalised(train, tmp_path):
+    colour = np.array([200, 90, 30])
+    picture(tmp_path, "train", colour), picture(tmp_path, "val", colour)
+    found = load(tmp_path, 48, train, **PLAIN)
+    assert np.abs(found - ((colour / 255 - MEAN) / STD)[:, None, None]).max() < 1e-5
+    if train:  # the flags that change colours arrive
+        assert np.ptp(load(tmp_path, 48, train, 4, **{**PLAIN, "color_jitter": 0.4}), axis=0).max() > 0.05
+        assert np.ptp(load(tmp_path, 48, train, 8, **{**PLAIN, "aa": "rand-m9-mstd0.5-inc1"}), axis=0).max() > 0.05
+
+
+def shifts(image, fill):
+    """All (81, 3, 32, 32) crops of an image padded by 4 pixels of `fill`, a normalised black."""
+    padded = np.broadcast_to(fill[:, None, None], (3, 40, 40)).copy()
+    padded[:, 4:36, 4:36] = image
+    return np.stack([padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)])
+
+
+def nearest(view, candidates):
+    return np.abs(candidates - view).max((1, 2, 3)).min()
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_small_training_views_are_padded_crops_mirrored_half_the_time(mode, tmp_path):
+    picture(tmp_path, "train"), picture(tmp_path, "val")
+    whole = Image.open(tmp_path / "train/only/0.png").resize((32, 32), Image.Resampling[mode.upper()])
+    candidates = shifts(normalised(np.asarray(whole)), -MEAN / STD)
+    found = load(tmp_path, 32, True, 24, interpolation=mode, **PLAIN)
+    straight = [nearest(view, candidates) < 1e-5 for view in found]
+    mirrored = [nearest(view[:, :, ::-1], candidates) < 1e-5 for view in found]
+    assert all(a != b for a, b in zip(straight, mirrored, strict=True)) and 2 < sum(mirrored) < 22
+    assert len({view.tobytes() for view in found}) > 8
+
+
+def test_training_digits_are_never_mirrored():
+    data = digits(**PLAIN)
+    half = np.full(3, 0.5)
+    for index in np.random.default_rng().choice(1437, 25, replace=False):
+        image = data.train.data[index][0].resize((32, 32), Image.Resampling.BICUBIC)
+        candidates = shifts(normalised(np.asarray(image), half, half), np.full(3, -1.0))
+        assert nearest(data.train[int(index), 0][0].double().numpy(), candidates) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_random_erasing_flags_reach_the_transform(mode, tmp_path):
+    colour = np.array([200, 90, 30])
+    picture(tmp_path, "train", colour), picture(tmp_path, "val", colour)
+    whole = ((colour / 255 - MEAN) / STD)[:, None, None]
+
+    def masks(prob, count):  # ((H, W) erased or not, the erased values (pixels, 3)) by epoch
+        found = load(tmp_path, 48, True, 40, **{**PLAIN, "reprob": prob, "remode": mode, "recount": count})
+        erased = np.abs(found - whole).max(1) > 1e-5
+        return [(mask, view.transpose(1, 2, 0)[mask]) for view, mask in zip(found, erased, strict=True)]
+
+    def boxed(mask):
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+
+    assert not any(mask.any() for mask, _ in masks(0.0, 1))
+    assert 5 < sum(mask.any() for mask, _ in masks(0.5, 1)) < 35
+    for mask, values in masks(1.0, 1):
+        assert mask.any() and boxed(mask)
+        spread = np.ptp(values, axis=0).max()
+        assert {"const": not values.any(), "rand": spread == 0 and values.any(), "pixel": spread > 0.5}[mode]
+    assert not all(boxed(mask) for mask, _ in masks(1.0, 4))
+
+
+def test_a_holdout_that_leaves_no_training_image_is_refused(tmp_path):
+    root = image_folder(tmp_path, classes=1, count=2)
+    with pytest.raises(FarError, match="--holdout 0.9, --data-path .*: no training images are left"):
+        Data(DataConfig("FOLDER", root, 32, holdout=0.9), Context())
+    (root / "train/class0/1.jpg").unlink()
+    with pytest.raises(FarError, match="--holdout 0.5, --data-path .*: no training images are left"):
+        Data(DataConfig("FOLDER", root, 32, holdout=0.5, subset=0.5), Context())
+
+
+def test_a_split_without_images_is_refused(monkeypatch):
+    def build(name, root, train):
+        return build_split(name, root, train) if train else []
+
+    monkeypatch.setattr("datasets.loading.build_split", build)
+    with pytest.raises(FarError, match="no evaluation images are left"):
+        digits()
+
+
+def test_more_processes_than_images_are_refused():
+    with pytest.raises(FarError, match="--nproc_per_node: 2 processes but 1 training images; start fewer"):
+        digits(subset=0.001, world=2)
+
+
+@pytest.mark.parametrize("text", [
+    "none", "rand", "rand-m9-mstd0.5-inc1", "rand-tweights-n3", "rand-m7-t3a", "augmix-m3-w3", "original-mstd0.5",
+    "v0", "v0r", "originalr", "3a",
+])  # fmt: skip
+def test_policies_that_timm_reads_whole_are_taken(text):
+    check_policy(text)
+    assert digits(aa=text).train[0, 0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("text", [
+    "", "auto", "random", "rand-mX", "rand-m", "rand-foo", "rand-", "rand--m9", "-rand", "rand-9", "rand-m9x",
+    "rand-m9.5", "rand-q3", "rand-mstd0.5.5", "rand-mstdinf", "rand-tfoo", "rand-t", "rand-m9-m5", "rand-tweights-t3a",
+    "rand-n20-tweights", "rand-m9\nx-n2", "augmix-wide", "augmix-z3", "augmix-a0", "original-m9", "original-mstd",
+    "v0-tweights", "v1", "RAND-m9", " rand-m9",
+])  # fmt: skip
+def test_policies_that_timm_rejects_or_would_skip_in_part_are_one_line(text):
+    with pytest.raises(FarError, match="^--aa ") as error:
+        digits(aa=text)
+    assert "or use none" in str(error.value) and "run it ()" not in str(error.value)
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Digits, of which item 5 does something to its worker."""
+
+    def __init__(self, data, deed):
+        self.data, self.deed = data, deed
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.deed()
+        return self.data[index]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("deed", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)])
+def test_a_loader_process_that_dies_is_one_line(deed, train):
+    data = digits(num_workers=2, subset=0.02)
+    part = data.train if train else data.val
+    part.data = Deadly(part.data, deed)
+    with pytest.raises(FarError, match="--num-workers 2: .* memory"):
+        for _ in data.at(data.train_loader(4), 0) if train else data.val_loader(4):
+            pass
+
+
+def test_other_errors_of_a_loader_process_stay_as_they_are():
+    def deed():
+        raise RuntimeError("DataLoader worker of another kind")
+
+    data = digits(num_workers=1, subset=0.02)
+    data.train.data = Deadly(data.train.data, deed)
+    with pytest.raises(RuntimeError, match="another kind"):
+        batches(data, size=4)
