@@ -151,6 +151,15 @@ def test_target_params_is_met_as_closely_as_one_unit_allows():
     assert count_parameters(model) == predicted <= target < more
 
 
+def test_a_target_that_a_selection_meets_exactly_is_met_by_it():
+    model = ragged()
+    norms = hoyer.lstm_norms(model)
+    places, total = len(norms), sum(map(len, norms.values()))
+    for count in (places, *torch.randint(places + 1, total, (3,)).tolist(), total):
+        exact = shrink.keep_top(norms, count)
+        assert lists(shrink.keep_within(model, norms, shrink.parameters_after(model, exact))) == lists(exact)
+
+
 def test_macs_of_a_layer_follow_the_formula():
     teacher, far = create_teacher("DeiT-Tiny", 1000, 224), create_teacher("DeiT-Tiny", 1000, 224)
     shared = 196 * 768 * 192 + 192 * 1000 + 12 * 197 * 2 * 192 * 768

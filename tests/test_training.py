@@ -2,21 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import main
+from datasets.loading import Data, DataConfig
+from engine import train
+from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.train import Settings
-from models.replace import load_model
+from engine.stages import Optim, Stage
+from engine.train import Settings, Trainer, make_optimizer
+from models.bilstm import MultiHeadBiLSTM
+from models.deit import create_teacher
+from models.replace import FarConfig, build, load_model
 from tests.conftest import ROOT, TEACH, TRAIN, launch
 from utils.checkpoint import load
 from utils.distributed import Context
+from utils.run_folder import RunFolder
 
 
 def weights(run, name="last.pth"):
@@ -102,8 +111,6 @@ def test_stage_attn_leaves_everything_but_the_mixing_parts_alone(far, teacher, t
 
 
 def test_evaluation_agrees_with_one_pass_by_hand(far):
-    from datasets.loading import Data, DataConfig
-
     model, _ = load_model(far / "best.pth", "--test")
     data = Data(DataConfig("DIGITS", None, 32, num_workers=0), Context())
     got = evaluate(model, data.val_loader(64), Context(), Settings().autocast(torch.device("cpu")))
@@ -160,3 +167,189 @@ def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(failure, teac
                    "--warmup-epochs", "0", "--opt", "sgd", "--output-dir", tmp_path / "run")  # fmt: skip
     assert "step" in line and "stage attn" in line and str(tmp_path / "run/last.pth") in line
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+
+
+# The loop by itself: a small teacher on 72 digits (three batches of 24), with a task that a test may replace.
+
+# Its rate is 0.1 in the first epoch and 0.01 in the second.
+SGD = Optim(2, 24, 0.1, warmup_epochs=0, sched="step", opt="sgd", momentum=0, weight_decay=0)
+ALONE, LAST = Context(), Settings(select="last")
+
+
+def digits(images: int = 72) -> Data:
+    return Data(DataConfig("DIGITS", None, 32, subset=images / 1423, holdout=0.01, num_workers=0), ALONE)
+
+
+def classification(model):
+    return lambda stage, criterion: Distillation(model, None, stage, criterion)
+
+
+def make_trainer(folder, optim=SGD, make_task=classification, rank=0, resume=False, settings=LAST, drop=0.0):
+    """A trainer of one stage; `make_task` takes the model. One folder and one data set serve whichever rank trains."""
+    torch.manual_seed(0)
+    model = create_teacher("DeiT-Micro", 10, 32, drop)
+    folder.mkdir(exist_ok=True)
+    run = RunFolder(folder, ALONE, resume)
+    if last := run.load_last():
+        model.load_state_dict(last["model"])
+    stages = [Stage("teacher", (), (), "full", "classification", "output", optim)]
+    config = FarConfig("DeiT-Micro", 10, 32)
+    return Trainer(model, config, stages, make_task(model), digits(), run, Context(rank), settings, last)
+
+
+def fit(folder, **kwargs):
+    trainer = make_trainer(folder, **kwargs)
+    trainer.fit()
+    return trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_weight_decay_shrinks_matrices_and_leaves_biases_norms_and_positions(opt):
+    model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(1,)))
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+        p.grad = torch.zeros_like(p)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, _ = make_optimizer(model, Optim(1, 1, 0.03, 0, opt=opt, weight_decay=0.2, momentum=0), 1)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        kept = p.ndim == 1 or name in ("cls_token", "pos_embed")  # as DeiT and timm have it
+        torch.testing.assert_close(p.detach(), before[name] * (1 if kept else 1 - 0.03 * 0.2), rtol=1e-6, atol=0, msg=name)
+
+
+def test_ranks_draw_different_dropout_and_one_rank_always_the_same(tmp_path):
+    common = {"optim": replace(SGD, epochs=1), "drop": 0.5}
+    one, other, again = (fit(tmp_path / name, rank=rank, **common) for name, rank in (("a", 0), ("b", 1), ("c", 1)))
+    assert_equal(other, again)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+class Slope(torch.nn.Module):
+    """A loss whose gradient is `slope` by construction, in the classifier's weights alone."""
+
+    def __init__(self, model, slope):
+        super().__init__()
+        self.model, self.slope = model, slope
+
+    def forward(self, images, targets):
+        loss = (self.model.head.weight * self.slope).sum() + 0 * sum(p.sum() for p in self.model.parameters())
+        return loss, {"classification": loss.detach()}
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_clipping_bounds_the_gradient_itself_not_the_scaled_one(amp, tmp_path):
+    slope = torch.randn(10, 64)
+    short, long = 0.5 * slope / slope.norm(), 30 * slope / slope.norm()
+    for name, given, norm in (("short", short, 0.5), ("long", long, 0.7)):
+        def task(model, given=given):
+            return lambda stage, criterion: Slope(model, given)
+
+        optim = replace(SGD, epochs=1, accum_steps=3, clip_grad=0.7)
+        trainer = make_trainer(tmp_path / name, optim, task, settings=replace(LAST, amp=amp))
+        before = trainer.model.head.weight.detach().clone()
+        trainer.fit()
+        moved = before - trainer.model.head.weight
+        torch.testing.assert_close(moved, 0.1 * norm * slope / slope.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_smaller_last_group_of_an_epoch_counts_each_of_its_batches_in_full(tmp_path):
+    trainer = make_trainer(tmp_path / "run", replace(SGD, accum_steps=2))
+    torch.manual_seed(0)
+    expected, data = create_teacher("DeiT-Micro", 10, 32), digits()
+    for epoch, rate in ((0, 0.1), (1, 0.01)):
+        batches = list(data.at(data.train_loader(24), epoch))
+        assert len(batches) == 3
+        for group in (batches[:2], batches[2:]):
+            x, y = map(torch.cat, zip(*group, strict=True))
+            loss = torch.nn.functional.cross_entropy(expected(x), y, label_smoothing=0.1)
+            for p, g in zip(expected.parameters(), torch.autograd.grad(loss, list(expected.parameters())), strict=True):
+                p.data -= rate * g
+    trainer.fit()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Loud(torch.nn.Module):
+    """A loss large enough to overflow fp16 gradients at the scaler's first scale; it may fail at a call."""
+
+    def __init__(self, criterion, fail_at):
+        super().__init__()
+        self.criterion, self.left = criterion, fail_at
+
+    def forward(self, logits, targets):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return 25 * self.criterion(logits, targets)
+
+
+def test_a_stopped_fp16_run_resumes_bit_equal_with_its_loss_scale(tmp_path):
+    def loud(fail_at=0):
+        return lambda model: lambda stage, criterion: Distillation(model, None, stage, Loud(criterion, fail_at))
+
+    common = {"optim": Optim(2, 12, 1e-3, warmup_epochs=0, clip_grad=1.0), "settings": replace(LAST, amp="fp16")}
+    whole = fit(tmp_path / "whole", make_task=loud(), **common)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", make_task=loud(8), **common)
+    stopped = load(tmp_path / "run/last.pth", "--test")
+    assert stopped["position"]["epoch"] == 1 and stopped["scaler"]["scale"] < 65536  # it has overflowed and backed off
+    assert stopped["optimizer"]["state"]  # and trained since
+    assert_equal(fit(tmp_path / "run", make_task=loud(), resume=True, **common), whole)
+
+
+def test_evaluation_runs_in_the_precision_it_is_given():
+    seen = set()
+    model = create_teacher("DeiT-Micro", 10, 32)
+    model.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
+    for amp, dtype in train.AMP.items():
+        seen.clear()
+        evaluate(model, digits().val_loader(24), ALONE, Settings(amp=amp).autocast(ALONE.device))
+        assert seen == {(False, dtype or torch.float32)}
+
+
+def test_the_loop_trains_and_evaluates_in_the_precision_asked_for(tmp_path):
+    trainer, seen = make_trainer(tmp_path / "run", settings=replace(LAST, amp="bf16")), set()
+    trainer.model.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
+    trainer.fit()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+def test_of_epochs_with_the_same_accuracy_the_first_is_best(tmp_path, monkeypatch):
+    accuracies = iter([10.0, 40.0, 40.0, 30.0, 40.0, 0.0])  # before training, four epochs, the weights handed on
+    after = {}
+
+    def scripted(model, *_):
+        after[len(after)] = {name: p.clone() for name, p in model.state_dict().items()}
+        return {"loss": 1.0, "acc1": next(accuracies), "acc5": 100.0, "images": 1}
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+    fit(tmp_path / "run", optim=replace(SGD, epochs=4), settings=Settings(select="best"))
+    assert_equal(weights(tmp_path / "run", "best.pth"), after[1])
+    assert_equal(after[5], after[1])  # and handed on
+    assert not torch.equal(after[2]["head.weight"], after[1]["head.weight"])
+
+
+def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(far, teacher, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(far, run)
+    record = json.loads((run / "args.json").read_text())
+    record["args"]["output_dir"] = str(run)
+    (run / "args.json").write_text(json.dumps(record))
+    (run / "result.json").unlink()
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    argv = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
+    assert main.main([*argv, "--output-dir", str(run), "--resume"]) == 0
+    assert json.loads((run / "result.json").read_text()) == json.loads((far / "result.json").read_text())
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != "result.json"} == before
+
+
+def test_a_finished_run_evaluates_on_its_device_with_its_backend(tmp_path, monkeypatch):
+    model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 3)))
+    stage = Stage("done", (), (0, 3), "full", "classification", "output", SGD)
+    content = {"position": {"stage": 1, "epoch": 0, "step": 0, "best": -1.0, "sums": {}}}
+    run, context = RunFolder(tmp_path, ALONE, True), Context(device=torch.device("meta"))
+    monkeypatch.setattr(train, "evaluate", lambda model, *_: model)
+    settings = Settings(lstm_backend="reference")
+    got = Trainer(model, None, [stage], None, digits(), run, context, settings, content).fit()
+    assert {p.device.type for p in got.parameters()} == {"meta"}
+    assert [m.backend for m in got.modules() if isinstance(m, MultiHeadBiLSTM)] == ["reference"] * 2

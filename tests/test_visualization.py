@@ -7,6 +7,7 @@ from scipy.stats import spearmanr
 
 import visualization
 from datasets.registry import photographs
+from engine.distill import forward_features
 from engine.explain import attention_rollout, attention_weights, influence, rank_correlation, token_importance, z_of
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
@@ -56,10 +57,25 @@ def test_attention_weights_are_those_attention_uses():
     torch.testing.assert_close((attention_weights(attn, x) @ v).transpose(1, 2).flatten(2), z_of(attn, x), rtol=1e-4, atol=1e-5)
 
 
-def test_rollout_rows_are_shares():
-    rolled = attention_rollout(model(), torch.randn(2, 3, 32, 32))
-    assert rolled.min() >= 0
-    torch.testing.assert_close(rolled.sum(1), torch.ones(2))
+def test_rollout_mixes_tokens_block_after_block_and_keeps_half_of_each():
+    m, images = model(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for block in m.blocks:
+            block.attn.qkv.weight[:128] *= 20  # fresh attention is nearly even: its product would have no order
+    inputs = forward_features(m, images, range(4)).inputs
+    rolled = attention_rollout(m, images)
+    for image in range(2):
+        reach = np.eye(65)  # row: token of the running state, column: share of each input token in it
+        for i, block in enumerate(m.blocks):
+            heads = attention_weights(block.attn, block.norm1(inputs[i]))[image].detach().double().numpy()
+            mean = sum(heads[h] for h in range(2)) / 2
+            before, reach = reach, np.zeros((65, 65))
+            for token in range(65):
+                reach[token] = before[token] / 2
+                for other in range(65):
+                    reach[token] += mean[token, other] / 2 * before[other]
+        np.testing.assert_allclose(rolled[image], reach[0], rtol=1e-4, atol=1e-7)
+        assert rolled[image].sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_rank_correlation_is_spearmans():
