@@ -21,16 +21,15 @@ from models.fuse import fuse
 from models.kernels import BACKENDS
 from models.replace import (
     FarConfig,
-    build,
     count_parameters,
     load_model,
     parse_blocks,
-    read_config,
     replaced_blocks,
     reset_classifier,
+    restore,
     set_backend,
 )
-from utils import arguments, checkpoint
+from utils import arguments
 from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError
@@ -131,10 +130,7 @@ def from_last(args: Namespace, run: RunFolder, model, config: FarConfig):
     content = run.load_last()
     if content is None:
         return model, None
-    source = f"--resume {run.path / 'last.pth'}"
-    model = build(read_config(content, source), args.drop, args.drop_path)
-    checkpoint.load_into(model, content["model"], source)
-    return model, content
+    return restore(content, f"--resume {run.path / 'last.pth'}", args.drop, args.drop_path)[0], content
 
 
 def load_teacher(args: Namespace, config: FarConfig):

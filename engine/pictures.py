@@ -22,7 +22,7 @@ from engine.explain import (
 )
 from models import kernels
 from models.bilstm import Replacement
-from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_teacher_weights
+from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_teacher_weights, teacher_state
 from models.replace import load_model, replaced_blocks, set_backend
 from utils import arguments, checkpoint
 from utils.arguments import Parser
@@ -92,8 +92,8 @@ def _load(args: Namespace, path: Path, flag: str, teacher: bool):
         model, _ = load_model(path, flag)
     else:
         name = arguments.choose_model(args, SCALES)
-        state = content.get("model", content.get("state_dict", content))
-        classes = len(state["head.weight"]) if "head.weight" in state else 1000
+        head = teacher_state(content, f"{flag} {path}").get("head.weight")
+        classes = 1000 if head is None or not head.dim() else len(head)
         model = create_teacher(name, classes, INPUT_SIZE[name])
         load_teacher_weights(model, path, flag)
     if teacher and replaced_blocks(model):

@@ -119,7 +119,7 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, imnet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     good = image_folder(tmp_path / "good")
@@ -173,7 +173,13 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, t
         ([*train, *weight, "--distributed"], "--distributed: not started by torchrun"),
         ([*train, *weight, "--resume"], "--resume: no run in out"),
         ([*train], "no published weights"),
-        (["--mode", "train", "--dataset", "IMNET", "--data-path", good, "--output-dir", "out"], "--base-weight: no weights for DeiT-Tiny"),
+        (["--mode", "train", "--dataset", "IMNET", "--data-path", good, "--output-dir", "out"], "2 classes, but IMNET has 1000.*FOLDER"),
+        (["--mode", "train", "--dataset", "IMNET", "--data-path", imnet / "data/IMNET", "--output-dir", "out"],
+         "--base-weight: no weights for DeiT-Tiny"),
+        ([*train, *weight, "--mixup", "0.8", "--batch-size", "1"], "--mixup, --cutmix: pair the images"),
+        ([*train, *weight, "--block-ft-batch-size", "1", "--cutmix", "1"], "--mixup, --cutmix: pair the images"),
+        ([*train, *weight, "--aa", "rand-mX"], "--aa rand-mX"), ([*train, *weight, "--aa", "auto"], "--aa auto"),
+        ([*train, *weight, "--replace", "²"], "--replace ²"),
         ([*train, *weight, "--batch-size", "0"], "--batch-size"),
         ([*train, *weight, "--opt", "nope"], "--opt nope"),
         ([*train, *weight, "--no-such-flag"], "--no-such-flag"),
