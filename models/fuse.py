@@ -30,11 +30,11 @@ class FusedBiLSTM(nn.Module):
     """The function of a MultiHeadBiLSTM without gradients: x (B, N, D) to (B, N, D).
 
     pre_proj is merged into the input weights where D * 4 sum(u) < D^2 + d * 4 sum(u); head_proj into post_proj where
-    D * sum(u) is at most PATIENCE times d * sum(u) + D^2 (multiplications a token). recurrent: precision of W_hh; bfloat16 is
-    faster and rounds hidden states to three digits (FarError where the CPU kernel cannot).
+    D * sum(u) is at most PATIENCE times d * sum(u) + D^2 (multiplications a token). recurrent: precision of W_hh; bfloat16
+    is faster and rounds hidden states to three digits (FarError where the CPU kernel cannot).
 
-    Where the C++ kernel serves (float32 on a CPU), `weights` are the cells' only copy, packed for it: three tensors a cell. Such a
-    module stays where it is, and FarError says so. Elsewhere `weights` are those of `kernels.Cell`, four a cell.
+    Where the C++ kernel serves (float32 on a CPU), `weights` are the cells' only copy, packed for it: three tensors a cell.
+    Such a module stays where it is, and FarError says so. Elsewhere `weights` are those of `kernels.Cell`, four a cell.
     """
 
     def __init__(self, attn: MultiHeadBiLSTM, recurrent: torch.dtype = torch.float32):
@@ -85,12 +85,15 @@ class FusedBiLSTM(nn.Module):
         if self.packed and not self.heads:
             x = self._uncast(x)
             with torch.autocast("cpu", enabled=False):
-                return torch.ops.far.layer(x, self.pre_w, self.pre_b, list(self.weights), self.units,
-                                           self.out_w, self.out_b, self.tokens)  # fmt: skip
+                return torch.ops.far.layer(
+                    x, self.pre_w, self.pre_b, list(self.weights), self.units, self.out_w, self.out_b, self.tokens
+                )
         hidden = self._hidden(x)[:, : self.tokens]
         if self.heads:
             widths = [proj.in_features for proj in self.heads]
-            hidden = torch.cat([proj(h) for proj, h in zip(self.heads, hidden.split(widths, dim=2), strict=True)], dim=2)
+            hidden = torch.cat(
+                [proj(h) for proj, h in zip(self.heads, hidden.split(widths, dim=2), strict=True)], dim=2
+            )
         return F.linear(hidden, self.out_w, self.out_b)
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -111,7 +114,9 @@ class FusedBiLSTM(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         moved = fn(self.out_b)
         if self.packed and (moved.dtype, moved.device.type) != (torch.float32, "cpu"):
-            raise FarError(f"a model fused for the CPU kernel cannot become {moved.dtype} on {moved.device}; move it first, then fuse()")
+            raise FarError(
+                f"a model fused for the CPU kernel cannot become {moved.dtype} on {moved.device}; move it first, then fuse"
+            )
         return super()._apply(fn, recurse)
 
     def __setstate__(self, state: dict) -> None:

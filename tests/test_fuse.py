@@ -101,8 +101,11 @@ def test_loading_into_a_fused_model_is_refused_before_anything_is_written(dtype)
     content = {name: w + 1 for name, w in model.state_dict().items()}
     fuse(model)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    for load in (lambda: model.load_state_dict(content), lambda: model.load_state_dict(content, strict=False),
-                 lambda: model.blocks[0].attn.load_state_dict(model.blocks[0].attn.state_dict())):  # fmt: skip
+    for load in (
+        lambda: model.load_state_dict(content),
+        lambda: model.load_state_dict(content, strict=False),
+        lambda: model.blocks[0].attn.load_state_dict(model.blocks[0].attn.state_dict()),
+    ):
         with pytest.raises(FarError, match=r"before fuse\(\)"):
             load()
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
@@ -138,8 +141,12 @@ def test_a_fused_model_can_be_copied_and_pickled():
 @needs_kernel
 def test_a_model_fused_for_another_cpu_is_refused_and_not_misread(monkeypatch):
     f, buffer = FusedBiLSTM(layer(UNITS[0])), io.BytesIO()
-    vectors = f.weights[0].unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1, 2)  # as a CPU with vectors half as wide packs them
-    f.weights[0], f.weights[2] = (torch.nn.Parameter(w, requires_grad=False) for w in (vectors, f.weights[2].unflatten(-1, (2, -1))[..., 0, :]))
+    vectors = (
+        f.weights[0].unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1, 2)
+    )  # as a CPU with vectors half as wide packs them
+    f.weights[0], f.weights[2] = (
+        torch.nn.Parameter(w, requires_grad=False) for w in (vectors, f.weights[2].unflatten(-1, (2, -1))[..., 0, :])
+    )
     torch.save(f, buffer)
     buffer.seek(0)
     with pytest.raises(FarError, match="another kind of CPU"):

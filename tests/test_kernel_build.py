@@ -33,7 +33,13 @@ def test_a_home_that_cannot_be_written_does_not_break_it(tmp_path):
 
 
 def test_without_a_compiler_torch_serves_and_one_line_says_so(tmp_path):
-    process = start(AVAILABLE, TORCH_EXTENSIONS_DIR=str(tmp_path), TMPDIR=str(tmp_path), CXX="no-such-compiler", PATH=os.environ["PATH"])
+    process = start(
+        AVAILABLE,
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
+        TMPDIR=str(tmp_path),
+        CXX="no-such-compiler",
+        PATH=os.environ["PATH"],
+    )
     said, error = process.communicate(timeout=300)
     assert said.strip() == "False" and error.count("could not be built") == 1, error
 
@@ -47,21 +53,27 @@ def compiler(folder, script):
 
 
 def test_no_more_than_a_compiler_is_needed_and_openmp_may_be_missing(tmp_path):
-    refuses = compiler(tmp_path, 'case "$*" in *-fopenmp*) echo "error: unsupported option -fopenmp" >&2; exit 1;; esac; exec c++ "$@"')
+    refuses = compiler(
+        tmp_path, 'case "$*" in *-fopenmp*) echo "error: unsupported option -fopenmp" >&2; exit 1;; esac; exec c++ "$@"'
+    )
     process = start(AVAILABLE, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"), CXX=refuses, PATH="/usr/bin:/bin")
     said, error = process.communicate(timeout=300)
     assert said.strip() == str(cpu.available()) and not error, error
 
 
 def test_the_warning_names_what_the_compiler_minded(tmp_path):
-    fails = compiler(tmp_path, 'echo "In file included from a.h:1" >&2; echo "a.h:9:10: fatal error: b.h: No such file" >&2; exit 1')
+    fails = compiler(
+        tmp_path, 'echo "In file included from a.h:1" >&2; echo "a.h:9:10: fatal error: b.h: No such file" >&2; exit 1'
+    )
     said, error = start(AVAILABLE, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"), CXX=fails).communicate(timeout=300)
-    assert said.strip() == "False" and "a.h:9:10: fatal error: b.h: No such file" in error and len(error.splitlines()) == 1, error
+    assert (
+        said.strip() == "False" and "a.h:9:10: fatal error: b.h: No such file" in error and len(error.splitlines()) == 1
+    ), error
 
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """Builds with a compiler that has these macros and writes `made`; returns the library and how often it was called to compile."""
+    """Builds with a compiler that has these macros and writes `made`; gives the library and how often it was called."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
 
     def build(macros: str) -> tuple[Path, int]:
@@ -79,16 +91,25 @@ def pretend(monkeypatch, tmp_path):
 
 
 def test_a_cpu_with_other_instructions_gets_its_own_build(pretend):
-    (one, _), (other, calls) = pretend("#define __AVX512F__ 1"), pretend("#define __AVX512F__ 1\n#define __AVX512BF16__ 1")
+    (one, _), (other, calls) = (
+        pretend("#define __AVX512F__ 1"),
+        pretend("#define __AVX512F__ 1\n#define __AVX512BF16__ 1"),
+    )
     assert one != other and calls == 2
     assert pretend("#define __AVX512F__ 1") == (one, 0)
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.write_text("ma"), lambda p: p.unlink(), lambda p: p.with_name("sha256").write_text("")])
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.write_text("ma"), lambda p: p.unlink(), lambda p: p.with_name("sha256").write_text("")]
+)
 def test_a_damaged_build_is_made_again(pretend, damage):
     library, _ = pretend("")
     damage(library)
-    assert pretend("") == (library, 2) and library.read_text() == "made" and len(list(library.parent.parent.iterdir())) == 1
+    assert (
+        pretend("") == (library, 2)
+        and library.read_text() == "made"
+        and len(list(library.parent.parent.iterdir())) == 1
+    )
 
 
 def test_a_library_for_more_than_this_cpu_has_registers_nothing():

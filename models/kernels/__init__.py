@@ -62,8 +62,10 @@ def choose(backend: str, x: Tensor, units: int) -> str:
 
 
 def compute(backend: str, x: Tensor, cells: Sequence[Cell]) -> Tensor:
-    """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend` chooses, whatever autocast says in the weights' own
-    precision: the state sums over N tokens."""
+    """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend` chooses.
+
+    In the weights' own precision whatever autocast says: the state sums over N tokens.
+    """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(cells[0].weight_hh.dtype)
         return KERNELS[choose(backend, x, max(cell.weight_hh.shape[1] for cell in cells))](x, cells)

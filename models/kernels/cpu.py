@@ -32,15 +32,22 @@ def cache_folders() -> list[Path]:
 
 
 def _openmp_library() -> list[str]:
-    """Link flags for the very OpenMP library torch runs on: a second one would bring a second pool of spinning threads."""
+    """Link flags for the OpenMP library torch runs on: a second one would bring a second pool of spinning threads."""
     own = sorted((TORCH / "lib").glob("libgomp*.so*"))
     return [str(own[0]), f"-Wl,-rpath,{own[0].parent}"] if own else ["-fopenmp"]
 
 
 def _call(command: Sequence[str], text: str = "") -> str:
     """Runs the compiler, `text` being its standard input. Raises OSError with its first line that names an error."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", check=False,
-                          env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+    done = subprocess.run(
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env={**os.environ, "LC_ALL": "C"},
+    )
     if done.returncode:
         said = done.stderr.splitlines() or [f"{command[0]} ended with {done.returncode}"]
         raise OSError(next((line for line in said if "error" in line.lower()), said[0]))
@@ -73,10 +80,17 @@ def _workplace(name: str) -> Path:
 def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     """The library for this source, torch, compiler and CPU, out of a cache folder or compiled.
 
-    The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled in a folder of
-    its own and moved into place: processes that build at once do not meet.
+    The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled
+    in a folder of its own and moved into place: processes that build at once do not meet.
     """
-    compiler = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++20", "-O3", "-fPIC", *flags, *["-fopenmp"][:openmp]]
+    compiler = [
+        *shlex.split(os.environ.get("CXX") or "c++"),
+        "-std=c++20",
+        "-O3",
+        "-fPIC",
+        *flags,
+        *["-fopenmp"][:openmp],
+    ]
     macros = _call([*compiler, "-dM", "-E", "-x", "c++", "-"], "#include <omp.h>" if openmp else "")
     parts = [SOURCE.read_text(), torch.__version__, namespace, *compiler, macros]
     name = f"far_lstm_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
@@ -87,7 +101,9 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     try:
         includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        _call([*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c", str(SOURCE), "-o", str(work / "lstm.o")])
+        _call(
+            [*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c", str(SOURCE), "-o", str(work / "lstm.o")]
+        )
         libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *(_openmp_library() if openmp else [])]
         _call([*compiler[: -openmp or None], "-shared", str(work / "lstm.o"), *libraries, "-o", str(work / "lstm.so")])
         (work / "lstm.o").unlink()
@@ -104,7 +120,7 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
 
 @functools.cache
 def load(flags: tuple[str, ...]):
-    """The compiled operators, or None where they cannot be built (said in one log line). `torch.ops.far` are those with TUNED.
+    """The compiled operators, or None where they cannot be built (said in one log line). TUNED ones are `torch.ops.far`.
 
     Where the compiler knows no -fopenmp or no -march=native, or lies about this CPU, it goes on without them.
     """
@@ -125,7 +141,7 @@ def load(flags: tuple[str, ...]):
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether `fused` can run here. Builds the operators where they are not built yet; torch.compile asks once, outside its graph."""
+    """Whether `fused` can run here. Builds the operators if need be; torch.compile asks once, outside its graph."""
     return load(TUNED) is not None
 
 
@@ -142,7 +158,9 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _no_second(ctx, *grads):
-    raise RuntimeError("the CPU kernel has first derivatives only; take --lstm-backend torch or reference for the second")
+    raise RuntimeError(
+        "the CPU kernel has first derivatives only; take --lstm-backend torch or reference for the second"
+    )
 
 
 def _backward(operators):
@@ -164,7 +182,7 @@ def _backward(operators):
 
 
 def _register(namespace: str, v: int) -> None:
-    """Tells torch.compile and torch.export the operators' shapes, and autograd their gradients. v: floats in a vector."""
+    """Tells torch.compile and torch.export the operators' shapes, autograd their gradients. v: floats in a vector."""
 
     def width(units: int) -> int:
         return -(-units // v) * v
@@ -191,7 +209,9 @@ def _register(namespace: str, v: int) -> None:
 
     for fake in (forward, train, backward, run_packed, layer):
         torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
-    torch.library.register_autograd(f"{namespace}::train", _backward(getattr(torch.ops, namespace)), setup_context=_setup)
+    torch.library.register_autograd(
+        f"{namespace}::train", _backward(getattr(torch.ops, namespace)), setup_context=_setup
+    )
     torch.library.register_autograd(f"{namespace}::backward", _no_second)
 
 

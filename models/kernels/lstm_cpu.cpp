@@ -3,9 +3,10 @@
 // then the recurrence walks over them: accumulators of all four gates live in registers. In training the gates and cell states
 // of all tokens are kept, and `backward` walks the other way; the weights' gradients are torch's own matrix products.
 //
-// Weights come as in torch.nn.LSTM, four a cell (one head, one direction): W_ih (4 u, d), W_hh (4 u, u), b_ih and b_hh (4 u). Each
-// call packs them to [k][unit block][gate i, f, g, o][V], so that a step reads memory in order: nothing is kept that could go stale.
-// Vectors are GCC's (and clang's) portable ones: the compiler's flags make them AVX-512, AVX2 or whatever the machine has.
+// Weights come as in torch.nn.LSTM, four a cell (one head, one direction): W_ih (4 u, d), W_hh (4 u, u), b_ih and b_hh
+// (4 u). Each call packs them to [k][unit block][gate i, f, g, o][V], so that a step reads memory in order: nothing is
+// kept that could go stale. Vectors are GCC's (and clang's) portable ones: the compiler's flags make them AVX-512, AVX2 or
+// whatever the machine has.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -286,7 +287,7 @@ void pack_columns(const float* w, int64_t units, int64_t m, float* to) {
     }
 }
 
-// W_hh (4 u, u) for the way back: rows in the order [unit block][gate][V], rows and columns padded with zeros, (4 U, U).
+// W_hh (4 u, u) for the way back, (4 U, U): rows in the order [unit block][gate][V], both padded with zeros.
 void pack_rows(const float* w, int64_t units, float* to) {
   const int64_t U = blocks_of(units) * V;
   std::memset(to, 0, 4 * U * U * sizeof(float));
@@ -307,8 +308,8 @@ std::vector<at::Tensor> checked(at::TensorList weights) {
   for (size_t i = 0; i < weights.size(); ++i) {
     const at::Tensor &w = weights[i], &w_ih = weights[i - i % 4], &w_hh = weights[i - i % 4 + 1];
     TORCH_CHECK(w.scalar_type() == at::kFloat && w.device().is_cpu(), "weights must be float32 on the CPU");
-    TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2 && w.size(0) == 4 * w_hh.size(1) && w_ih.size(1) == weights[0].size(1) &&
-                    w.dim() == (i % 4 < 2 ? 2 : 1), "weights of a cell: (4 u, d), (4 u, u), (4 u), (4 u)");
+    TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2 && w.dim() == (i % 4 < 2 ? 2 : 1) && w.size(0) == 4 * w_hh.size(1) &&
+                    w_ih.size(1) == weights[0].size(1), "weights of a cell: (4 u, d), (4 u, u), (4 u), (4 u)");
     whole.push_back(w.contiguous());
   }
   return whole;
@@ -320,8 +321,8 @@ std::vector<int64_t> units_of(at::TensorList weights) {
   return units;
 }
 
-// Three packed tensors a cell: W_ih (d, blocks, 4, V), W_hh (u, blocks, 4, V), bias (1, blocks, 4, V). half: W_hh in bfloat16, pairs of
-// rows side by side, (u / 2 rounded up, 4 U, 2).
+// Three packed tensors a cell: W_ih (d, blocks, 4, V), W_hh (u, blocks, 4, V), bias (1, blocks, 4, V). half: W_hh in
+// bfloat16, pairs of rows side by side, (u / 2 rounded up, 4 U, 2).
 std::vector<at::Tensor> pack(at::TensorList weights, bool half) {
   TORCH_CHECK(!half || FAR_BFLOAT16, "bfloat16 weights need AVX512_BF16");
   const std::vector<at::Tensor> from = checked(weights);
@@ -335,8 +336,8 @@ std::vector<at::Tensor> pack(at::TensorList weights, bool half) {
     }
   }
   // One piece of memory: malloc gives and takes back large ones whole, many small ones page by page.
-  std::vector<at::Tensor> packed = at::empty({std::accumulate(sizes.begin(), sizes.end(), int64_t{0})}, from[0].options())
-                                       .split_with_sizes(sizes);
+  const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+  std::vector<at::Tensor> packed = at::empty({total}, from[0].options()).split_with_sizes(sizes);
   for (size_t k = 0; k < packed.size(); ++k) packed[k] = packed[k].view(shapes[k]);
   at::parallel_for(0, from.size() / 4, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> bias;
@@ -352,8 +353,8 @@ std::vector<at::Tensor> pack(at::TensorList weights, bool half) {
     }
   });
   for (size_t k = 1; half && k < packed.size(); k += 3) {
-    const at::Tensor rows = at::constant_pad_nd(packed[k].flatten(1), {0, 0, 0, packed[k].size(0) % 2}).to(at::kBFloat16);
-    packed[k] = rows.unflatten(0, {-1, 2}).transpose(1, 2).contiguous();
+    const at::Tensor rows = at::constant_pad_nd(packed[k].flatten(1), {0, 0, 0, packed[k].size(0) % 2});
+    packed[k] = rows.to(at::kBFloat16).unflatten(0, {-1, 2}).transpose(1, 2).contiguous();
   }
   return packed;
 }
@@ -362,12 +363,14 @@ Cell cell(size_t k, int64_t units, int64_t column) {
   return {nullptr, nullptr, nullptr, units, blocks_of(units), (int64_t)k / 2, (int64_t)k % 2, column};
 }
 
-// x (B, N, H, d); packed weights, three a cell; units of each cell. Returns (B, N, sum u). In training, `gates` and `states` take of
-// each cell the activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
-at::Tensor compute(const at::Tensor& input, at::TensorList packed, at::IntArrayRef units, std::vector<at::Tensor>* gates,
-                   std::vector<at::Tensor>* states) {
+using Tensors = std::vector<at::Tensor>;
+
+// x (B, N, H, d); packed weights, three a cell; units of each cell. Returns (B, N, sum u). In training, `gates` and `states`
+// take of each cell the activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
+at::Tensor compute(const at::Tensor& input, at::TensorList packed, at::IntArrayRef units, Tensors* gates, Tensors* states) {
   TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat, "x must be (B, N, H, d), float32");
-  TORCH_CHECK((int64_t)units.size() == 2 * input.size(2) && packed.size() == 3 * units.size(), "three packed tensors a cell, 2 H cells");
+  TORCH_CHECK((int64_t)units.size() == 2 * input.size(2) && packed.size() == 3 * units.size(),
+              "three packed tensors a cell, 2 H cells");
   const at::Tensor x = input.stride(3) == 1 ? input : input.contiguous();
   std::vector<Cell> cells;
   std::vector<Kept> kept;
@@ -402,16 +405,19 @@ at::Tensor run_packed(const at::Tensor& x, at::TensorList packed, at::IntArrayRe
   return compute(x, packed, units, nullptr, nullptr);
 }
 
-at::Tensor forward(const at::Tensor& x, at::TensorList weights) { return run_packed(x, pack(weights, false), units_of(weights)); }
+at::Tensor forward(const at::Tensor& x, at::TensorList weights) {
+  return run_packed(x, pack(weights, false), units_of(weights));
+}
 
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> train(const at::Tensor& x, at::TensorList weights) {
-  std::vector<at::Tensor> gates, states;
+std::tuple<at::Tensor, Tensors, Tensors> train(const at::Tensor& x, at::TensorList weights) {
+  Tensors gates, states;
   at::Tensor out = compute(x, pack(weights, false), units_of(weights), &gates, &states);
   return {out, gates, states};
 }
 
 // From the gradient of hidden (B, N, sum u) to those of the gates' inputs, for the cells marked, written over `gates`.
-void walk_back(const at::Tensor& grad, at::TensorList gates, at::TensorList states, at::TensorList w_hh, const std::vector<bool>& marked) {
+void walk_back(const at::Tensor& grad, at::TensorList gates, at::TensorList states, at::TensorList w_hh,
+               const std::vector<bool>& marked) {
   std::vector<Cell> cells;
   std::vector<Kept> kept;
   std::vector<at::Tensor> w_back;
@@ -430,15 +436,15 @@ void walk_back(const at::Tensor& grad, at::TensorList gates, at::TensorList stat
   share_out(BACK, p, cells, kept, grad.size(0));
 }
 
-// Gradients from that of hidden (B, N, sum u), of what training kept: x, then W_ih, W_hh and the bias of each cell (its two biases
-// have one gradient). Only those wanted, 1 + 3 a cell, are computed; the others are empty.
-std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights, const at::Tensor& hidden,
-                                 at::TensorList gates, at::TensorList states, const c10::List<bool>& wanted_list) {
+// Gradients from that of hidden (B, N, sum u) and what training kept: of x, then of W_ih, W_hh and the bias of each cell (its
+// two biases have one gradient). Only those wanted, 1 + 3 a cell, are computed; the others are empty.
+Tensors backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights, const at::Tensor& hidden,
+                 at::TensorList gates, at::TensorList states, const c10::List<bool>& wanted_list) {
   c10::impl::ExcludeDispatchKeyGuard full_precision(c10::DispatchKey::AutocastCPU);
   const std::vector<at::Tensor> natural = checked(weights);
   const std::vector<int64_t> units = units_of(weights);
   const std::vector<bool> wanted(wanted_list.begin(), wanted_list.end());
-  TORCH_CHECK(grad.scalar_type() == at::kFloat && wanted.size() == 1 + 3 * units.size(), "a float32 gradient; one mark for each result");
+  TORCH_CHECK(grad.scalar_type() == at::kFloat && wanted.size() == 1 + 3 * units.size(), "float32, 1 + 3 marks a cell");
   std::vector<at::Tensor> kept, w_hh, results, inputs;
   for (size_t i = 0; i < wanted.size(); ++i) results.push_back(at::empty({0}, grad.options()));
   std::vector<bool> marked;
@@ -453,11 +459,12 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at
   for (size_t k = 0; k < units.size(); ++k) {
     const at::Tensor d_gates = kept[k].flatten(0, 1);  // (B N, 4 U)
     if (wanted[0]) inputs.push_back(d_gates.matmul(packed[3 * k].flatten(1).t()));
-    if (wanted[3 * k + 1]) results[3 * k + 1] = natural_rows(d_gates.t().matmul(x.select(2, k / 2).flatten(0, 1)), units[k]);
+    if (wanted[3 * k + 1])
+      results[3 * k + 1] = natural_rows(d_gates.t().matmul(x.select(2, k / 2).flatten(0, 1)), units[k]);
     if (wanted[3 * k + 2]) {
       at::Tensor before = at::zeros_like(by_cell[k]);  // the hidden state each token met
-      const int64_t shorter = std::max<int64_t>(hidden.size(1) - 1, 0), to = k % 2 == 0;
-      before.narrow(1, to * (hidden.size(1) - shorter), shorter).copy_(by_cell[k].narrow(1, (1 - to) * (hidden.size(1) - shorter), shorter));
+      const int64_t reverse = k % 2, others = hidden.size(1) - 1;
+      before.narrow(1, 1 - reverse, others).copy_(by_cell[k].narrow(1, reverse, others));
       results[3 * k + 2] = natural_rows(d_gates.t().matmul(before.flatten(0, 1)), units[k]);
     }
     if (wanted[3 * k + 3]) results[3 * k + 3] = natural_rows(d_gates.sum(0), units[k]);
@@ -480,7 +487,7 @@ at::Tensor layer(const at::Tensor& x, const at::Tensor& pre_w, const at::Tensor&
   return at::linear(run_packed(p, packed, units).narrow(1, 0, std::min(tokens, n)), out_w, out_b);
 }
 
-// Whether this CPU has what the compiler was told to use: a library that came from another machine then registers nothing.
+// Whether this CPU has what the compiler was told to use: a library made for another machine then registers nothing.
 bool runs_here() {
   bool has = true;
 #if defined(__x86_64__)
@@ -511,11 +518,13 @@ TORCH_LIBRARY_FRAGMENT(FAR_NAMESPACE, m) {
   const auto on_cpu = [](auto* function) { return torch::dispatch(c10::DispatchKey::CPU, function); };
   m.def("forward(Tensor x, Tensor[] weights) -> Tensor", on_cpu(&forward));
   m.def("train(Tensor x, Tensor[] weights) -> (Tensor, Tensor[], Tensor[])", on_cpu(&train));
-  m.def("backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] wanted) -> Tensor[]",
+  m.def("backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] wanted) "
+        "-> Tensor[]",
         on_cpu(&backward));
   m.def("pack(Tensor[] weights, bool half=False) -> Tensor[]", on_cpu(&pack));
   m.def("run_packed(Tensor x, Tensor[] packed, int[] units) -> Tensor", on_cpu(&run_packed));
-  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) -> Tensor",
+  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) "
+        "-> Tensor",
         on_cpu(&layer));
   m.def("vector_width() -> int", []() -> int64_t { return V; });
   m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });
