@@ -260,7 +260,7 @@ def downstream(args: Namespace, context: Context, paths: Paths) -> None:
     model, config = load_far(args, paths)
     data = data_from(args, config.img_size, context)
     if data.num_classes != config.num_classes:
-        reset_classifier(model, data.num_classes)
+        reset_classifier(model, data.num_classes, torch.Generator().manual_seed(args.seed))
         config = replace(config, num_classes=data.num_classes)
         if args.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")

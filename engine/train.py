@@ -91,9 +91,9 @@ def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
     The loop calls `step()` once a batch, without a closure, on `device`; some of timm's optimisers need the second derivative,
     a package or CUDA.
     """
-    toy = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(device)
     try:
         with seeded(0):
+            toy = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(device)
             optimizer, _ = make_optimizer(toy, replace(optim, epochs=1), 1)
             if getattr(optimizer, "is_second_order", False):
                 raise ValueError("it needs second derivatives")
