@@ -1,6 +1,6 @@
 """Kills at random moments: whatever a run was doing, its restarts end with the undisturbed run's files.
 
-    python -m tests.faults --rounds 20             every case in turn; each line says the draws, with which it can be repeated
+    python -m tests.faults --rounds 20             every case in turn; each line says how to repeat it
     python -m tests.faults --case prune --seed 7   one round of one case
 
 A process is forked for each attempt from one that has imported everything, so that the kills fall into the run.
@@ -37,13 +37,13 @@ from utils.errors import run_script
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["main", "prune"])
-SMALL = """--scale Micro --dataset DIGITS --num-workers 0 --train-subset 0.05 --holdout 0.02 --aa none --batch-size 16 --drop 0.1
---drop-path 0.2 --seed 5""".split()
+SMALL = """--scale Micro --dataset DIGITS --num-workers 0 --train-subset 0.05 --holdout 0.02 --aa none --batch-size 16
+--drop 0.1 --drop-path 0.2 --seed 5""".split()
 TEACHER = ["--mode", "teacher", *SMALL, "--epochs", "1"]
-TRAIN = """--mode train --block-ft-batch-size 16 --epochs 2 --block-ft-epochs 1 --step 2 --accum-steps 2 --base-weight teacher/best.pth
---lr 1e-2""".split()
-PRUNE = """--ft-batch-size 16 --epochs 2 --ft-epochs 2 --warmup-epochs 0 --ft-warmup-epochs 0 --lr 1e-2 --ft-lr 1e-2 --decay 1e-2
---base-weight teacher/best.pth --model-path train/best.pth""".split()
+TRAIN = """--mode train --block-ft-batch-size 16 --epochs 2 --block-ft-epochs 1 --step 2 --accum-steps 2 --lr 1e-2
+--base-weight teacher/best.pth""".split()
+PRUNE = """--ft-batch-size 16 --epochs 2 --ft-epochs 2 --warmup-epochs 0 --ft-warmup-epochs 0 --lr 1e-2 --ft-lr 1e-2
+--decay 1e-2 --base-weight teacher/best.pth --model-path train/best.pth""".split()
 CASES = {  # name: (main of the script, flags); teacher and train are what the later ones start from
     "teacher": (main.main, TEACHER),
     "train": (main.main, [*TRAIN, *SMALL]),
@@ -54,19 +54,19 @@ CLOCKS = {"seconds", "images_per_s"}  # of log.jsonl: what may differ
 
 
 def _work(cwd: Path, script, argv: list[str], log: Path, fault: Callable[[], None]) -> None:
-    """In the forked process: a script as started from a shell, its output in a file, with something to go wrong in it."""
+    """In the forked process: a script as from a shell, its output in a file, with something to go wrong in it."""
     os.chdir(cwd)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     tqdm.set_lock(threading.RLock())  # its own is shared among processes, and told of at the end where one was killed
     fault()
-    os._exit(run_script(script, argv))
+    sys.exit(run_script(script, argv))
 
 
 @contextlib.contextmanager
 def started(cwd: Path, case: str, folder: str, fault: Callable[[], None] = int) -> Iterator[BaseProcess]:
-    """The case's command in `cwd`, writing to cwd/folder, its output to cwd/folder.log; killed at the end of the block."""
+    """The case's command, writing to cwd/folder, its output to cwd/folder.log; killed at the end of the block."""
     script, flags = CASES[case]
     argv = [*flags, "--output-dir", folder, "--resume", "auto"]
     process = START.Process(target=_work, args=(cwd, script, argv, cwd / f"{folder}.log", fault))
@@ -213,7 +213,9 @@ def rounds(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="rounds of each case")
     parser.add_argument("--seed", type=int, help="of the first round; default drawn")
     parser.add_argument("--kills", type=int, default=12, help="at most so many in a round; then it may end")
-    parser.add_argument("--case", choices=tuple(CASES), nargs="+", default=["train", "prune", "sweep"], help="what is killed")
+    parser.add_argument(
+        "--case", choices=tuple(CASES), nargs="+", default=["train", "prune", "sweep"], help="what is killed"
+    )
     args = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     cwd, failures = Path(tempfile.mkdtemp(prefix="faults-")), 0

@@ -1,4 +1,7 @@
-"""What goes wrong outside FAR: kills, command lines nobody meant, a full disk. tests/faults.py does the same for longer."""
+"""What goes wrong outside FAR: kills, a full disk, command lines nobody meant.
+
+For longer: `python -m tests.faults --rounds 20`, and FAULTS_EXAMPLES=2000 for the command lines.
+"""
 
 import argparse
 import contextlib
@@ -71,8 +74,10 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(undisturbe
     output = (cwd / "full.log").read_text()
     lines = [line for line in output.splitlines() if "error: " in line]
     assert process.exitcode == 2 and "Traceback" not in output, output
-    assert lines == ["error: full/last.pth: cannot be written (File too large); what was there before is kept; "
-                     "make room or name another folder"]  # fmt: skip
+    assert lines == [
+        "error: full/last.pth: cannot be written (File too large); what was there before is kept; "
+        "make room or name another folder"
+    ]
     faults.assert_loads(cwd / "full")
     assert not list((cwd / "full").glob(".*.tmp")) and output.rstrip().endswith(lines[0])
     faults.finish(cwd, "teacher", "full")
@@ -124,7 +129,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path):
         checkpoint.save(tmp_path / "gone/last.pth", {})
 
 
-EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "60"))  # a script
+EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "40"))  # a script
 
 
 class Done(BaseException):
@@ -135,37 +140,42 @@ def begin(*args, **kwargs):
     raise Done
 
 
-NUMBERS = ["0", "1", "2", "3", "-1", "0.5", "1e-3", "nan", "-inf", "inf", "1e400", "", " ", "1_0", "0x10", "\u0663", "\u00b2", "\uff11",
-           "9" * 30, "9" * 5000, "-5\n", "1\n2", "2147483648", "-0", "1e-400", "none", "+4", "\x0c-7"]  # fmt: skip
-PATHS = ["file", "file/inside", "folder", "missing", "missing/deeper", "x" * 300, "y/" * 3000, "nul\0", "new\nline", "fifo", "fifo/inside",
-         "loop", "loop/inside", "", "  ", "\u2028", "\udcff", "-", ".", "..", "/dev/null", "/dev/null/x", "/proc/none", "teacher.pth",
-         "far.pth", "far.safetensors", "~", "broken.pth"]  # fmt: skip
-WORDS = ["nope", "none", "all", "0", "0-3", "3-0", "0,2", "-1", "0-99999999999", "\u0661", ",", "adamw", "sgd", "lbfgs", "adahessian",
-         "lookahead_adam", "rand-m9-mstd0.5-inc1", "rand-mx", "rand-m9-n-1", "augmix-m3", "original", "originalr", "v0", "0.5,0.5", "0.5,0.25",
-         "nan", "a\nb", "\x85", "\0", "9" * 5000, "--", "-x", "=", "--=", "best", "\udc80"]  # fmt: skip
-TEXT = st.text(st.characters(exclude_characters="/"), max_size=6)  # no path that leads out of the example's folder
+ODD = ["", " ", "a\nb", "-5\n", "1\n2", "\x0c-7", "\x85", "\u2028", "\0", "\udc80", "x" * 300, "9" * 5000]
+SOUND = "0 1 2 3 0.5 0.25 1e-3 1e30 64".split()
+NUMBERS = [
+    *SOUND,
+    *"-1 -0 +4 nan inf -inf 1e400 1e-400 1_0 0x10 \u0663 \u00b2 \uff11 2147483648 none".split(),
+    "9" * 30,
+]
+PLACES = """file file/inside folder missing missing/deeper fifo fifo/inside loop loop/inside - . .. ~ /dev/null
+/dev/null/x /proc/none teacher.pth far.pth far.safetensors broken.pth""".split()
+PATHS = [*PLACES, "nul\0", "new\nline", "y/" * 3000, "\udcff"]
+WORDS = """nope none all best adamw sgd lbfgs adahessian lookahead_adam rand-m9-mstd0.5-inc1 rand-mx rand-m9-n-1
+augmix-m3 original originalr v0 0 -1 0-3 3-0 0,2 0-99999999999 \u0661 , 0.5,0.5 0.5,0.25 -- -x = --=""".split()
+TEXT = st.text(st.characters(exclude_characters="/"), max_size=6)  # and so no path out of the example's folder
+ANY = st.sampled_from(ODD) | st.sampled_from(NUMBERS) | st.sampled_from(PATHS) | st.sampled_from(WORDS) | TEXT
 
 
-def values(action: argparse.Action) -> st.SearchStrategy[list[str]]:
-    """What may follow a flag: right ones and wrong ones, too few and too many."""
-    word = st.sampled_from(NUMBERS) | st.sampled_from(PATHS) | st.sampled_from(WORDS) | TEXT
+def words(action: argparse.Action, sound: bool) -> st.SearchStrategy[list[str]]:
+    """What follows a flag: `sound`, what its converter may well take; else anything, too little or too much of it."""
     if action.choices:
-        word = st.sampled_from([str(choice) for choice in action.choices]) | word
+        word = st.sampled_from([str(choice) for choice in action.choices])
     elif action.type is arguments.path:
-        word = st.sampled_from(PATHS) | word
+        word = st.sampled_from(PATHS)
     else:
-        word = st.sampled_from(NUMBERS) | word
-    if action.nargs == 0:
-        return st.just([]) | st.lists(word, max_size=1)
-    return st.lists(word, min_size=1, max_size=1 if action.nargs is None else 3) | st.lists(word, max_size=2)
+        word = st.sampled_from(WORDS if action.type is None else SOUND)
+    if not sound:
+        return st.lists(ANY | word, max_size=2)
+    least = int(action.nargs in (None, "+"))
+    return st.lists(word, min_size=least, max_size={0: 0, "+": 3}.get(action.nargs, 1))
 
 
 @st.composite
-def flag(draw, actions: list[argparse.Action]) -> list[str]:
+def flag(draw, actions: list[argparse.Action], sound: bool) -> list[str]:
     """One flag as a person, or a broken script, would write it."""
     action = draw(st.sampled_from(actions))
-    name, words = draw(st.sampled_from(action.option_strings)), draw(values(action))
-    return [f"{name}={words[0]}", *words[1:]] if words and draw(st.booleans()) else [name, *words]
+    name, after = draw(st.sampled_from(action.option_strings)), draw(words(action, sound))
+    return [f"{name}={after[0]}", *after[1:]] if after and draw(st.booleans()) else [name, *after]
 
 
 def parser_of(script: Callable) -> argparse.ArgumentParser:
@@ -184,25 +194,37 @@ def parser_of(script: Callable) -> argparse.ArgumentParser:
 
 MICRO = ["--scale", "Micro", "--dataset", "DIGITS"]
 SCRIPTS = {  # name: (script, lines that reach its work)
-    "main": (main.main, [
-        ["--mode", "teacher", *MICRO], ["--mode", "train", *MICRO, "--base-weight", "teacher.pth"],
-        ["--mode", "block-distill", *MICRO, "--base-weight", "teacher.pth", "--attn-weight", "far.pth"],
-        ["--mode", "downstream", *MICRO, "--far-weight", "far.pth"], ["--mode", "eval", "--dataset", "DIGITS", "--far-weight", "far.pth"],
-    ]),
-    "prune": (prune.main, [[*MICRO, "--model-path", "far.pth"], [*MICRO, "--model-path", "far.pth", "--base-weight", "teacher.pth"]]),
-    "visualization": (visualization.main, [["--base-weight", "teacher.pth", "--far-weight", "far.pth"], ["--far-weight", "far.pth"]]),
+    "main": (
+        main.main,
+        [
+            ["--mode", "teacher", *MICRO],
+            ["--mode", "train", *MICRO, "--base-weight", "teacher.pth"],
+            ["--mode", "block-distill", *MICRO, "--base-weight", "teacher.pth", "--attn-weight", "far.pth"],
+            ["--mode", "downstream", *MICRO, "--far-weight", "far.pth"],
+            ["--mode", "eval", "--dataset", "DIGITS", "--far-weight", "far.pth"],
+        ],
+    ),
+    "prune": (
+        prune.main,
+        [[*MICRO, "--model-path", "far.pth"], [*MICRO, "--model-path", "far.pth", "--base-weight", "teacher.pth"]],
+    ),
+    "visualization": (
+        visualization.main,
+        [["--base-weight", "teacher.pth", "--far-weight", "far.pth"], ["--far-weight", "far.pth"]],
+    ),
     "demo": (demo.demo, [["--output-dir", "demo"]]),
     "benchmark": (benchmark.benchmark, [["--output-dir", "speed"]]),
-}  # fmt: skip
+}
 
 
 @st.composite
 def lines(draw, name: str) -> list[str]:
-    """A command line of a script: one that would work, or none, with up to four flags or words added."""
+    """A command line of a script: one that would work, or none, with flags and words added."""
     script, good = SCRIPTS[name]
     actions = [action for action in parser_of(script)._actions if action.option_strings]
-    stray = st.sampled_from([*WORDS, *PATHS]).map(lambda word: [word])
-    added = draw(st.lists(flag(actions) | flag(actions) | flag(actions) | stray, max_size=4))
+    sound = st.lists(flag(actions, True), max_size=3)
+    wrong = st.lists(flag(actions, False) | st.lists(ANY, max_size=1), max_size=2)
+    added = draw(sound) + draw(st.just([]) | wrong)
     return [*draw(st.sampled_from([*good, []])), *(word for part in added for word in part)]
 
 
@@ -220,19 +242,26 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def idle() -> Iterator[None]:
-    """Real work raises Done; reading the digits and making models larger than DeiT-Micro would take an example's time."""
+    """Real work raises Done. The digits are read once, and a model larger than DeiT-Micro is work already."""
 
     def small(name: str, *args, **kwargs):
         return create_teacher(name, *args, **kwargs) if name == "DeiT-Micro" else begin()
 
     def local(name: str, root: Path, train: bool, download: bool = False):
-        return begin() if download and registry.SOURCES[name].can_download else registry.build_split(name, root, train, download)
+        if download and registry.SOURCES[name].can_download:
+            begin()
+        return registry.build_split(name, root, train, download)
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
-            (jobs.Trainer, "fit"), (jobs, "evaluate"), (pruning.Pruning, "run"), (pictures.Pictures, "importance"), (speed, "layers"),
-            (demo.Demo, "run"), (demo.Demo, "stage"),
-        ):  # fmt: skip
+            (jobs.Trainer, "fit"),
+            (jobs, "evaluate"),
+            (pruning.Pruning, "run"),
+            (pictures.Pictures, "importance"),
+            (speed, "layers"),
+            (demo.Demo, "run"),
+            (demo.Demo, "stage"),
+        ):
             patch.setattr(owner, name, begin)
         for owner in (jobs, pictures):
             patch.setattr(owner, "create_teacher", small)
@@ -244,7 +273,7 @@ def idle() -> Iterator[None]:
 def furnish(folder: Path, weights: Path) -> None:
     """What the lines' paths name."""
     (folder / "folder").mkdir()
-    (folder / "file").touch()
+    (folder / "file").write_text("text")
     os.mkfifo(folder / "fifo")
     (folder / "loop").symlink_to("loop")
     for file in weights.iterdir():
@@ -253,7 +282,7 @@ def furnish(folder: Path, weights: Path) -> None:
 
 def seen(folder: Path) -> set[tuple[str, int]]:
     """Everything below a folder and when it was last written."""
-    return {(str(p), p.lstat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()} | {(str(p), 0) for p in folder.rglob("*")}
+    return {(str(p), 0 if p.is_dir() else p.lstat().st_mtime_ns) for p in folder.rglob("*")}
 
 
 def ended(script: Callable, argv: list[str]) -> tuple[int | None, str]:
@@ -270,21 +299,42 @@ def ended(script: Callable, argv: list[str]) -> tuple[int | None, str]:
     return code, err.read()
 
 
+def assert_sound(name: str, argv: list[str], weights: Path) -> str:
+    """A script begins its work, or tells its help, or ends with one line and leaves nothing; returns that line."""
+    with tempfile.TemporaryDirectory() as root:
+        cwd = Path(root, "cwd")
+        cwd.mkdir()
+        furnish(cwd, weights)
+        before = seen(Path(root))
+        with contextlib.chdir(cwd):
+            code, err = ended(SCRIPTS[name][0], argv)
+        assert code in (0, 2, None), err
+        if code == 2:
+            assert err.startswith("error: ") and len(err.splitlines()) == 1, err
+            assert seen(Path(root)) == before, err
+        return err
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_any_command_line_works_or_is_one_line_that_leaves_nothing(name, weights, idle):
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(lines(name))
     def holds(argv: list[str]) -> None:
-        with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):
-            cwd = Path(root, "cwd")
-            cwd.mkdir()
-            furnish(cwd, weights)
-            before = seen(Path(root))
-            with contextlib.chdir(cwd):
-                code, err = ended(SCRIPTS[name][0], argv)
-            assert code in (0, 2, None), err
-            if code == 2:
-                assert err.startswith("error: ") and len(err.splitlines()) == 1, err
-                assert seen(Path(root)) == before, err
+        assert_sound(name, argv, weights)
 
     holds()
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "said"),
+    [
+        ("main", ["--mode", "teacher", *MICRO, "--resume"], "--resume must: needs the run's folder"),
+        ("main", ["--mode", "teacher", *MICRO, "--output-dir", "file/a\nb"], r"--output-dir file/a\nb: "),
+        ("demo", ["a\nb\x85c"], r"a\nb\x85c"),
+        ("benchmark", ["--seconds", "\n-5"], r"\n-5"),
+        ("visualization", ["--far-weight", "far.pth", "--images", "x" * 300], "File name too long"),
+        ("visualization", ["--far-weight", "far.pth", "--images", "a\0"], "null byte"),
+    ],
+)
+def test_lines_that_once_failed_name_their_word(name, argv, said, weights, idle):
+    assert said in assert_sound(name, argv, weights)

@@ -67,6 +67,13 @@ OnOff = argparse.BooleanOptionalAction
 def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    try:
+        Path(text).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # told where it is known what should be there
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", str(error))
+        raise argparse.ArgumentTypeError(f"{text:.80}: {reason}; name another file or folder") from None
     return Path(text)
 
 
@@ -151,8 +158,8 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
 
 def check_run(args) -> None:
     """What the run's own flags must agree on, told before any work. Raises FarError."""
-    if args.resume == "auto" and not args.output_dir:
-        raise FarError("--resume auto: needs the run's folder; name it with --output-dir")
+    if args.resume and not args.output_dir:
+        raise FarError(f"--resume {args.resume}: needs the run's folder; name it with --output-dir")
     if args.output_dir:
         check_writable(args.output_dir)
 
