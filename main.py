@@ -1,10 +1,11 @@
 """FAR: train a teacher, replace its attention, distil, move downstream, evaluate. See README.md."""
 
 import sys
+from argparse import Namespace
+from dataclasses import dataclass
 
-from engine.jobs import JOBS, build_parser, parse
-from models import kernels
-from utils import distributed
+from utils import arguments, names
+from utils.arguments import Parser
 from utils.errors import run_script
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
@@ -12,11 +13,91 @@ PRETRAINED_PATH = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/far/
 PRETRAINED_PATH_PRUNE = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/prune/best.pth"}
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What a mode does, and the flags it reads: groups of them, some of those left out, some others besides."""
+
+    does: str
+    job: str  # a function of engine.jobs, imported when it runs: --help must not wait for torch
+    groups: frozenset[str]
+    ignores: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+
+
+_TRAINING = frozenset({"run", "model", "student", "data", "augmentation", "rates"})
+_DISTILLING = _TRAINING | {"replacement", "distillation", "optimisation of the block stage"}
+MODES = {
+    "train": Mode("swap attention, then distil: stage attn, stage block", "train", _DISTILLING | {"optimisation"}),
+    "block-distill": Mode("the block stage alone", "train", _DISTILLING, frozenset({"train_loss"})),
+    "downstream": Mode(
+        "move a FAR model to another data set",
+        "downstream",
+        _TRAINING | {"optimisation", "FAR model"},
+        frozenset({"base_weight", "fuse"}),
+    ),
+    "teacher": Mode("train the attention model itself", "teacher", _TRAINING | {"optimisation"}),
+    "eval": Mode(
+        "evaluate a FAR model, or a teacher",
+        "eval_mode",
+        frozenset({"run", "model", "data", "FAR model"}),
+        frozenset({"resume", "select", "ds_mode"}),
+        frozenset({"batch_size"}),
+    ),
+}
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--mode", choices=tuple(MODES), default="train", help="; ".join(f"{name}: {mode.does}" for name, mode in MODES.items()))
+    arguments.add_run_group(parser)
+    arguments.add_model_group(parser)
+    arguments.add_data_group(parser)
+    g = parser.add_argument_group("distillation")
+    g.add_argument("--train-loss", choices=names.LOSSES, default="combine", help="loss of the attention stage")
+    g.add_argument("--block-ft-train-loss", choices=names.LOSSES, default="classification", help="loss of the block stage")
+    g.add_argument("--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains")
+    g.add_argument("--train-mode", choices=("parallel", "sequential"), default="sequential",
+                   help="all replaced blocks at once, or --step at a time, front to back")  # fmt: skip
+    g.add_argument("--step", type=arguments.SIZE, default=12, help="blocks a step of sequential training")
+    g.add_argument("--distill-input", choices=("teacher", "student"), default="student",
+                   help="what a student block reads: the teacher's input to it, or the student's running state")  # fmt: skip
+    g.add_argument("--skip-train-attn", action="store_true", help="go straight to the block stage")
+    g.add_argument("--attn-weight", type=arguments.path, metavar="FILE", help="FAR weights to start from, after the attention stage")
+    g.add_argument("--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags")
+    g = parser.add_argument_group("FAR model")
+    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py")
+    g.add_argument("--fuse", choices=names.PRECISIONS, help="eval: merge neighbouring linear maps, recurrent weights in this precision")
+    g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
+    g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
+    arguments.add_optim_group(parser, "optimisation", "", 200, 5e-4, 1e-5)
+    arguments.add_optim_group(parser, "optimisation of the block stage", "block-ft-", 100, 5e-5, 1e-6)
+    g = parser.add_argument_group("rates")
+    g.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
+    return parser
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The flags. Ends with one line where the mode would ignore one, or two contradict each other."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    mode = MODES[args.mode]
+    read = parser.titled(mode.groups) - mode.ignores | mode.reads | {"mode", "help"}
+    parser.refuse(argv, {action.dest for action in parser._actions} - read, f"--mode {args.mode} does not use it")
+    if args.mode == "eval" and args.base_weight:
+        parser.refuse(argv, ("far_weight", "ds_pruned"), "--base-weight names the model already")
+    arguments.check_run(args)
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse(build_parser(__doc__), argv)
+    args = parse(argv)
+    from engine import jobs
+    from models import kernels
+    from utils import distributed
+
     with distributed.joined(args.distributed, args.device) as context:
         kernels.check(args.lstm_backend, context.device)
-        JOBS[args.mode].run(args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
+        getattr(jobs, MODES[args.mode].job)(args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
     return 0
 
 

@@ -1,24 +1,20 @@
-"""The modes of main.py: each turns flags into a model, data and a list of stages, and hands them to the trainer."""
+"""What the modes of main.py do: each turns flags into a model, data and a list of stages, and hands them to the trainer."""
 
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from datasets.loading import Data, DataConfig
-from datasets.registry import SOURCES
-from engine.distill import LOSSES, Distillation, check_reach, mean_similarity_of_z
+from engine.distill import Distillation, check_reach, mean_similarity_of_z
 from engine.evaluate import evaluate
 from engine.stages import Optim, Stage, distillation
-from engine.train import AMP, Settings, Trainer, check_optimizer
-from models.bilstm import REPLACEMENTS
-from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_published_weights, load_teacher_weights
+from engine.train import Settings, Trainer, check_optimizer
+from models.deit import INPUT_SIZE, create_teacher, load_published_weights, load_teacher_weights
 from models.fuse import fuse
-from models.kernels import BACKENDS
 from models.replace import (
     FarConfig,
     count_parameters,
@@ -30,55 +26,12 @@ from models.replace import (
     set_backend,
 )
 from utils import arguments
-from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Paths = tuple[dict[str, str], dict[str, str]]
-
-
-def build_parser(description: str) -> Parser:
-    parser = Parser(description=description)
-    parser.add_argument("--mode", choices=tuple(JOBS), default="train", help="what to do")
-    arguments.add_run_group(parser, BACKENDS, tuple(AMP))
-    arguments.add_model_group(parser, TEACHERS, SCALES, REPLACEMENTS)
-    arguments.add_data_group(parser, SOURCES)
-    g = parser.add_argument_group("distillation")
-    g.add_argument("--train-loss", choices=tuple(LOSSES), default="combine", help="loss of the attention stage")
-    g.add_argument("--block-ft-train-loss", choices=tuple(LOSSES), default="classification", help="loss of the block stage")
-    g.add_argument("--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains")
-    g.add_argument("--train-mode", choices=("parallel", "sequential"), default="sequential",
-                   help="all replaced blocks at once, or --step at a time, front to back")  # fmt: skip
-    g.add_argument("--step", type=arguments.SIZE, default=12, help="blocks a step of sequential training")
-    g.add_argument("--distill-input", choices=("teacher", "student"), default="student",
-                   help="what a student block reads: the teacher's input to it, or the student's running state")  # fmt: skip
-    g.add_argument("--skip-train-attn", action="store_true", help="go straight to the block stage")
-    g.add_argument("--attn-weight", type=arguments.path, metavar="FILE", help="FAR weights to start from, after the attention stage")
-    g.add_argument("--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags")
-    g = parser.add_argument_group("FAR model")
-    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py")
-    g.add_argument("--fuse", choices=tuple(FUSE), help="eval: merge neighbouring linear maps, recurrent weights in this precision")
-    g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
-    g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
-    arguments.add_optim_group(parser, "optimisation", "", 200, 5e-4, 1e-5)
-    arguments.add_optim_group(parser, "optimisation of the block stage", "block-ft-", 100, 5e-5, 1e-6)
-    g = parser.add_argument_group("rates")
-    g.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
-    return parser
-
-
-def parse(parser: Parser, argv: list[str] | None) -> Namespace:
-    """The flags. Ends with one line where the mode would ignore one, or two contradict each other."""
-    args = parser.parse_args(argv)
-    job = JOBS[args.mode]
-    read = parser.titled(job.groups) - job.ignores | job.reads | {"mode", "help"}
-    parser.refuse(argv, {action.dest for action in parser._actions} - read, f"--mode {args.mode} does not use it")
-    if args.mode == "eval" and args.base_weight:
-        parser.refuse(argv, ("far_weight", "ds_pruned"), "--base-weight names the model already")
-    arguments.check_run(args)
-    return args
 
 
 def optim_from(args: Namespace, prefix: str, context: Context) -> Optim:
@@ -146,7 +99,7 @@ def load_teacher(args: Namespace, config: FarConfig):
 def start(args: Namespace, context: Context) -> tuple[Data, FarConfig]:
     """Data first (its class count shapes the model), then the configuration the flags describe."""
     torch.manual_seed(args.seed)
-    base_model = arguments.choose_model(args, SCALES)
+    base_model = arguments.choose_model(args)
     size = args.input_size or INPUT_SIZE[base_model]
     data = data_from(args, size, context)
     return data, FarConfig(base_model, data.num_classes, size, args.rep_by)
@@ -214,7 +167,7 @@ def train(args: Namespace, context: Context, paths: Paths) -> None:
 
 def check_same(args: Namespace, config: FarConfig, data: Data, asked: tuple[int, ...], found: tuple[int, ...]) -> None:
     """--attn-weight must be what the other flags describe."""
-    wanted = FarConfig(arguments.choose_model(args, SCALES), data.num_classes, config.img_size, args.rep_by)
+    wanted = FarConfig(arguments.choose_model(args), data.num_classes, config.img_size, args.rep_by)
     for flag, ours, theirs in (
         ("--base-model", wanted.base_model, config.base_model),
         ("--dataset", f"{wanted.num_classes} classes", f"{config.num_classes} classes"),
@@ -230,7 +183,7 @@ def find_far_weight(args: Namespace, paths: Paths) -> Path:
     """--far-weight, else the entry of the dictionary that --ds-pruned names, else the other's."""
     if args.far_weight:
         return args.far_weight
-    scale = arguments.choose_model(args, SCALES).removeprefix("DeiT-")
+    scale = arguments.choose_model(args).removeprefix("DeiT-")
     plain, pruned = (table.get(scale, "") for table in paths)
     found = (pruned or plain) if args.ds_pruned else (plain or pruned)
     if not found:
@@ -246,7 +199,7 @@ def load_far(args: Namespace, paths: Paths):
                        "move it with --mode teacher --base-weight")  # fmt: skip
     if args.ds_pruned and not config.pruned:
         raise FarError(f"--ds-pruned: {path} holds an unpruned model; leave the flag out or name a pruned checkpoint")
-    if (args.base_model or args.scale) and (asked := arguments.choose_model(args, SCALES)) != config.base_model:
+    if (args.base_model or args.scale) and (asked := arguments.choose_model(args)) != config.base_model:
         flag = "--base-model" if args.base_model else "--scale"
         raise FarError(f"{flag}: says {asked}, but {path} holds a {config.base_model}; make them agree")
     if args.input_size and args.input_size != config.img_size:
@@ -297,26 +250,3 @@ def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:
             run.write_json("result.json", result)
     say(context, f"{path}: top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
                  f"on {result['images']} images, {result['parameters']:,} parameters")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """A mode: what it does, and the flags it reads: groups of them, some of those left out, some others besides."""
-
-    run: Callable[[Namespace, Context, Paths], None]
-    groups: frozenset[str]
-    ignores: frozenset[str] = frozenset()
-    reads: frozenset[str] = frozenset()
-
-
-_TRAINING = frozenset({"run", "model", "student", "data", "augmentation", "rates"})
-_DISTILLING = _TRAINING | {"replacement", "distillation", "optimisation of the block stage"}
-JOBS: dict[str, Job] = {
-    "teacher": Job(teacher, _TRAINING | {"optimisation"}),
-    "train": Job(train, _DISTILLING | {"optimisation"}),
-    "block-distill": Job(train, _DISTILLING, frozenset({"train_loss"})),
-    "downstream": Job(downstream, _TRAINING | {"optimisation", "FAR model"}, frozenset({"base_weight", "fuse"})),
-    "eval": Job(
-        eval_mode, frozenset({"run", "model", "data", "FAR model"}), frozenset({"resume", "select", "ds_mode"}), frozenset({"batch_size"})
-    ),
-}

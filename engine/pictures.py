@@ -22,10 +22,9 @@ from engine.explain import (
 )
 from models import kernels
 from models.bilstm import Replacement
-from models.deit import INPUT_SIZE, SCALES, TEACHERS, create_teacher, load_teacher_weights, teacher_state
+from models.deit import INPUT_SIZE, create_teacher, load_teacher_weights, teacher_state
 from models.replace import load_model, replaced_blocks, set_backend
 from utils import arguments, checkpoint
-from utils.arguments import Parser
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
@@ -35,31 +34,6 @@ from utils.map_figures import importance_maps, matrix_rows
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 EXACT_UP_TO = 5000  # N * D up to which the influence matrix is exact; larger ones take Gaussian probes
 PROBES = 16
-
-
-def build_parser(description: str) -> Parser:
-    parser = Parser(description=description)
-    g = parser.add_argument_group("models (with none, those of the newest demo run)")
-    g.add_argument("--base-weight", type=arguments.path, metavar="FILE", help="a teacher: a checkpoint of ours, or timm's or DeiT's layout")
-    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="a FAR model")
-    g.add_argument("--pruned-weight", type=arguments.path, metavar="FILE", help="a pruned FAR model")
-    g.add_argument("--base-model", choices=tuple(TEACHERS), help="of --base-weight where the file does not say it; else DeiT-Tiny")
-    g.add_argument("--scale", choices=tuple(SCALES), help="short form of --base-model")
-    g.add_argument("--lstm-backend", choices=kernels.BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
-    g = parser.add_argument_group("images")
-    g.add_argument("--images", type=arguments.path, metavar="PATH", help="a file, or a folder of image files")
-    g.add_argument("--dataset", choices=(*SOURCES, "PHOTOS"),
-                   help="or a data set's evaluation split; default DIGITS for DeiT-Micro, else PHOTOS, the two photographs "
-                        "that come with scikit-learn")  # fmt: skip
-    g.add_argument("--data-path", type=arguments.path, help="the data set's folder; default data/<dataset>")
-    g.add_argument("--count", type=arguments.SIZE, default=4, help="images taken, spread evenly over the split or folder")
-    g = parser.add_argument_group("figures")
-    g.add_argument("--block", type=arguments.COUNT, help="this block alone; default: every replaced one")
-    g.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures")
-    g.add_argument("--output-dir", type=arguments.path, help="where figures and arrays go; default: figures/ beside the newest model")
-    g.add_argument("--seed", type=arguments.SEED, default=42, help="seed of the influence matrix's probes")
-    return parser
 
 
 def newest_demo(root: Path = Path("runs")) -> Path:
@@ -91,7 +65,7 @@ def _load(args: Namespace, path: Path, flag: str, teacher: bool):
     if not teacher or "config" in content:
         model, _ = load_model(path, flag)
     else:
-        name = arguments.choose_model(args, SCALES)
+        name = arguments.choose_model(args)
         head = teacher_state(content, f"{flag} {path}").get("head.weight")
         classes = 1000 if head is None or not head.dim() else len(head)
         model = create_teacher(name, classes, INPUT_SIZE[name])

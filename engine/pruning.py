@@ -1,70 +1,26 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from datasets.registry import SOURCES
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.hoyer import REGULARIZERS, Regularized, lstm_norms, mlp_norms
+from engine.hoyer import Regularized, lstm_norms, mlp_norms
 from engine.jobs import data_from, from_last, load_teacher, optim_from, planned, say
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink_lstms, shrink_mlps
 from engine.stages import Stage
-from engine.train import AMP, Settings, Trainer
-from models.deit import SCALES, TEACHERS
-from models.kernels import BACKENDS
+from engine.train import Settings, Trainer
 from models.replace import describe, load_model, pack, set_backend
-from utils import arguments
-from utils.arguments import Parser
+from utils import arguments, names
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import kept_units, pruning_curves, sweep_curve
 from utils.run_folder import RunFolder, open_run
-
-SENSITIVITY = 1.0  # weaker than their block's average unit: two fifths of the digits model's units (README)
-
-
-def ratios(text: str) -> list[float]:
-    found = [arguments.PART(word) for word in text.split(",")]
-    if len(set(found)) < len(found):
-        raise ArgumentTypeError(f"{text}: names a ratio twice; each has a folder of its own")
-    return found
-
-
-def build_parser(description: str) -> Parser:
-    parser = Parser(description=description)
-    arguments.add_run_group(parser, BACKENDS, tuple(AMP))
-    g = parser.add_argument_group("model")
-    g.add_argument("--model-path", type=arguments.path, metavar="FILE", help="the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
-    g.add_argument("--scale", choices=tuple(SCALES), help="which model; default what the checkpoint holds, else Tiny")
-    g.add_argument("--base-model", choices=tuple(TEACHERS), help="long form of --scale")
-    g.add_argument("--base-weight", type=arguments.path, metavar="FILE", help="the teacher's weights, for --distill and the sweep's plot")
-    g.add_argument("--drop", type=arguments.SHARE, default=0.0, help="dropout before the classifier and in the MLPs' projections")
-    g.add_argument("--drop-path", type=arguments.SHARE, default=0.1, help="stochastic depth at the last block")
-    g = parser.add_argument_group("regularization")
-    g.add_argument("--reg", type=int, choices=tuple(REGULARIZERS), default=3, help="0 none, 1 group L1, 2 group Hoyer, 3 group Hoyer-square")
-    g.add_argument("--decay", type=arguments.RATE, default=1e-4, help="the regularizer's weight in the loss")
-    g.add_argument("--distill", action=arguments.OnOff, default=None,
-                   help="the teacher's block outputs besides the labels, in both trainings; default: on with --base-weight")  # fmt: skip
-    g = parser.add_argument_group("what to remove (one of these)")
-    g.add_argument("--sensitivity", type=arguments.RATE, default=None,
-                   help=f"units whose group norm is below this share of their block's mean; default {SENSITIVITY}, "
-                        "the units weaker than average: about two fifths of the digits model's")  # fmt: skip
-    g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
-    g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
-    g.add_argument("--sweep", type=ratios, metavar="R,R,...", help="prune and fine-tune at each of these keep ratios, and plot them")
-    g.add_argument("--prune-mlp", type=arguments.PART, nargs="?", const=0.5, metavar="R",
-                   help="shrink the MLPs' hidden units to this share too, ranked among themselves; 0.5 if no share is given")  # fmt: skip
-    arguments.add_data_group(parser, SOURCES)
-    arguments.add_optim_group(parser, "optimisation while regularizing", "", 200, 5e-4, 1e-5)
-    arguments.add_optim_group(parser, "optimisation of the fine-tuning", "ft-", 30, 5e-6, 1e-6)
-    parser.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
-    return parser
 
 
 class Pruning:
@@ -95,13 +51,13 @@ class Pruning:
         self._select(self.model)  # a selection that cannot be met is told before hours of training
 
     def _find(self, args: Namespace, pretrained: dict[str, str]) -> Path:
-        scale = arguments.choose_model(args, SCALES).removeprefix("DeiT-")
+        scale = arguments.choose_model(args).removeprefix("DeiT-")
         if not (args.model_path or pretrained.get(scale)):
             raise FarError(f"--model-path: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint")
         return args.model_path or Path(pretrained[scale])
 
     def _check(self, args: Namespace) -> None:
-        if (args.scale or args.base_model) and (asked := arguments.choose_model(args, SCALES)) != self.config.base_model:
+        if (args.scale or args.base_model) and (asked := arguments.choose_model(args)) != self.config.base_model:
             raise FarError(f"--scale: says {asked}, but {self.path} holds a {self.config.base_model}; make them agree")
         if args.input_size and args.input_size != self.config.img_size:
             raise FarError(f"--input-size {args.input_size}: {self.path} was trained at {self.config.img_size}; leave the flag out")
@@ -168,7 +124,8 @@ class Pruning:
         task = Distillation(model, self.teacher, stage, criterion)
         if not regularizing:
             return task
-        return Regularized(task, model, self.args.reg, self.args.decay, self.args.prune_mlp is not None, self.args.sensitivity or SENSITIVITY)
+        weak = names.SENSITIVITY if self.args.sensitivity is None else self.args.sensitivity
+        return Regularized(task, model, self.args.reg, self.args.decay, self.args.prune_mlp is not None, weak)
 
     def _select(self, model, ratio: float | None = None) -> tuple[Kept, Kept]:
         """The selections the flags ask for: (of LSTM units, of MLP units)."""
@@ -182,7 +139,7 @@ class Pruning:
             removed = sum(model.blocks[i].mlp.fc1.out_features - len(index) for (i,), index in mlp.items())
             kept = keep_within(model, norms, args.target_params + removed * (2 * model.embed_dim + 1))
         elif not (args.sweep or args.keep_ratio):
-            kept = keep_above(norms, SENSITIVITY if args.sensitivity is None else args.sensitivity)
+            kept = keep_above(norms, names.SENSITIVITY if args.sensitivity is None else args.sensitivity)
         return kept, mlp
 
     def _prune(self, run: RunFolder, model, ratio: float | None = None) -> list[dict]:

@@ -46,7 +46,6 @@ TEACHERS: dict[str, Callable[..., VisionTransformer]] = {
     "DeiT-Base": _timm("deit_base_patch16_224"),
     "DeiT-Micro": _micro,
 }
-SCALES = {name.removeprefix("DeiT-"): name for name in TEACHERS}
 PUBLISHED = {name for name in TEACHERS if name != "DeiT-Micro"}
 INPUT_SIZE = {name: 32 if name == "DeiT-Micro" else 224 for name in TEACHERS}
 PATCH_SIZE = {name: 4 if name == "DeiT-Micro" else 16 for name in TEACHERS}

@@ -561,8 +561,8 @@ def test_what_a_flag_says_of_weights(line, check, start, done, words):
 
 
 def test_every_flag_of_a_training_mode_is_held():
-    parser = jobs.build_parser("")
-    training = [job for mode, job in jobs.JOBS.items() if mode != "eval"]
+    parser = main.build_parser()
+    training = [job for mode, job in main.MODES.items() if mode != "eval"]
     read = set().union(*(parser.titled(job.groups) - job.ignores | job.reads for job in training))
     flags = {action.option_strings[0] for action in parser._actions if action.dest in read}
     held = {flag for row in (*READY, *READY_FROM, *DONE, *DONE_FROM) for flag in row[0].split()}
@@ -570,11 +570,6 @@ def test_every_flag_of_a_training_mode_is_held():
     for test in ELSEWHERE.values():
         file, name = test.split("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
-
-
-@pytest.mark.xfail(strict=True, reason="it stays at the classifier: timm's drop_rate is not its proj_drop_rate")
-def test_drop_reaches_the_projections_of_the_mlps(ready):
-    assert {p for block in ready(ALL).model.blocks for p in (block.mlp.drop1.p, block.mlp.drop2.p)} == {0.3}
 
 
 def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkeypatch, ready):

@@ -9,9 +9,16 @@ import safetensors.torch
 import torch
 
 import main
-from engine.jobs import build_parser
-from models.deit import create_teacher
+from datasets.registry import SOURCES
+from engine import jobs
+from engine.distill import LOSSES
+from engine.hoyer import REGULARIZERS
+from engine.train import AMP
+from models.bilstm import REPLACEMENTS
+from models.deit import TEACHERS, create_teacher
+from models.kernels import BACKENDS
 from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
+from utils import names
 from utils.checkpoint import load
 
 FEW = ["--train-subset", "0.004", "--holdout", "0.004"]
@@ -59,11 +66,11 @@ def test_section_7_single_process_line_runs_with_timms_published_layout(imnet):
     "--mode downstream --ds-pruned --scale Base --dataset FLOWER --lr 5e-5 --epochs 1000 --reprob 0.0 --drop-path 0.0",
 ])  # fmt: skip
 def test_the_lines_of_section_7_parse_as_written(line):
-    build_parser("").parse_args(line.split())
+    main.build_parser().parse_args(line.split())
 
 
 def test_defaults_are_those_of_the_published_code():
-    args = vars(build_parser("").parse_args([]))
+    args = vars(main.build_parser().parse_args([]))
     expected = {
         "batch_size": 256, "epochs": 200, "lr": 5e-4, "warmup_epochs": 5, "warmup_lr": 1e-5, "sched": "cosine", "opt": "adamw",
         "weight_decay": 0.05, "drop_path": 0.1, "block_ft_batch_size": 256, "block_ft_epochs": 100, "block_ft_lr": 5e-5,
@@ -223,3 +230,17 @@ def test_help_is_grouped_and_shows_defaults(capsys):
     text = capsys.readouterr().out
     for piece in ("distillation:", "augmentation:", "(default: 0.0005)", "(default: cosine)"):
         assert piece in text
+
+
+def test_the_parsers_names_are_those_of_the_registries():
+    assert tuple(TEACHERS) == names.MODELS and tuple(REPLACEMENTS) == names.REPLACEMENTS and BACKENDS == names.BACKENDS
+    assert tuple(SOURCES) == names.DATASETS and tuple(LOSSES) == names.LOSSES and tuple(AMP) == names.AMP
+    assert tuple(jobs.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
+    assert all(callable(getattr(jobs, mode.job)) for mode in main.MODES.values())
+
+
+@pytest.mark.parametrize("script", ["main", "prune", "visualization"])
+def test_help_does_not_wait_for_torch(script, tmp_path):
+    program = f"import sys, {script}\ntry:\n    {script}.main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
+    done = launch("-c", program, cwd=tmp_path)
+    assert done.returncode == 0 and "--device" in done.stdout, done.stderr

@@ -265,7 +265,7 @@ def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
 
 @pytest.mark.parametrize("line", ["--distributed --batch-size 64 --scale Tiny --model-path PATH", "--scale Small"])
 def test_the_lines_of_section_7_parse_as_written(line):
-    args = prune.build_parser("").parse_args(line.split())
+    args = prune.build_parser().parse_args(line.split())
     assert (args.reg, args.decay, args.ft_epochs, args.ft_lr, args.ft_batch_size) == (3, 1e-4, 30, 5e-6, 256)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from utils import names
 from utils.errors import FarError, one_line
 from utils.files import check_writable
 
@@ -81,7 +82,7 @@ def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
 
-def add_run_group(parser: Parser, backends: tuple[str, ...], amp: tuple[str, ...]) -> None:
+def add_run_group(parser: Parser) -> None:
     g = parser.add_argument_group("run")
     g.add_argument("--output-dir", type=path, help="the run's folder; default runs/<mode>-<time>")
     g.add_argument("--resume", nargs="?", const="must", choices=("must", "auto"),
@@ -89,31 +90,31 @@ def add_run_group(parser: Parser, backends: tuple[str, ...], amp: tuple[str, ...
     g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
-    g.add_argument("--amp", choices=amp, default="off", help="mixed precision")
-    g.add_argument("--lstm-backend", choices=backends, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
+    g.add_argument("--amp", choices=names.AMP, default="off", help="mixed precision")
+    g.add_argument("--lstm-backend", choices=names.BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
     g.add_argument("--select", choices=("best", "last"), default="best",
                    help="weights a stage hands on: best evaluation top-1, or the last epoch's")  # fmt: skip
 
 
-def add_model_group(parser: Parser, models, scales, replacements) -> None:
+def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
-    g.add_argument("--base-model", choices=tuple(models), help="the teacher; default by --scale, else DeiT-Tiny")
-    g.add_argument("--scale", choices=tuple(scales), help="short form of --base-model")
+    g.add_argument("--base-model", choices=names.MODELS, help="the teacher; default by --scale, else DeiT-Tiny")
+    g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
     g.add_argument("--base-weight", type=path, metavar="FILE",
                    help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained")  # fmt: skip
     g = parser.add_argument_group("replacement")
-    g.add_argument("--rep-by", choices=tuple(replacements), default="multi-lstm", help="what replaces attention")
+    g.add_argument("--rep-by", choices=names.REPLACEMENTS, default="multi-lstm", help="what replaces attention")
     g.add_argument("--replace", nargs="+", default=["all"], metavar="BLOCKS", help="blocks to replace: 0-11 or 0,2,5-7")
     g.add_argument("--rep-init", choices=("chrono", "value", "random"), default="chrono",
                    help="value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither")  # fmt: skip
     g = parser.add_argument_group("student")
-    g.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier and in the MLPs' projections")
+    g.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier")
     g.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
 
 
-def add_data_group(parser: Parser, datasets) -> None:
+def add_data_group(parser: Parser) -> None:
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", choices=tuple(datasets), default="IMNET", help="the data set")
+    g.add_argument("--dataset", choices=names.DATASETS, default="IMNET", help="the data set")
     g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default 224, DeiT-Micro 32")
@@ -164,9 +165,9 @@ def check_run(args) -> None:
         check_writable(args.output_dir)
 
 
-def choose_model(args, scales: dict[str, str]) -> str:
+def choose_model(args) -> str:
     """--base-model and --scale name one model. Raises FarError where they disagree."""
-    by_scale = scales.get(args.scale)
+    by_scale = names.SCALES.get(args.scale)
     if args.base_model and by_scale and args.base_model != by_scale:
         raise FarError(f"--scale {args.scale}: means {by_scale}, but --base-model is {args.base_model}; make them agree")
     return args.base_model or by_scale or "DeiT-Tiny"
