@@ -189,6 +189,9 @@ def disturb(cwd: Path, case: str, seconds: float, seed: int, most: int) -> str:
                     kills.append(kill)
                 assert hit or process.exitcode == 0, (cwd / f"{run.name}.log").read_text()
             assert_loads(run)
+            if not (hit or kills):  # it ended before the first moment: nothing was tried
+                shutil.rmtree(run)
+                hit = True
         finish(cwd, case, run.name)  # where it ended by itself, a finished run is found as it was left
         assert_equal(run, cwd / case)
     except Exception as error:  # noqa: BLE001  (whatever it is, the draws must be told with it)

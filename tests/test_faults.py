@@ -54,15 +54,14 @@ def test_a_run_killed_again_and_again_ends_bit_equal_to_the_undisturbed_one(case
     print(faults.disturb(cwd, case, seconds[case], random.SystemRandom().randrange(10**6), most=3))
 
 
-@pytest.mark.parametrize("write", [5, 6])
-def test_a_kill_between_two_writes_changes_no_log(write, undisturbed):
+def test_a_kill_between_two_writes_changes_no_log(undisturbed):
     """Around a teacher's second last.pth, which log.jsonl and steps.jsonl must agree with."""
     cwd, _ = undisturbed
-    with faults.started(cwd, "teacher", f"teacher-{write}", faults.Kill(write=write).arm) as process:
+    with faults.started(cwd, "teacher", "between", faults.Kill(write=6).arm) as process:
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    faults.finish(cwd, "teacher", f"teacher-{write}")
-    faults.assert_equal(cwd / f"teacher-{write}", cwd / "teacher")
+    faults.finish(cwd, "teacher", "between")
+    faults.assert_equal(cwd / "between", cwd / "teacher")
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(undisturbed):
@@ -129,7 +128,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path):
         checkpoint.save(tmp_path / "gone/last.pth", {})
 
 
-EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "40"))  # a script
+EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "25"))  # a script
 
 
 class Done(BaseException):
