@@ -21,7 +21,7 @@ from engine.stages import Optim, Stage
 from engine.train import Settings, Trainer, make_optimizer
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
-from models.replace import FarConfig, build, load_model
+from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import ROOT, TEACH, TRAIN, launch
 from utils.checkpoint import load
 from utils.distributed import Context
@@ -344,12 +344,14 @@ def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(fa
 
 
 def test_a_finished_run_evaluates_on_its_device_with_its_backend(tmp_path, monkeypatch):
-    model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 3)))
+    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 3))
+    model = build(config)
     stage = Stage("done", (), (0, 3), "full", "classification", "output", SGD)
-    content = {"position": {"stage": 1, "epoch": 0, "step": 0, "best": -1.0, "sums": {}}}
+    position = {"stage": 1, "epoch": 0, "step": 0, "best": -1.0, "sums": {}}
+    content = {**pack(model, config), "optimizer": {}, "scaler": {}, "position": position}
     run, context = RunFolder(tmp_path, ALONE, True), Context(device=torch.device("meta"))
     monkeypatch.setattr(train, "evaluate", lambda model, *_: model)
     settings = Settings(lstm_backend="reference")
-    got = Trainer(model, None, [stage], None, digits(), run, context, settings, content).fit()
+    got = Trainer(model, config, [stage], None, digits(), run, context, settings, content).fit()
     assert {p.device.type for p in got.parameters()} == {"meta"}
     assert [m.backend for m in got.modules() if isinstance(m, MultiHeadBiLSTM)] == ["reference"] * 2
