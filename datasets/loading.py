@@ -94,7 +94,7 @@ class Batches(BatchSampler):
 
 @contextlib.contextmanager
 def naming_dead_workers(num_workers: int) -> Iterator[None]:
-    """Turns torch's RuntimeError at a loader process that died into a FarError."""
+    """Turns torch's RuntimeError at a loader process that died, which may come at any moment, into a FarError."""
     try:
         yield
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets.loading import Data
+from datasets.loading import Data, naming_dead_workers
 from engine.evaluate import evaluate
 from engine.resume import check, load_optimizer, load_scaler
 from engine.stages import Optim, Stage, select_trainable
@@ -195,7 +195,7 @@ class Trainer:
         total = len(loader)
         task.train()
         self.data.at(loader, self.at.stage * 10_000 + self.at.epoch, self.at.step)
-        with tqdm(
+        with naming_dead_workers(loader.num_workers), tqdm(
             total=total, initial=self.at.step, desc=f"{stage.name} {self.at.epoch + 1}/{stage.optim.epochs}",
             unit="step", leave=False, disable=not self.context.main, mininterval=0.5,
         ) as bar:  # fmt: skip
