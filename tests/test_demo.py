@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import demo
 from tests.conftest import ROOT, launch
 
 
@@ -20,6 +21,22 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
     assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6
     done = launch(str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path)  # finds the demo by itself
     assert done.returncode == 0 and "runs/demo/figures" in done.stdout, done.stderr
+
+
+def test_the_demo_removes_only_what_it_made(tmp_path, failure):
+    theirs = tmp_path / "theirs"
+    (theirs / "teacher").mkdir(parents=True)
+    (theirs / "summary.json").write_text("mine")
+    (theirs / "teacher/thesis.txt").write_text("mine")
+    assert "holds files that no demo made" in failure("--output-dir", theirs, script=demo.demo)
+    assert (theirs / "summary.json").read_text() == (theirs / "teacher/thesis.txt").read_text() == "mine"
+    own = tmp_path / "own"
+    demo.claim(own)
+    for name in ("teacher/best.pth", "data/parity/train/odd/1.png", "data/mine.txt", "notes.txt", "summary.json", "attn.seconds"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_text("")
+    demo.claim(own)  # finished: it starts afresh
+    assert sorted(p.name for p in own.rglob("*") if p.is_file()) == [".far-demo", "mine.txt", "notes.txt"]
 
 
 def test_benchmark_compares_and_writes(tmp_path, teacher, far):
