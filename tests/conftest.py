@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import main
+import models  # noqa: F401  (makes torchvision importable, which test files import first)
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]

@@ -389,7 +389,7 @@ def interpolation_of_small_images(trainer):
 
 
 def input_size(trainer):
-    assert trainer.data.train[0][0].shape == trainer.data.val[0][0].shape == (3, 48, 48)
+    assert trainer.data.train[0, 0][0].shape == trainer.data.val[0][0].shape == (3, 48, 48)
     assert trainer.model.pos_embed.shape[1] == 12 * 12 + 1
 
 
