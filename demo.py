@@ -83,10 +83,11 @@ class Demo:
     def _call(self, name: str, script: str, call, argv: list[str], result: str) -> dict:
         run, started = self.root / name, time.perf_counter()
         timing = self.root / f"{name}.seconds"
-        if not (run / result).exists():
-            argv = [*RUN, *TRAINING, *argv, "--seed", str(self.seed), "--output-dir", str(run), "--resume", "auto"]
-            print(f"\n== {name}: python3 {script} {' '.join(argv)}", flush=True)
-            call(argv)
+        finished = (run / result).exists()
+        argv = [*RUN, *TRAINING, *argv, "--seed", str(self.seed), "--output-dir", str(run), "--resume", "auto"]
+        print(f"\n== {name}: python3 {script} {' '.join(argv)}", flush=True)
+        call(argv)  # a finished one too: it may be of other flags, which is refused, and is evaluated again
+        if not finished:
             timing.write_text(f"{time.perf_counter() - started:.1f}")
         self.seconds[name] = float(timing.read_text()) if timing.exists() else 0.0  # killed right after its result
         return json.loads((run / result).read_text())

@@ -85,7 +85,6 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.refuse(argv, {action.dest for action in parser._actions} - read, f"--mode {args.mode} does not use it")
     if args.mode == "eval" and args.base_weight:
         parser.refuse(argv, ("far_weight", "ds_pruned"), "--base-weight names the model already")
-    arguments.check_run(args)
     return args
 
 
@@ -96,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils import distributed
 
     with distributed.joined(args.distributed, args.device) as context:
+        context.on_main(lambda: arguments.check_run(args))
         kernels.check(args.lstm_backend, context.device)
         getattr(jobs, MODES[args.mode].job)(args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
     return 0

@@ -49,12 +49,12 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    arguments.check_run(args)
     from engine.pruning import prune
     from models import kernels
     from utils import distributed
 
     with distributed.joined(args.distributed, args.device) as context:
+        context.on_main(lambda: arguments.check_run(args))
         kernels.check(args.lstm_backend, context.device)
         prune(args, context, PRETRAINED_PATH)
     return 0

@@ -11,7 +11,7 @@ import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import nn
@@ -92,8 +92,10 @@ def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
     a package or CUDA.
     """
     try:
-        with seeded(0):
+        with seeded(0):  # the toy's own weights too: a run's modules follow from the seed, whatever was checked before
             toy = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(device)
+            if optim.opt not in list_optimizers():
+                raise ValueError("not in timm.optim.list_optimizers()")
             optimizer, _ = make_optimizer(toy, replace(optim, epochs=1), 1)
             if getattr(optimizer, "is_second_order", False):
                 raise ValueError("it needs second derivatives")

@@ -101,7 +101,7 @@ class FusedBiLSTM(nn.Module):
         if self.merged_pre:
             p = x.unsqueeze(2).expand(b, n, self.num_heads, dim)
         else:
-            p = F.linear(x, self.pre_w, self.pre_b).view(b, n, self.num_heads, -1)
+            p = F.linear(x, self.pre_w, self.pre_b).view(b, n, self.num_heads, self.depth)
         if self.packed:
             return torch.ops.far.run_packed(self._uncast(p), list(self.weights), self.units)
         cells = [kernels.Cell(*self.weights[i : i + 4]) for i in range(0, len(self.weights), 4)]

@@ -16,6 +16,14 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
         assert {"teacher_acc1", "far_acc1", "downstream_acc1", "seed", "seconds", "far_params", "pruned_acc1", "pruned_params",
                 "kept_units"} <= summary.keys()
         assert set(summary["seconds"]) == {"teacher", "attn", "far", "downstream", "prune"}
+    (tmp_path / "runs/demo/summary.json").rename(tmp_path / "kept.json")  # as if stopped before its end
+    done = launch(*command, "--seeds", "1", cwd=tmp_path)
+    assert done.returncode == 2 and "--seed 0, not 1" in done.stderr  # no stage of another seed is taken for this one's
+    done = launch(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "runs/demo/summary.json").read_text())
+    clocks = ("seconds", "total_seconds")
+    assert {k: v for k, v in again.items() if k not in clocks} == {k: v for k, v in summary.items() if k not in clocks}
     assert (tmp_path / "runs/demo/similarity.png").stat().st_size > 5000
     assert "FAR after stage block" in done.stdout
     assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6

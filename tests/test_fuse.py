@@ -65,6 +65,21 @@ def test_a_fused_model_gives_the_models_logits():
     assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
 
 
+@pytest.mark.parametrize("recurrent", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [32, 3])  # pre_proj stays apart, or is merged
+def test_a_fused_model_takes_any_memory_format_and_an_empty_batch(kept, recurrent):
+    if recurrent == torch.bfloat16 and not cpu.has_bfloat16():
+        pytest.skip("no AVX512_BF16")
+    units = {str(i): [[kept, kept]] * 2 for i in range(4)} if kept < 32 else {}
+    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 2, 3), units=units)
+    model = fuse(build(config), recurrent)
+    x = torch.randn(3, 3, 32, 32)
+    expected = model(x)
+    assert model(x[:0]).shape == (0, 10)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])
 def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
     config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})

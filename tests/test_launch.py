@@ -1,5 +1,6 @@
 """Several processes, signals, restarts: one run has one owner and ends with the undisturbed run's weights."""
 
+import errno
 import json
 import os
 import re
@@ -139,11 +140,12 @@ sys.exit(run_script(main.main, ["--mode", "eval", "--dataset", "DIGITS", "--num-
 
 
 def test_two_nodes_without_a_shared_disk_train_together(teacher, short, undisturbed, tmp_path):
-    """Node 1 has the teacher and the run's folder; node 2 has neither, and writes nothing."""
+    """Node 1 has the teacher and the run's folder; node 2 has neither, and can write nothing."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
     (folders[0] / "teacher.pth").write_bytes(teacher.read_bytes())
+    (folders[1] / "run").touch()  # where node 2 could write nothing
     flags = [*short, "--base-weight", "teacher.pth", "--output-dir", "run"]
     port = free_port()
     for resume in ((), ("--resume",)):  # the second round loads what rank 0 wrote, a finished run
@@ -154,7 +156,7 @@ def test_two_nodes_without_a_shared_disk_train_together(teacher, short, undistur
         ]
         outputs = [node.communicate(timeout=240)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert not (folders[1] / "run").exists() and "top-1" not in outputs[1]
+    assert (folders[1] / "run").is_file() and "top-1" not in outputs[1]
     assert_same(folders[0] / "run", undisturbed, "best.pth")
 
 
@@ -205,6 +207,36 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path):
         open_run({**args, "resume": "must"}, "train", context).__enter__()
     with open_run({**args, "resume": "auto"}, "train", context) as run:  # free again
         assert run.resumed
+
+
+def test_a_finished_run_is_not_overwritten_where_its_last_checkpoint_was_removed(tmp_path):
+    for name in ("args.json", "best.pth", "log.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with (
+        pytest.raises(FarError, match="already holds a run"),
+        open_run({**ARGS, "output_dir": tmp_path}, "eval", distributed.Context()),
+    ):
+        pass
+    assert (tmp_path / "log.jsonl").exists()
+
+
+def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with (
+        pytest.raises(FarError, match="cannot be locked .*; name another"),
+        open_run({**ARGS, "output_dir": tmp_path}, "train", distributed.Context()),
+    ):
+        pass
+
+
+def test_no_memory_left_is_one_line():
+    with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
+        torch.empty(2**60)  # bytes that no machine has
+    with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_two_resumes_of_one_folder_do_not_both_train(short, tmp_path):

@@ -18,13 +18,14 @@ from engine import train
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.stages import Optim, Stage
-from engine.train import Settings, Trainer, make_optimizer
+from engine.train import Settings, Trainer, check_optimizer, make_optimizer
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import ROOT, TEACH, TRAIN, launch
 from utils.checkpoint import load
 from utils.distributed import Context
+from utils.errors import FarError
 from utils.run_folder import RunFolder
 
 
@@ -201,6 +202,19 @@ def fit(folder, **kwargs):
     trainer = make_trainer(folder, **kwargs)
     trainer.fit()
     return trainer.model.state_dict()
+
+
+def test_checking_an_optimizer_leaves_the_runs_draws_alone():
+    torch.manual_seed(3)
+    expected = torch.randn(5)
+    torch.manual_seed(3)
+    check_optimizer(SGD, "--opt", torch.device("cpu"))
+    assert torch.equal(torch.randn(5), expected)
+
+
+def test_an_optimizer_whose_state_grows_later_is_refused_as_it_could_not_be_resumed():
+    with pytest.raises(FarError, match="--opt lookahead_adamw: .* try adamw"):
+        check_optimizer(replace(SGD, opt="lookahead_adamw"), "--opt", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])

@@ -158,7 +158,7 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
 
 
 def check_run(args) -> None:
-    """What the run's own flags must agree on, told before any work. Raises FarError."""
+    """What the run's own flags must agree on, told before any work; for rank 0, which alone writes. Raises FarError."""
     if args.resume and not args.output_dir:
         raise FarError(f"--resume {args.resume}: needs the run's folder; name it with --output-dir")
     if args.output_dir:

@@ -168,10 +168,16 @@ def _fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
 
 @contextlib.contextmanager
 def joined(distributed: bool, device: str = "auto") -> Iterator[Context]:
-    """`start`, and leaving the group at the end. Raises LostContact where another process is gone, besides `start`'s errors."""
+    """`start`, and leaving the group at the end.
+
+    Raises LostContact where another process is gone, FarError where memory is, besides `start`'s errors.
+    """
     try:
         yield start(distributed, device)
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # a GPU's, the CPU's
+            mend = "lower the stage's batch size (--batch-size or its like) and raise its --accum-steps as much"
+            raise FarError(f"out of memory: {mend}") from error
         # Both backends raise bare RuntimeErrors, from collectives and from within backward; their text alone names them.
         if distributed and any(name in str(error) for name in ("gloo", "Gloo", "NCCL")):
             raise LostContact(

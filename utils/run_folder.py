@@ -114,8 +114,8 @@ def open_run(args: dict[str, Any], mode: str, context: Context) -> Iterator[RunF
         lock.append(_own(path))
         if resumed:
             _check_same(path, record)
-        elif any(path.glob("last.pth")) or any(path.glob("*/last.pth")):
-            raise FarError(f"--output-dir {path}: already holds a run; add --resume to continue it or name another")
+        elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
+            raise FarError(f"--output-dir {path}: already holds a run; continue it by its own command with --resume, or name another")
         _tidy(path, resumed)
         run = RunFolder(path, context, resumed)
         if not resumed:
@@ -160,6 +160,8 @@ def _own(path: Path) -> filelock.BaseFileLock:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise FarError(f"--output-dir {path}: another run is writing there; wait for its end or name another") from error
+    except OSError as error:  # network disks may know no locks
+        raise FarError(f"--output-dir {path}: cannot be locked ({error.strerror}); name another") from error
     return lock
 
 

@@ -367,10 +367,12 @@ using Tensors = std::vector<at::Tensor>;
 
 // x (B, N, H, d); packed weights, three a cell; units of each cell. Returns (B, N, sum u). In training, `gates` and `states`
 // take of each cell the activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
-at::Tensor compute(const at::Tensor& input, at::TensorList packed, at::IntArrayRef units, Tensors* gates, Tensors* states) {
+at::Tensor compute(const at::Tensor& input, at::TensorList weights, at::IntArrayRef units, Tensors* gates, Tensors* states) {
   TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat, "x must be (B, N, H, d), float32");
-  TORCH_CHECK((int64_t)units.size() == 2 * input.size(2) && packed.size() == 3 * units.size(),
+  TORCH_CHECK((int64_t)units.size() == 2 * input.size(2) && weights.size() == 3 * units.size(),
               "three packed tensors a cell, 2 H cells");
+  Tensors packed;  // a model's `.to(memory_format=...)` reorders whatever has four dimensions
+  for (const at::Tensor& w : weights) packed.push_back(w.contiguous());
   const at::Tensor x = input.stride(3) == 1 ? input : input.contiguous();
   std::vector<Cell> cells;
   std::vector<Kept> kept;
@@ -482,7 +484,7 @@ Tensors backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList wei
 at::Tensor layer(const at::Tensor& x, const at::Tensor& pre_w, const at::Tensor& pre_b, at::TensorList packed, at::IntArrayRef units,
                  const at::Tensor& out_w, const at::Tensor& out_b, int64_t tokens) {
   const int64_t heads = units.size() / 2, b = x.size(0), n = x.size(1);
-  at::Tensor p = pre_w.numel() ? at::linear(x, pre_w, pre_b).view({b, n, heads, -1})
+  at::Tensor p = pre_w.numel() ? at::linear(x, pre_w, pre_b).view({b, n, heads, pre_w.size(0) / heads})
                                : x.contiguous().unsqueeze(2).expand({b, n, heads, x.size(2)});
   return at::linear(run_packed(p, packed, units).narrow(1, 0, std::min(tokens, n)), out_w, out_b);
 }
