@@ -3,7 +3,6 @@
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,8 +111,16 @@ def finish(run: RunFolder, model, result: dict[str, float], context: Context, **
     return result
 
 
-def classify(stage: Stage, criterion, model) -> Distillation:
-    return Distillation(model, None, stage, criterion)
+def train_on_labels(args: Namespace, context: Context, model, config: FarConfig, stage: Stage, data: Data) -> None:
+    """A run of one stage that needs no teacher."""
+    stages = planned([stage], data, settings_from(args))
+    with open_run(vars(args), args.mode, context) as run:
+        model, last = from_last(args, run, model, config)
+
+        def task(stage: Stage, criterion) -> Distillation:
+            return Distillation(model, None, stage, criterion)
+
+        finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
 
 
 def teacher(args: Namespace, context: Context, paths: Paths) -> None:
@@ -122,12 +129,8 @@ def teacher(args: Namespace, context: Context, paths: Paths) -> None:
     model = create_teacher(config.base_model, config.num_classes, config.img_size, args.drop, args.drop_path)
     if args.base_weight and not load_teacher_weights(model, args.base_weight, head=False):
         say(context, f"--base-weight {args.base_weight}: its classifier has another class count; a fresh one is trained")
-    stages = [Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))]
-    stages = planned(stages, data, settings_from(args))
-    with open_run(vars(args), args.mode, context) as run:
-        model, last = from_last(args, run, model, config)
-        task = partial(classify, model=model)
-        finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
+    stage = Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))
+    train_on_labels(args, context, model, config, stage, data)
 
 
 def train(args: Namespace, context: Context, paths: Paths) -> None:
@@ -218,12 +221,8 @@ def downstream(args: Namespace, context: Context, paths: Paths) -> None:
         if args.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
     blocks = tuple(range(len(model.blocks)))
-    stages = [Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))]
-    stages = planned(stages, data, settings_from(args))
-    with open_run(vars(args), args.mode, context) as run:
-        model, last = from_last(args, run, model, config)
-        task = partial(classify, model=model)
-        finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
+    stage = Stage("downstream", (), blocks, args.ds_mode, "classification", "output", optim_from(args, "", context))
+    train_on_labels(args, context, model, config, stage, data)
 
 
 def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:

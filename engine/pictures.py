@@ -28,6 +28,7 @@ from utils import arguments, checkpoint
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
+from utils.figures import save_figure
 from utils.files import check_writable
 from utils.map_figures import importance_maps, matrix_rows
 
@@ -148,7 +149,7 @@ class Pictures:
         self.attends = {n: m for n, m in models.items() if not isinstance(m.blocks[blocks[0]].attn, Replacement)}
 
     def _save(self, figure, name: str, arrays: dict[str, np.ndarray]) -> None:
-        write_atomic(self.folder / f"{name}.{self.form}", lambda f: figure.savefig(f, format=self.form, dpi=150, bbox_inches="tight"))
+        save_figure(figure, self.folder / f"{name}.{self.form}")
         write_atomic(self.folder / f"{name}.npz", lambda f: np.savez_compressed(f, **arrays))
         print(f"  {self.folder / name}.{self.form}, {name}.npz")
 
