@@ -1,6 +1,6 @@
-"""FAR's speed against attention's, in one process, interleaved: layers and whole models, over batches, threads and tokens.
+"""FAR's speed against attention's, in one process, interleaved: layers and whole models, by batch, threads, tokens.
 
-    python3 benchmark.py                 everything, DeiT-Tiny, random weights (speed does not depend on them)
+python3 benchmark.py                 everything, DeiT-Tiny, random weights (speed does not depend on them)
 """
 
 import json
@@ -25,10 +25,15 @@ def show(title: str, times: speed.Times, against: str) -> None:
     for name, t in times.items():
         low, high = t["quartiles_ms"]
         ratio = times[against]["median_ms"] / t["median_ms"]
-        print(f"  {name:<26}{t['median_ms']:>10.3f} ms  ({low:.3f} to {high:.3f}){ratio:>8.2f}x as fast as {against}", flush=True)
+        print(
+            f"  {name:<26}{t['median_ms']:>10.3f} ms  ({low:.3f} to {high:.3f}){ratio:>8.2f}x as fast as {against}",
+            flush=True,
+        )
 
 
-def by_batch(kind: str, things: dict, shape: tuple[int, ...], args, threads: int, against: str) -> dict[str, speed.Times]:
+def by_batch(
+    kind: str, things: dict, shape: tuple[int, ...], args, threads: int, against: str
+) -> dict[str, speed.Times]:
     """Times of all things at each batch size, `shape` being one sample's."""
     torch.set_num_threads(threads)
     found = {}
@@ -58,20 +63,37 @@ def by_tokens(things: dict, args) -> dict[str, list[dict]]:
 
 def benchmark(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go")
+    parser.add_argument(
+        "--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go"
+    )
     parser.add_argument("--seconds", type=SECONDS, default=4.0, help="measured for each group of things compared")
     parser.add_argument("--batches", type=SIZE, nargs="+", default=[1, 8, 32], help="batch sizes")
-    parser.add_argument("--image-size", type=SIZE, nargs="+", default=[224, 384, 512, 768, 1024],
-                        help="sides in pixels, for cost against tokens")  # fmt: skip
-    parser.add_argument("--runs", type=path, nargs="+", default=[Path("runs/demo")],
-                        help="folders of demo.py, a seed each, for accuracy against latency")  # fmt: skip
+    parser.add_argument(
+        "--image-size",
+        type=SIZE,
+        nargs="+",
+        default=[224, 384, 512, 768, 1024],
+        help="sides in pixels, for cost against tokens",
+    )
+    parser.add_argument(
+        "--runs",
+        type=path,
+        nargs="+",
+        default=[Path("runs/demo")],
+        help="folders of demo.py, a seed each, for accuracy against latency",
+    )
     args = parser.parse_args(argv)
     check_writable(args.output_dir)
     if any(size % 16 for size in args.image_size):
         raise FarError("--image-size: DeiT-Tiny needs multiples of its patch size, 16")
     torch.manual_seed(0)
     everyone = torch.get_num_threads()
-    out: dict = {"torch": torch.__version__, "threads": everyone, "cpu": torch.backends.cpu.get_cpu_capability(), "weights": "random"}
+    out: dict = {
+        "torch": torch.__version__,
+        "threads": everyone,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "weights": "random",
+    }
     layers, models = speed.layers(197), speed.models(224)
     out["size"] = {name: {"parameters": count_parameters(m), "macs": count_macs(m)} for name, m in models.items()}
     print(f"{'model, 224 px, random weights':<30}{'parameters':>12}{'million MACs':>14}")
@@ -83,7 +105,10 @@ def benchmark(argv: list[str] | None = None) -> int:
         if kernels.cpu.available():
             out["packing"] = speed.packing(layers["FAR"], args.seconds / 2)
             pack_ms, call_ms = (out["packing"][name]["median_ms"] for name in ("packing", "call"))
-            print(f"\npacking the weights of a layer: {pack_ms:.3f} ms, {100 * pack_ms / call_ms:.1f} % of a call at batch 1")
+            print(
+                f"\npacking the weights of a layer: {pack_ms:.3f} ms, {100 * pack_ms / call_ms:.1f} "
+                f"% of a call at batch 1"
+            )
         out |= by_batch("model", models, (3, 224, 224), args, everyone, speed.NAME)
         out["tokens"] = by_tokens(layers, args)
     out["training step"] = speed.training_steps(args.seconds)
@@ -94,10 +119,16 @@ def benchmark(argv: list[str] | None = None) -> int:
         out["accuracy"] = rows
         print(f"\ntrained models, DIGITS, one image{'top-1 %':>10}{'ms':>9}{'parameters':>12}{'million MACs':>14}")
         for row in rows:
-            print(f"  {row['name']:<31}{row['acc1']:>10.2f}{row['median_ms']:>9.3f}{row['parameters']:>12,}{row['macs'] / 1e6:>14.1f}")
+            print(
+                f"  {row['name']:<31}{row['acc1']:>10.2f}{row['median_ms']:>9.3f}"
+                f"{row['parameters']:>12,}{row['macs'] / 1e6:>14.1f}"
+            )
         figures["accuracy.png"] = accuracy_by_latency(rows)
     else:
-        print(f"\nno trained models in {', '.join(map(str, args.runs))}: run `make demo` first for accuracy against latency")
+        print(
+            f"\nno trained models in {', '.join(map(str, args.runs))}: run `make demo` first for "
+            f"accuracy against latency"
+        )
     if targets := speed.reached(out, everyone):
         out["reach"] = targets
         print(f"\n{'how many times as fast':<62}{'at least':>9}{'reached':>9}")

@@ -1,8 +1,8 @@
-"""The whole of FAR on the handwritten digits: teacher, attention swapped and distilled, evaluated, moved downstream, pruned.
+"""The whole of FAR on the handwritten digits: a teacher, its attention swapped, distilled, moved downstream, pruned.
 
-    python3 demo.py                      one seed, pictures and a table in runs/demo
-    python3 demo.py --seeds 0 1 2        the accuracies of several seeds
-    python3 demo.py --ablation           the choices behind the defaults, tuned on held-out training images
+python3 demo.py                      one seed, pictures and a table in runs/demo
+python3 demo.py --seeds 0 1 2        the accuracies of several seeds
+python3 demo.py --ablation           the choices behind the defaults, tuned on held-out training images
 """
 
 import json
@@ -34,13 +34,32 @@ OPTIM, BLOCK_OPTIM = "--batch-size 64 --clip-grad 1".split(), "--block-ft-batch-
 DIGITS = ["--dataset", "DIGITS"]
 TEACHER = ["--mode", "teacher", *OPTIM, *"--epochs 50 --lr 2e-3 --warmup-epochs 8".split()]
 ATTN = ["--mode", "train", *OPTIM, *BLOCK_OPTIM, *"--epochs 24 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()]
-BLOCK = ["--mode", "block-distill", *BLOCK_OPTIM,
-         *"--block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split()]  # fmt: skip
-PRUNE = [*OPTIM, *"""--epochs 6 --lr 1e-3 --warmup-epochs 1 --decay 1e-3 --keep-ratio 0.5 --ft-epochs 12 --ft-lr 3e-3
---ft-warmup-epochs 1 --ft-batch-size 64 --ft-clip-grad 1""".split()]
+BLOCK = [
+    "--mode",
+    "block-distill",
+    *BLOCK_OPTIM,
+    *"--block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split(),
+]
+PRUNE = [
+    *OPTIM,
+    *"""--epochs 6 --lr 1e-3 --warmup-epochs 1 --decay 1e-3 --keep-ratio 0.5 --ft-epochs 12 --ft-lr 3e-3
+--ft-warmup-epochs 1 --ft-batch-size 64 --ft-clip-grad 1""".split(),
+]
 DOWNSTREAM = ["--mode", "downstream", *OPTIM, *"--dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()]
 MARK = ".far-demo"  # in a folder that the demo made or found empty: what is below is its own
-OWN = ("teacher", "attn", "far", "downstream", "prune", "figures", "data/parity", "similarity.png", "summary.json", "*.seconds", "seed*")
+OWN = (
+    "teacher",
+    "attn",
+    "far",
+    "downstream",
+    "prune",
+    "figures",
+    "data/parity",
+    "similarity.png",
+    "summary.json",
+    "*.seconds",
+    "seed*",
+)
 
 
 def write_parity(root: Path) -> None:
@@ -115,13 +134,25 @@ class Demo:
         last = pruned["rows"][-1]
         before = self.z_before()
         after = [attn["z_similarity"][str(i)] for i in range(len(before))]
-        save_figure(similarity_bars({"before training": before, "after stage attn": after}), self.root / "similarity.png")
+        save_figure(
+            similarity_bars({"before training": before, "after stage attn": after}), self.root / "similarity.png"
+        )
         return {
-            "seed": self.seed, "teacher_acc1": teacher["acc1"], "attn_acc1": attn["acc1"], "far_acc1": far["acc1"],
-            "downstream_acc1": downstream["acc1"], "teacher_params": teacher["parameters"], "far_params": far["parameters"],
-            "pruned_acc1": last["acc1"], "pruned_params": last["parameters"], "kept_units": last["units"],
-            "z_before": before, "z_after_attn": after, "seconds": self.seconds, "total_seconds": sum(self.seconds.values()),
-        }  # fmt: skip
+            "seed": self.seed,
+            "teacher_acc1": teacher["acc1"],
+            "attn_acc1": attn["acc1"],
+            "far_acc1": far["acc1"],
+            "downstream_acc1": downstream["acc1"],
+            "teacher_params": teacher["parameters"],
+            "far_params": far["parameters"],
+            "pruned_acc1": last["acc1"],
+            "pruned_params": last["parameters"],
+            "kept_units": last["units"],
+            "z_before": before,
+            "z_after_attn": after,
+            "seconds": self.seconds,
+            "total_seconds": sum(self.seconds.values()),
+        }
 
     def z_before(self) -> list[float]:
         """Mean cosine similarity of z per block, fresh modules against the teacher, on the evaluation split."""
@@ -153,7 +184,11 @@ ABLATION = {
     "--distill-input teacher": (["--distill-input", "teacher"], ["--distill-input", "teacher"], True),
     "--rep-init value": (["--rep-init", "value"], [], True),
     "--rep-init random": (["--rep-init", "random"], [], True),
-    "stage block alone, same epochs": ([], ["--block-ft-epochs", "32", "--block-ft-lr", "3e-3", "--block-ft-warmup-epochs", "3"], False),
+    "stage block alone, same epochs": (
+        [],
+        ["--block-ft-epochs", "32", "--block-ft-lr", "3e-3", "--block-ft-warmup-epochs", "3"],
+        False,
+    ),
     "stage attn alone, same epochs": (["--epochs", "32"], None, True),
 }
 
@@ -189,7 +224,9 @@ def demo(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="several seeds run in folders of their own")
     parser.add_argument("--ablation", action="store_true", help="measure the choices behind the defaults instead")
     parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try the demo out")
-    parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try the demo out")
+    parser.add_argument(
+        "--train-subset", type=PART, default=1.0, help="share of the training images, to try the demo out"
+    )
     args = parser.parse_args(argv)
     root = args.output_dir
     claim(root)
@@ -208,7 +245,10 @@ def demo(argv: list[str] | None = None) -> int:
         named = [word for flag, name in models for word in (flag, str(root / name / "best.pth"))]
         visualization.main([*named, "--output-dir", str(root / "figures")])
     write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
-    print(f"\nwritten to {root}: summary.json, similarity.png, figures/, and a folder of curves and weights for each stage")
+    print(
+        f"\nwritten to {root}: summary.json, similarity.png, figures/, and a folder of curves and "
+        f"weights for each stage"
+    )
     return 0
 
 

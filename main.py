@@ -48,25 +48,55 @@ MODES = {
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--mode", choices=tuple(MODES), default="train", help="; ".join(f"{name}: {mode.does}" for name, mode in MODES.items()))
+    parser.add_argument(
+        "--mode",
+        choices=tuple(MODES),
+        default="train",
+        help="; ".join(f"{name}: {mode.does}" for name, mode in MODES.items()),
+    )
     arguments.add_run_group(parser)
     arguments.add_model_group(parser)
     arguments.add_data_group(parser)
     g = parser.add_argument_group("distillation")
     g.add_argument("--train-loss", choices=names.LOSSES, default="combine", help="loss of the attention stage")
-    g.add_argument("--block-ft-train-loss", choices=names.LOSSES, default="classification", help="loss of the block stage")
-    g.add_argument("--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains")
-    g.add_argument("--train-mode", choices=("parallel", "sequential"), default="sequential",
-                   help="all replaced blocks at once, or --step at a time, front to back")  # fmt: skip
+    g.add_argument(
+        "--block-ft-train-loss", choices=names.LOSSES, default="classification", help="loss of the block stage"
+    )
+    g.add_argument(
+        "--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains"
+    )
+    g.add_argument(
+        "--train-mode",
+        choices=("parallel", "sequential"),
+        default="sequential",
+        help="all replaced blocks at once, or --step at a time, front to back",
+    )
     g.add_argument("--step", type=arguments.SIZE, default=12, help="blocks a step of sequential training")
-    g.add_argument("--distill-input", choices=("teacher", "student"), default="student",
-                   help="what a student block reads: the teacher's input to it, or the student's running state")  # fmt: skip
+    g.add_argument(
+        "--distill-input",
+        choices=("teacher", "student"),
+        default="student",
+        help="what a student block reads: the teacher's input to it, or the student's running state",
+    )
     g.add_argument("--skip-train-attn", action="store_true", help="go straight to the block stage")
-    g.add_argument("--attn-weight", type=arguments.path, metavar="FILE", help="FAR weights to start from, after the attention stage")
-    g.add_argument("--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags")
+    g.add_argument(
+        "--attn-weight",
+        type=arguments.path,
+        metavar="FILE",
+        help="FAR weights to start from, after the attention stage",
+    )
+    g.add_argument(
+        "--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags"
+    )
     g = parser.add_argument_group("FAR model")
-    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py")
-    g.add_argument("--fuse", choices=names.PRECISIONS, help="eval: merge neighbouring linear maps, recurrent weights in this precision")
+    g.add_argument(
+        "--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py"
+    )
+    g.add_argument(
+        "--fuse",
+        choices=names.PRECISIONS,
+        help="eval: merge neighbouring linear maps, recurrent weights in this precision",
+    )
     g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
     g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
     arguments.add_optim_group(parser, "optimisation", "", 200, 5e-4, 1e-5)

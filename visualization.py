@@ -10,24 +10,45 @@ from utils.errors import run_script
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     g = parser.add_argument_group("models (with none, those of the newest demo run)")
-    g.add_argument("--base-weight", type=arguments.path, metavar="FILE", help="a teacher: a checkpoint of ours, or timm's or DeiT's layout")
+    g.add_argument(
+        "--base-weight",
+        type=arguments.path,
+        metavar="FILE",
+        help="a teacher: a checkpoint of ours, or timm's or DeiT's layout",
+    )
     g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="a FAR model")
     g.add_argument("--pruned-weight", type=arguments.path, metavar="FILE", help="a pruned FAR model")
-    g.add_argument("--base-model", choices=names.MODELS, help="of --base-weight where the file does not say it; else DeiT-Tiny")
+    g.add_argument(
+        "--base-model", choices=names.MODELS, help="of --base-weight where the file does not say it; else DeiT-Tiny"
+    )
     g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
-    g.add_argument("--lstm-backend", choices=names.BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
+    g.add_argument(
+        "--lstm-backend",
+        choices=names.BACKENDS,
+        default="auto",
+        help="LSTM kernel; auto: the C++ one on a CPU, else torch",
+    )
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g = parser.add_argument_group("images")
     g.add_argument("--images", type=arguments.path, metavar="PATH", help="a file, or a folder of image files")
-    g.add_argument("--dataset", choices=(*names.DATASETS, "PHOTOS"),
-                   help="or a data set's evaluation split; default DIGITS for DeiT-Micro, else PHOTOS, the two photographs "
-                        "that come with scikit-learn")  # fmt: skip
+    g.add_argument(
+        "--dataset",
+        choices=(*names.DATASETS, "PHOTOS"),
+        help="or a data set's evaluation split; default DIGITS for DeiT-Micro, else PHOTOS, the two photographs "
+        "that come with scikit-learn",
+    )
     g.add_argument("--data-path", type=arguments.path, help="the data set's folder; default data/<dataset>")
-    g.add_argument("--count", type=arguments.SIZE, default=4, help="images taken, spread evenly over the split or folder")
+    g.add_argument(
+        "--count", type=arguments.SIZE, default=4, help="images taken, spread evenly over the split or folder"
+    )
     g = parser.add_argument_group("figures")
     g.add_argument("--block", type=arguments.COUNT, help="this block alone; default: every replaced one")
     g.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures")
-    g.add_argument("--output-dir", type=arguments.path, help="where figures and arrays go; default: figures/ beside the newest model")
+    g.add_argument(
+        "--output-dir",
+        type=arguments.path,
+        help="where figures and arrays go; default: figures/ beside the newest model",
+    )
     g.add_argument("--seed", type=arguments.SEED, default=42, help="seed of the influence matrix's probes")
     return parser
 

@@ -138,11 +138,18 @@ def train_transform(config: DataConfig, source: Source):
     """DeiT's augmentation by timm; at 32 pixels and below a padded random crop takes the resized crop's place."""
     check_policy(config.aa)
     transform = create_transform(
-        input_size=config.input_size, is_training=True, color_jitter=config.color_jitter or None,
-        auto_augment=config.aa if config.aa != "none" else None, interpolation=config.interpolation,
-        re_prob=config.reprob, re_mode=config.remode, re_count=config.recount,
-        mean=source.mean, std=source.std, hflip=0.5 if source.flip else 0.0,
-    )  # fmt: skip
+        input_size=config.input_size,
+        is_training=True,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.aa if config.aa != "none" else None,
+        interpolation=config.interpolation,
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        re_count=config.recount,
+        mean=source.mean,
+        std=source.std,
+        hflip=0.5 if source.flip else 0.0,
+    )
     if config.input_size <= 32:
         size = config.input_size
         mode = transforms.InterpolationMode(config.interpolation if config.interpolation != "random" else "bicubic")
@@ -155,12 +162,14 @@ def eval_transform(config: DataConfig, source: Source):
     """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, a crop would cut the object."""
     ratio = config.eval_crop_ratio if config.input_size > 32 else 1.0
     size = math.floor(config.input_size / ratio)
-    return transforms.Compose([
-        transforms.Resize(size if config.input_size > 32 else (size, size), transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(config.input_size),
-        transforms.ToTensor(),
-        transforms.Normalize(source.mean, source.std),
-    ])  # fmt: skip
+    return transforms.Compose(
+        [
+            transforms.Resize(size if config.input_size > 32 else (size, size), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(config.input_size),
+            transforms.ToTensor(),
+            transforms.Normalize(source.mean, source.std),
+        ]
+    )
 
 
 def share(size: int, part: float, seed: int) -> np.ndarray:
@@ -206,9 +215,12 @@ class Data:
 
     def _loader(self, data: Dataset, **kwargs) -> Loader:
         return Loader(
-            data, num_workers=self.config.num_workers, pin_memory=self.context.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.config.seed), **kwargs,
-        )  # fmt: skip
+            data,
+            num_workers=self.config.num_workers,
+            pin_memory=self.context.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.config.seed),
+            **kwargs,
+        )
 
     def _sampler(self) -> DistributedSampler | RepeatAugSampler:
         world, rank = self.context.world, self.context.rank

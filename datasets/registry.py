@@ -146,16 +146,21 @@ def _folder_source(num_classes: int | None, get: str) -> Source:
 def _cifar(kind: type, num_classes: int, layout: str) -> Source:
     return Source(
         lambda root, train, download: kind(root, train=train, download=download),
-        num_classes, layout, "add --download", can_download=True,
-    )  # fmt: skip
+        num_classes,
+        layout,
+        "add --download",
+        can_download=True,
+    )
 
 
 def _inat_source(year: str, num_classes: int) -> Source:
     return Source(
-        _inaturalist(year), num_classes, f"{year}/<kingdom>/<id>/*.jpg, train{year}.json and val{year}.json",
+        _inaturalist(year),
+        num_classes,
+        f"{year}/<kingdom>/<id>/*.jpg, train{year}.json and val{year}.json",
         f"add --download for the images, and put the {year} competition's train/val json files beside them",
         can_download=True,
-    )  # fmt: skip
+    )
 
 
 SOURCES: dict[str, Source] = {
@@ -166,7 +171,8 @@ SOURCES: dict[str, Source] = {
         _flowers, 102, "flowers-102/jpg, imagelabels.mat and setid.mat", "add --download", can_download=True
     ),
     "CAR": Source(
-        lambda root, train, _: tv.StanfordCars(root, split="train" if train else "test", loader=read_image), 196,
+        lambda root, train, _: tv.StanfordCars(root, split="train" if train else "test", loader=read_image),
+        196,
         "stanford_cars/devkit, cars_train, cars_test and cars_test_annos_withlabels.mat",
         "torchvision can no longer download it; get the Stanford Cars archives and unpack them there",
     ),
@@ -174,10 +180,15 @@ SOURCES: dict[str, Source] = {
     "INAT19": _inat_source("2019", 1010),
     "FOLDER": _folder_source(None, "make one folder of images a class"),
     "DIGITS": Source(
-        lambda root, train, download: Digits(train), 10, "nothing", "ships with scikit-learn",
-        flip=False, mean=(0.5,) * 3, std=(0.5,) * 3,
+        lambda root, train, download: Digits(train),
+        10,
+        "nothing",
+        "ships with scikit-learn",
+        flip=False,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
     ),
-}  # fmt: skip
+}
 
 
 def build_split(name: str, root: Path, train: bool, download: bool = False) -> Dataset:

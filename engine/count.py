@@ -41,7 +41,14 @@ def _fused(module: FusedBiLSTM, args, output) -> int:
     return b * n * mixing + output[..., 0].numel() * module.out_w.numel()
 
 
-COUNTERS = {FusedBiLSTM: _fused, nn.LSTM: _torch_lstm, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MultiHeadBiLSTM: _lstm}
+COUNTERS = {
+    FusedBiLSTM: _fused,
+    nn.LSTM: _torch_lstm,
+    nn.Linear: _linear,
+    nn.Conv2d: _conv,
+    Attention: _attention,
+    MultiHeadBiLSTM: _lstm,
+}
 
 
 @torch.no_grad()
@@ -54,10 +61,14 @@ def count_macs(model: VisionTransformer) -> int:
     for module in model.modules():
         for kind, counter in COUNTERS.items():
             if isinstance(module, kind):
-                handles.append(module.register_forward_hook(lambda m, a, out, counter=counter: total.append(counter(m, a, out))))
+                handles.append(
+                    module.register_forward_hook(lambda m, a, out, counter=counter: total.append(counter(m, a, out)))
+                )
     training, weight = model.training, model.patch_embed.proj.weight
     try:
-        model.eval()(torch.zeros(1, weight.shape[1], *model.patch_embed.img_size, dtype=weight.dtype, device=weight.device))
+        model.eval()(
+            torch.zeros(1, weight.shape[1], *model.patch_embed.img_size, dtype=weight.dtype, device=weight.device)
+        )
     finally:
         model.train(training)
         for handle in handles:

@@ -32,7 +32,9 @@ def recorded_z(model: VisionTransformer, blocks: Iterable[int]):
     """Collects z of the named blocks: it is what enters their output projection, for attention and LSTM alike."""
     z: dict[int, Tensor] = {}
     handles = [
-        output_projection(model.blocks[i].attn).register_forward_pre_hook(lambda _, args, i=i: z.__setitem__(i, args[0]))
+        output_projection(model.blocks[i].attn).register_forward_pre_hook(
+            lambda _, args, i=i: z.__setitem__(i, args[0])
+        )
         for i in blocks
     ]
     try:

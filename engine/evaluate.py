@@ -29,13 +29,18 @@ def evaluate(
         for number, (images, targets) in enumerate(loader):
             if number < common:
                 check()
-            images, targets = images.to(context.device, non_blocking=True), targets.to(context.device, non_blocking=True)
+            images, targets = (
+                images.to(context.device, non_blocking=True),
+                targets.to(context.device, non_blocking=True),
+            )
             with autocast():
                 logits = model(images)
             logits = logits.float()
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None])  # (B, 5)
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            totals += torch.stack([loss.double(), top[:, 0].sum().double(), top.sum().double(), totals.new_tensor(len(targets))])
+            totals += torch.stack(
+                [loss.double(), top[:, 0].sum().double(), top.sum().double(), totals.new_tensor(len(targets))]
+            )
     model.train(training)
     loss, top1, top5, count = context.sum(totals).tolist()
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": int(count)}

@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from engine.distill import forward_features, output_projection
 
 
-def token_importance(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> tuple[dict[int, Tensor], Tensor]:
+def token_importance(
+    model: VisionTransformer, images: Tensor, blocks: Iterable[int]
+) -> tuple[dict[int, Tensor], Tensor]:
     """Gradient of the predicted class's logit times the token that a block's mixer reads, summed over channels.
 
-    The token is taken behind norm1: before it the product vanishes wherever a token is read through norm1 alone (as in the
-    last block), because a LayerNorm does not change when its input is scaled.
+    The token is taken behind norm1: before it the product vanishes wherever a token is read through norm1 alone
+    (as in the last block), because a LayerNorm does not change when its input is scaled.
 
     images (B, 3, S, S). Returns ({block: (B, N)}, predicted classes (B,)). Signed: positive speaks for the class.
     """
     read: dict[int, Tensor] = {}
-    handles = [model.blocks[i].attn.register_forward_pre_hook(lambda _, args, i=i: read.__setitem__(i, args[0])) for i in blocks]
+    handles = [
+        model.blocks[i].attn.register_forward_pre_hook(lambda _, args, i=i: read.__setitem__(i, args[0]))
+        for i in blocks
+    ]
     try:
         with torch.enable_grad():
             logits = model(images.detach().requires_grad_())
@@ -50,7 +55,7 @@ def attention_weights(attn: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_rollout(teacher: VisionTransformer, images: Tensor) -> Tensor:
-    """How much of each input token reaches the class token: the product over blocks of (A + I) / 2, A the mean over heads.
+    """How much of each input token reaches the class token: product over blocks of (A + I) / 2, A the mean over heads.
 
     Abnar & Zuidema, arXiv 2005.00928. Returns (B, N).
     """
@@ -81,7 +86,9 @@ def z_of(attn: nn.Module, x: Tensor) -> Tensor:
     return kept[0]
 
 
-def influence(attn: nn.Module, x: Tensor, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+def influence(
+    attn: nn.Module, x: Tensor, probes: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """||d z_i / d x_j||, the Frobenius norm of how output token i depends on input token j.
 
     Args:

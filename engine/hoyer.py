@@ -23,7 +23,7 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def lstm_unit_norms(direction: DirectionLSTM, readout: Tensor) -> Tensor:
-    """s_j of one head and direction: 4 gate rows of W_ih, W_hh and both biases, the column of W_hh, the column of head_proj.
+    """s_j of one head and direction: 4 gate rows of W_ih, W_hh and biases, the columns of W_hh and of head_proj.
 
     Args:
         direction: u units reading d channels.
@@ -83,7 +83,12 @@ def group_hoyer_square(s: Tensor) -> Tensor:
     return s.sum().square() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
 
 
-REGULARIZERS: dict[int, Callable[[Tensor], Tensor] | None] = {0: None, 1: group_l1, 2: group_hoyer, 3: group_hoyer_square}
+REGULARIZERS: dict[int, Callable[[Tensor], Tensor] | None] = {
+    0: None,
+    1: group_l1,
+    2: group_hoyer,
+    3: group_hoyer_square,
+}
 
 
 def penalty(norms: Norms, regularizer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -104,7 +109,9 @@ class Regularized(nn.Module):
     forward returns (loss, parts), parts with `hoyer_square` and `sparsity` (0 to 1) of the LSTM's units besides.
     """
 
-    def __init__(self, task: nn.Module, model: VisionTransformer, kind: int, decay: float, mlp: bool, sensitivity: float):
+    def __init__(
+        self, task: nn.Module, model: VisionTransformer, kind: int, decay: float, mlp: bool, sensitivity: float
+    ):
         super().__init__()
         self.task, self.model = task, model
         self.regularizer, self.decay, self.mlp, self.sensitivity = REGULARIZERS[kind], decay, mlp, sensitivity

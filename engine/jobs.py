@@ -1,4 +1,4 @@
-"""What the modes of main.py do: each turns flags into a model, data and a list of stages, and hands them to the trainer."""
+"""What the modes of main.py do: each makes a model, data and a list of stages, and hands them to the trainer."""
 
 from argparse import Namespace
 from contextlib import nullcontext
@@ -40,7 +40,17 @@ def optim_from(args: Namespace, prefix: str, context: Context) -> Optim:
         return getattr(args, prefix + name)
 
     scale = 1.0 if args.unscale_lr else get("batch_size") * context.world * get("accum_steps") / 512
-    names = ("epochs", "batch_size", "warmup_epochs", "sched", "opt", "momentum", "weight_decay", "clip_grad", "accum_steps")
+    names = (
+        "epochs",
+        "batch_size",
+        "warmup_epochs",
+        "sched",
+        "opt",
+        "momentum",
+        "weight_decay",
+        "clip_grad",
+        "accum_steps",
+    )
     rates = {name: get(name) * scale for name in ("lr", "warmup_lr", "min_lr")}
     optim = Optim(**{name: get(name) for name in names}, **rates)
     check_optimizer(optim, f"--{prefix.replace('_', '-')}opt", context.device)
@@ -48,15 +58,33 @@ def optim_from(args: Namespace, prefix: str, context: Context) -> Optim:
 
 
 def settings_from(args: Namespace) -> Settings:
-    return Settings(args.seed, args.amp, args.smoothing, args.mixup, args.cutmix, args.select, args.rep_init, args.lstm_backend)
+    return Settings(
+        args.seed, args.amp, args.smoothing, args.mixup, args.cutmix, args.select, args.rep_init, args.lstm_backend
+    )
 
 
 def data_from(args: Namespace, input_size: int, context: Context) -> Data:
-    return Data(DataConfig(
-        args.dataset, args.data_path or Path("data") / args.dataset, input_size, args.download, args.train_subset, args.holdout,
-        args.color_jitter, args.aa, args.train_interpolation, args.reprob, args.remode, args.recount, args.eval_crop_ratio,
-        args.repeated_aug, args.num_workers, args.seed,
-    ), context)  # fmt: skip
+    return Data(
+        DataConfig(
+            args.dataset,
+            args.data_path or Path("data") / args.dataset,
+            input_size,
+            args.download,
+            args.train_subset,
+            args.holdout,
+            args.color_jitter,
+            args.aa,
+            args.train_interpolation,
+            args.reprob,
+            args.remode,
+            args.recount,
+            args.eval_crop_ratio,
+            args.repeated_aug,
+            args.num_workers,
+            args.seed,
+        ),
+        context,
+    )
 
 
 def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
@@ -67,8 +95,10 @@ def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
     check_reach(kept)
     for stage in kept:
         if (settings.mixup or settings.cutmix) and (least := data.smallest_batch(stage.optim.batch_size)) < 2:
-            raise FarError(f"--mixup, --cutmix: pair the images of a step, and stage {stage.name} has steps of {least} image; "
-                           "raise its batch size, or switch them off")  # fmt: skip
+            raise FarError(
+                f"--mixup, --cutmix: pair the images of a step, and stage {stage.name} has steps of {least} image; "
+                "raise its batch size, or switch them off"
+            )
     return kept
 
 
@@ -106,8 +136,11 @@ def start(args: Namespace, context: Context) -> tuple[Data, FarConfig]:
 
 def finish(run: RunFolder, model, result: dict[str, float], context: Context, **more) -> dict[str, float]:
     run.write_json("result.json", {**result, "parameters": count_parameters(model), **more})
-    say(context, f"top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
-                 f"on {result['images']} images; weights in {run.path / 'best.pth'}")  # fmt: skip
+    say(
+        context,
+        f"top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
+        f"on {result['images']} images; weights in {run.path / 'best.pth'}",
+    )
     return result
 
 
@@ -120,7 +153,12 @@ def train_on_labels(args: Namespace, context: Context, model, config: FarConfig,
         def task(stage: Stage, criterion) -> Distillation:
             return Distillation(model, None, stage, criterion)
 
-        finish(run, model, Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(), context)
+        finish(
+            run,
+            model,
+            Trainer(model, config, stages, task, data, run, context, settings_from(args), last).fit(),
+            context,
+        )
 
 
 def teacher(args: Namespace, context: Context, paths: Paths) -> None:
@@ -128,7 +166,9 @@ def teacher(args: Namespace, context: Context, paths: Paths) -> None:
     data, config = start(args, context)
     model = create_teacher(config.base_model, config.num_classes, config.img_size, args.drop, args.drop_path)
     if args.base_weight and not load_teacher_weights(model, args.base_weight, head=False):
-        say(context, f"--base-weight {args.base_weight}: its classifier has another class count; a fresh one is trained")
+        say(
+            context, f"--base-weight {args.base_weight}: its classifier has another class count; a fresh one is trained"
+        )
     stage = Stage("teacher", (), (), "full", "classification", "output", optim_from(args, "", context))
     train_on_labels(args, context, model, config, stage, data)
 
@@ -149,9 +189,17 @@ def train(args: Namespace, context: Context, paths: Paths) -> None:
             say(context, "no --attn-weight: the block stage starts from fresh modules")
     block = optim_from(args, "block_ft_", context)
     stages = distillation(
-        blocks, args.train_mode, args.step, None if skip else optim_from(args, "", context), args.train_loss, block,
-        args.block_ft_train_loss, args.block_ft_mode, block if args.finetune_head else None, bool(args.attn_weight),
-    )  # fmt: skip
+        blocks,
+        args.train_mode,
+        args.step,
+        None if skip else optim_from(args, "", context),
+        args.train_loss,
+        block,
+        args.block_ft_train_loss,
+        args.block_ft_mode,
+        block if args.finetune_head else None,
+        bool(args.attn_weight),
+    )
     stages = planned(stages, data, settings_from(args))
     with open_run(vars(args), args.mode, context) as run:
         model, last = from_last(args, run, model, config)
@@ -179,7 +227,9 @@ def check_same(args: Namespace, config: FarConfig, data: Data, asked: tuple[int,
         ("--input-size", args.input_size or config.img_size, config.img_size),
     ):
         if ours != theirs:
-            raise FarError(f"--attn-weight {args.attn_weight}: has {flag} {theirs}, the flags say {ours}; make them agree")
+            raise FarError(
+                f"--attn-weight {args.attn_weight}: has {flag} {theirs}, the flags say {ours}; make them agree"
+            )
 
 
 def find_far_weight(args: Namespace, paths: Paths) -> Path:
@@ -190,7 +240,9 @@ def find_far_weight(args: Namespace, paths: Paths) -> Path:
     plain, pruned = (table.get(scale, "") for table in paths)
     found = (pruned or plain) if args.ds_pruned else (plain or pruned)
     if not found:
-        raise FarError(f"--far-weight: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint")
+        raise FarError(
+            f"--far-weight: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint"
+        )
     return Path(found)
 
 
@@ -198,8 +250,10 @@ def load_far(args: Namespace, paths: Paths):
     path = find_far_weight(args, paths)
     model, config = load_model(path, "--far-weight", args.drop, args.drop_path)
     if not config.replaced:
-        raise FarError(f"--far-weight {path}: holds a teacher, no block of it is replaced; evaluate it as --base-weight, or "
-                       "move it with --mode teacher --base-weight")  # fmt: skip
+        raise FarError(
+            f"--far-weight {path}: holds a teacher, no block of it is replaced; evaluate it as --base-weight, or "
+            "move it with --mode teacher --base-weight"
+        )
     if args.ds_pruned and not config.pruned:
         raise FarError(f"--ds-pruned: {path} holds an unpruned model; leave the flag out or name a pruned checkpoint")
     if (args.base_model or args.scale) and (asked := arguments.choose_model(args)) != config.base_model:
@@ -234,8 +288,10 @@ def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:
         model, config = load_far(args, paths)
         path, data = find_far_weight(args, paths), data_from(args, config.img_size, context)
         if data.num_classes != config.num_classes:
-            raise FarError(f"--far-weight {path}: knows {config.num_classes} classes, --dataset {args.dataset} has "
-                           f"{data.num_classes}; move it there with --mode downstream")  # fmt: skip
+            raise FarError(
+                f"--far-weight {path}: knows {config.num_classes} classes, --dataset {args.dataset} has "
+                f"{data.num_classes}; move it there with --mode downstream"
+            )
     set_backend(model, args.lstm_backend)
     parameters = count_parameters(model)
     model.to(context.device)
@@ -247,5 +303,8 @@ def eval_mode(args: Namespace, context: Context, paths: Paths) -> None:
         result["parameters"] = parameters
         if run:
             run.write_json("result.json", result)
-    say(context, f"{path}: top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
-                 f"on {result['images']} images, {result['parameters']:,} parameters")  # fmt: skip
+    say(
+        context,
+        f"{path}: top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
+        f"on {result['images']} images, {result['parameters']:,} parameters",
+    )

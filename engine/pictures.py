@@ -41,7 +41,10 @@ def newest_demo(root: Path = Path("runs")) -> Path:
     """The folder of the newest finished demo run. Raises FarError where there is none."""
     done = [path.parent for path in root.glob("*/summary.json") if (path.parent / "far/best.pth").exists()]
     if not done:
-        raise FarError(f"no demo run found in {root}/: make one with `make demo`, or name models with --base-weight and --far-weight")
+        raise FarError(
+            f"no demo run found in {root}/: make one with `make demo`, or name models with "
+            f"--base-weight and --far-weight"
+        )
     return max(done, key=lambda path: (path / "summary.json").stat().st_mtime)
 
 
@@ -50,7 +53,11 @@ def find_models(args: Namespace) -> tuple[dict, Path]:
     named = {"teacher": args.base_weight, "FAR": args.far_weight, "pruned FAR": args.pruned_weight}
     if not any(named.values()):
         demo = newest_demo()
-        found = {"teacher": demo / "teacher/best.pth", "FAR": demo / "far/best.pth", "pruned FAR": demo / "prune/best.pth"}
+        found = {
+            "teacher": demo / "teacher/best.pth",
+            "FAR": demo / "far/best.pth",
+            "pruned FAR": demo / "prune/best.pth",
+        }
         named, folder = {name: path for name, path in found.items() if path.exists()}, demo / "figures"
     else:
         folder = [path for path in named.values() if path][-1].parent / "figures"
@@ -81,21 +88,33 @@ def _load(args: Namespace, path: Path, flag: str, teacher: bool):
 
 def _check(models: dict, flags: dict[str, str]) -> None:
     first = next(iter(models))
-    shapes = (("tokens", lambda m: m.pos_embed.shape[1]), ("blocks", lambda m: len(m.blocks)), ("classes", lambda m: m.num_classes))
+    shapes = (
+        ("tokens", lambda m: m.pos_embed.shape[1]),
+        ("blocks", lambda m: len(m.blocks)),
+        ("classes", lambda m: m.num_classes),
+    )
     for name, model in models.items():
         for what, get in shapes:
             ours, theirs = get(model), get(models[first])
             if ours != theirs:
-                raise FarError(f"{flags[name]}: has {ours} {what}, {flags[first]} has {theirs}; name models of one kind")
+                raise FarError(
+                    f"{flags[name]}: has {ours} {what}, {flags[first]} has {theirs}; name models of one kind"
+                )
 
 
 def find_images(args: Namespace, size: int) -> tuple[Tensor, np.ndarray, list[str]]:
     """Images as the models read them (B, 3, S, S), as a person sees them (B, S, S, 3) in 0..1, and their names."""
     name = args.dataset or ("DIGITS" if size <= 32 else "PHOTOS")
     if args.images:
-        files = [args.images] if args.images.is_file() else sorted(p for p in args.images.glob("*") if p.suffix.lower() in IMAGES)
+        files = (
+            [args.images]
+            if args.images.is_file()
+            else sorted(p for p in args.images.glob("*") if p.suffix.lower() in IMAGES)
+        )
         if not files:
-            raise FarError(f"--images {args.images}: no such file, or a folder without images ({', '.join(sorted(IMAGES))})")
+            raise FarError(
+                f"--images {args.images}: no such file, or a folder without images ({', '.join(sorted(IMAGES))})"
+            )
         source = SOURCES["DIGITS" if size <= 32 else "IMNET"]
         read = {path.name: lambda path=path: read_image(str(path)) for path in files}
         name = "FOLDER"
@@ -123,7 +142,9 @@ def visualize(args: Namespace) -> Path:
     models, folder = find_models(args)
     any_model = next(iter(models.values()))
     images, seen, names = find_images(args, any_model.patch_embed.img_size[0])
-    blocks = sorted({i for model in models.values() for i in replaced_blocks(model)}) or list(range(len(any_model.blocks)))
+    blocks = sorted({i for model in models.values() for i in replaced_blocks(model)}) or list(
+        range(len(any_model.blocks))
+    )
     if args.block is not None:
         if args.block >= len(any_model.blocks):
             raise FarError(f"--block {args.block}: blocks run from 0 to {len(any_model.blocks) - 1} in this model")
@@ -168,10 +189,16 @@ class Pictures:
         for name in others:
             for i in self.blocks:
                 value = mean_rank_correlation([m[1:] for m in maps[self.first][i]], [m[1:] for m in maps[name][i]])
-                print(f"importance, block {i}: rank correlation of {name} with {self.first} {value:.3f} (mean of {len(self.images)} images)")
+                print(
+                    f"importance, block {i}: rank correlation of {name} with {self.first} "
+                    f"{value:.3f} (mean of {len(self.images)} images)"
+                )
         for k, image in enumerate(self.seen):
             shown = {name: {i: self._patches(maps[name][i][k]) for i in self.blocks} for name in self.models}
-            rho = {name: {i: rank_correlation(maps[name][i][k][1:], maps[self.first][i][k][1:]) for i in self.blocks} for name in others}
+            rho = {
+                name: {i: rank_correlation(maps[name][i][k][1:], maps[self.first][i][k][1:]) for i in self.blocks}
+                for name in others
+            }
             titles = {name: f"{name}: class {classes[name][k]}" for name in self.models}
             patches = self._patches(rollout[k]) if rollout is not None else None
             arrays = {f"{name} block {i}": values for name, by in shown.items() for i, values in by.items()}
@@ -191,7 +218,9 @@ class Pictures:
                 columns[f"{name} − {self.first}"] = {i: (m - base[i]).numpy() for i, m in matrices.items()}
                 notes[name] = {i: f", ρ {rank_correlation(m, base[i]):.2f}" for i, m in matrices.items()}
         figure = matrix_rows(columns, dict.fromkeys(columns, True), notes, ("token", "token"), share_scale=True)
-        self._save(figure, "similarity-of-tokens", {f"{n} block {i}": m for n, by in columns.items() for i, m in by.items()})
+        self._save(
+            figure, "similarity-of-tokens", {f"{n} block {i}": m for n, by in columns.items() for i, m in by.items()}
+        )
 
     def influence(self) -> None:
         """||d z_i / d x_j|| of every model on the first image, beside attention's own weights (mean over heads)."""
@@ -200,7 +229,10 @@ class Pictures:
             inputs = attention_inputs(model, self.images[:1], self.blocks)
             if name in self.attends:
                 with torch.no_grad():
-                    weights = {i: attention_weights(model.blocks[i].attn, x).mean((0, 1)).cpu().numpy() for i, x in inputs.items()}
+                    weights = {
+                        i: attention_weights(model.blocks[i].attn, x).mean((0, 1)).cpu().numpy()
+                        for i, x in inputs.items()
+                    }
                 columns["attention weights"] = weights
             n, dim = inputs[self.blocks[0]].shape[1:]
             probes = None if n * dim <= EXACT_UP_TO else PROBES
@@ -210,7 +242,10 @@ class Pictures:
         notes, base = {}, next(iter(columns))
         for name in list(columns)[1:]:
             notes[name] = {
-                i: f", ρ {rank_correlation(torch.from_numpy(m), torch.from_numpy(columns[base][i])):.2f}" for i, m in columns[name].items()
+                i: f", ρ {rank_correlation(torch.from_numpy(m), torch.from_numpy(columns[base][i])):.2f}"
+                for i, m in columns[name].items()
             }
-        figure = matrix_rows(columns, dict.fromkeys(columns, False), notes, ("input token j", "output token i"), share_scale=False)
+        figure = matrix_rows(
+            columns, dict.fromkeys(columns, False), notes, ("input token j", "output token i"), share_scale=False
+        )
         self._save(figure, "influence", {f"{n} block {i}": m for n, by in columns.items() for i, m in by.items()})

@@ -40,29 +40,43 @@ class Pruning:
         self._check(args)
         self.data = data_from(args, self.config.img_size, context)
         if self.data.num_classes != self.config.num_classes:
-            raise FarError(f"--model-path {self.path}: knows {self.config.num_classes} classes, --dataset {args.dataset} has "
-                           f"{self.data.num_classes}; move it there first with main.py --mode downstream")  # fmt: skip
+            raise FarError(
+                f"--model-path {self.path}: knows {self.config.num_classes} classes, --dataset {args.dataset} has "
+                f"{self.data.num_classes}; move it there first with main.py --mode downstream"
+            )
         self.teacher = load_teacher(args, self.config).to(context.device) if args.base_weight else None
         self.distill = self.teacher is not None and args.distill is not False
-        self.settings = Settings(args.seed, args.amp, args.smoothing, args.mixup, args.cutmix, args.select, lstm_backend=args.lstm_backend)
+        self.settings = Settings(
+            args.seed, args.amp, args.smoothing, args.mixup, args.cutmix, args.select, lstm_backend=args.lstm_backend
+        )
         self.regularize, self.fine_tune = (optim_from(args, prefix, context) for prefix in ("", "ft_"))
         if self.regularize.epochs or self.fine_tune.epochs:
-            planned([self._stage(*each) for each in (("regularize", self.regularize), ("fine-tune", self.fine_tune))], self.data, self.settings)
+            planned(
+                [self._stage(*each) for each in (("regularize", self.regularize), ("fine-tune", self.fine_tune))],
+                self.data,
+                self.settings,
+            )
         self._select(self.model)  # a selection that cannot be met is told before hours of training
 
     def _find(self, args: Namespace, pretrained: dict[str, str]) -> Path:
         scale = arguments.choose_model(args).removeprefix("DeiT-")
         if not (args.model_path or pretrained.get(scale)):
-            raise FarError(f"--model-path: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint")
+            raise FarError(
+                f"--model-path: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint"
+            )
         return args.model_path or Path(pretrained[scale])
 
     def _check(self, args: Namespace) -> None:
         if (args.scale or args.base_model) and (asked := arguments.choose_model(args)) != self.config.base_model:
             raise FarError(f"--scale: says {asked}, but {self.path} holds a {self.config.base_model}; make them agree")
         if args.input_size and args.input_size != self.config.img_size:
-            raise FarError(f"--input-size {args.input_size}: {self.path} was trained at {self.config.img_size}; leave the flag out")
+            raise FarError(
+                f"--input-size {args.input_size}: {self.path} was trained at {self.config.img_size}; leave the flag out"
+            )
         if not lstm_norms(self.model):
-            raise FarError(f"--model-path {self.path}: has no LSTM whose units could be pruned; name a FAR model with LSTMs")
+            raise FarError(
+                f"--model-path {self.path}: has no LSTM whose units could be pruned; name a FAR model with LSTMs"
+            )
 
     def run(self) -> dict:
         """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
@@ -97,7 +111,7 @@ class Pruning:
         return {"keep_ratio": ratio, "pruned_acc1": rows[0]["acc1"], **rows[1]}
 
     def _train(self, run: RunFolder, model, optim, name: str):
-        """One training in its folder, best.pth holding what it hands on. Without epochs the model is stored as it is."""
+        """One training in its folder, best.pth holding what it hands on; without epochs, the model as it is."""
         if run.resumed and run.has("result.json"):
             model, _ = load_model(run.path / "best.pth", "--resume", self.args.drop, self.args.drop_path)
             set_backend(model, self.args.lstm_backend)
@@ -174,13 +188,13 @@ def table(report: dict) -> str:
         rows = [report["teacher"], *rows]
     lines = [f"{'':<13}{'top-1 %':>9}{'top-5 %':>9}{'units':>8}{'parameters':>13}{'M MACs':>9}{'kB':>9}"]
     for r in rows:
-        lines.append(f"{r['when']:<13}{r['acc1']:>9.2f}{r['acc5']:>9.2f}{r['units']:>8}{r['parameters']:>13,}{r['macs'] / 1e6:>9.1f}"
-                     f"{r['bytes'] / 1e3:>9.0f}")  # fmt: skip
+        lines.append(
+            f"{r['when']:<13}{r['acc1']:>9.2f}{r['acc5']:>9.2f}{r['units']:>8}"
+            f"{r['parameters']:>13,}{r['macs'] / 1e6:>9.1f}{r['bytes'] / 1e3:>9.0f}"
+        )
     return "\n".join(lines)
 
 
 def prune(args: Namespace, context: Context, pretrained: dict[str, str]) -> dict:
     """prune.py's job; see `Pruning`."""
     return Pruning(args, context, pretrained).run()
-
-

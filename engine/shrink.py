@@ -1,6 +1,7 @@
 """Select hidden units by their norms and remove them: tensors get smaller, no mask survives.
 
-Score (`engine.hoyer`), select and shrink are three steps. A selection is {place: kept indices, ascending}, at least one a place.
+Score (`engine.hoyer`), select and shrink are three steps. A selection is {place: kept indices, ascending}, one a
+place at least.
 """
 
 import torch
@@ -28,7 +29,7 @@ def keep_above(norms: Norms, sensitivity: float) -> Kept:
 
 
 def keep_top(norms: Norms, count: int) -> Kept:
-    """Keeps the `count` units with the largest s_j / mean(s) over all blocks, each place's largest one before all others."""
+    """Keeps the `count` units with the largest s_j / mean(s) over all blocks, each place's largest first."""
     scores = relative(norms)
     flat = torch.cat([torch.where(_first(s), torch.inf, s) for s in scores.values()])
     chosen = torch.zeros_like(flat, dtype=torch.bool)
@@ -42,21 +43,27 @@ def keep_share(norms: Norms, ratio: float, flag: str = "--keep-ratio") -> Kept:
     total, least = sum(map(len, norms.values())), len(norms)
     count = round(ratio * total)
     if count < least:
-        raise FarError(f"{flag} {ratio:g}: leaves {count} of {total} units, one a head and direction needs {least}; "
-                       f"the smallest possible is {least / total:.4g}")  # fmt: skip
+        raise FarError(
+            f"{flag} {ratio:g}: leaves {count} of {total} units, one a head and direction needs {least}; "
+            f"the smallest possible is {least / total:.4g}"
+        )
     return keep_top(norms, count)
 
 
 def keep_within(model: VisionTransformer, norms: Norms, parameters: int) -> Kept:
-    """Keeps as many units, best first, as leave at most `parameters` in the model. Raises FarError below the smallest."""
+    """Keeps as many units, best first, as leave at most `parameters` in the model. Raises FarError where none fit."""
     low, high = len(norms), sum(map(len, norms.values()))
     least = parameters_after(model, keep_top(norms, low))
     if least > parameters:
-        raise FarError(f"--target-params {parameters}: one unit a head and direction leaves {least:,}, the smallest possible; "
-                       "raise it (or shrink the MLPs too, --prune-mlp)")  # fmt: skip
+        raise FarError(
+            f"--target-params {parameters}: one unit a head and direction leaves {least:,}, the smallest possible; "
+            "raise it (or shrink the MLPs too, --prune-mlp)"
+        )
     while low < high:  # parameters grow with the count, so bisect for the largest that fits
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if parameters_after(model, keep_top(norms, middle)) <= parameters else (low, middle - 1)
+        low, high = (
+            (middle, high) if parameters_after(model, keep_top(norms, middle)) <= parameters else (low, middle - 1)
+        )
     return keep_top(norms, low)
 
 
@@ -106,7 +113,10 @@ def shrink_mlps(model: VisionTransformer, kept: Kept) -> None:
     """Keeps only the named hidden units of each block's MLP."""
     for (block,), index in kept.items():
         mlp = model.blocks[block].mlp
-        mlp.fc1.weight, mlp.fc1.bias = _as(mlp.fc1.weight, mlp.fc1.weight[index]), _as(mlp.fc1.bias, mlp.fc1.bias[index])
+        mlp.fc1.weight, mlp.fc1.bias = (
+            _as(mlp.fc1.weight, mlp.fc1.weight[index]),
+            _as(mlp.fc1.bias, mlp.fc1.bias[index]),
+        )
         mlp.fc2.weight = _as(mlp.fc2.weight, mlp.fc2.weight[:, index])
         mlp.fc1.out_features = mlp.fc2.in_features = len(index)
 

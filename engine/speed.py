@@ -23,7 +23,7 @@ NAME, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 KEEP = {"FAR pruned 0.5": 0.5, "FAR pruned 0.25": 0.25}
 Times = dict[str, dict[str, float]]
 
-# what, at least, (section, the slower's name, the faster's): ratios of times at 224 px unless the section says otherwise
+# what, at least, (section, the slower's name, the faster's): ratios of times, at 224 px unless the section says else
 REACH = (
     ("layer, batch 1: FAR fused over the published dense shape", 3.5, ("layer, batch 1", "dense BiLSTM", "FAR fused")),
     ("layer, batch 1: FAR fused over attention", 1 / 1.3, ("layer, batch 1", "attention", "FAR fused")),
@@ -38,7 +38,7 @@ REACH = (
 
 
 class DenseLSTM(nn.Module):
-    """The published shape: one torch LSTM of width D with the heads as blocks on its diagonal, then the output projections."""
+    """The published shape: one torch LSTM of width D, the heads blocks on its diagonal, then the output projections."""
 
     def __init__(self, attn: MultiHeadBiLSTM):
         super().__init__()
@@ -55,11 +55,14 @@ def layers(tokens: int) -> dict[str, nn.Module]:
     stock.backend = "torch"
     kept = {name: [(int(DIM // HEADS * keep),) * 2] * HEADS for name, keep in KEEP.items()}
     return {
-        "attention": create_teacher(NAME, 1000, 224).blocks[0].attn, "dense BiLSTM": DenseLSTM(far), "FAR torch": stock, "FAR": far,
+        "attention": create_teacher(NAME, 1000, 224).blocks[0].attn,
+        "dense BiLSTM": DenseLSTM(far),
+        "FAR torch": stock,
+        "FAR": far,
         "FAR fused": FusedBiLSTM(far),
         **({"FAR fused bfloat16": FusedBiLSTM(far, torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
         **{name: FusedBiLSTM(MultiHeadBiLSTM(DIM, HEADS, tokens, units)) for name, units in kept.items()},
-    }  # fmt: skip
+    }
 
 
 def models(size: int) -> dict[str, nn.Module]:
@@ -75,10 +78,14 @@ def models(size: int) -> dict[str, nn.Module]:
     for block in dense.blocks:
         block.attn = DenseLSTM(block.attn)
     return {
-        NAME: create_teacher(NAME, 1000, size), "dense BiLSTM": dense, "FAR": far(), "FAR fused": fuse(far()),
+        NAME: create_teacher(NAME, 1000, size),
+        "dense BiLSTM": dense,
+        "FAR": far(),
+        "FAR fused": fuse(far()),
         **({"FAR fused bfloat16": fuse(far(), torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
-        **{name: fuse(far(keep)) for name, keep in KEEP.items()}, "FAR pruned 0.25, MLP 0.5": fuse(far(0.25, 0.5)),
-    }  # fmt: skip
+        **{name: fuse(far(keep)) for name, keep in KEEP.items()},
+        "FAR pruned 0.25, MLP 0.5": fuse(far(0.25, 0.5)),
+    }
 
 
 def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> Times:
@@ -124,7 +131,10 @@ def peak_bytes(call: Callable) -> int:
 def training_steps(seconds: float) -> Times:
     """Forward and backward of a layer, batch 8, 197 tokens."""
     x, trained = torch.randn(8, 197, DIM, requires_grad=True), layers(197)
-    calls = {name: lambda m=trained[name]: m(x).sum().backward() for name in ("attention", "dense BiLSTM", "FAR torch", "FAR")}
+    calls = {
+        name: lambda m=trained[name]: m(x).sum().backward()
+        for name in ("attention", "dense BiLSTM", "FAR torch", "FAR")
+    }
     return interleaved(calls, seconds, 3)
 
 
@@ -136,14 +146,19 @@ def reached(out: dict, threads: int) -> list[dict]:
     rows = []
     for what, least, (section, slow, fast) in REACH:
         if times := sections[section]:
-            rows.append({"what": what, "at_least": least, "reached": times[slow]["median_ms"] / times[fast]["median_ms"]})
+            rows.append(
+                {"what": what, "at_least": least, "reached": times[slow]["median_ms"] / times[fast]["median_ms"]}
+            )
     return rows
 
 
 def trained(folder: Path) -> dict[str, Path]:
     """Checkpoints that `make demo`, and prune.py --sweep in it, left in a folder: name to file."""
     named = {"DeiT-Micro (attention)": folder / "teacher/best.pth", "FAR fused": folder / "far/best.pth"}
-    named |= {f"FAR fused, {p.parent.name.replace('-', ' ')}": p for p in sorted(folder.glob("*/keep-*/best.pth"), reverse=True)}
+    named |= {
+        f"FAR fused, {p.parent.name.replace('-', ' ')}": p
+        for p in sorted(folder.glob("*/keep-*/best.pth"), reverse=True)
+    }
     if len(named) == 2:
         named["FAR fused, keep 0.5"] = folder / "prune/best.pth"  # as the demo prunes
     return {name: path for name, path in named.items() if path.is_file()}
@@ -151,7 +166,7 @@ def trained(folder: Path) -> dict[str, Path]:
 
 @torch.inference_mode()
 def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
-    """Trained models on DIGITS' evaluation split: mean top-1 over the folders, time for one image with the first folder's."""
+    """Trained models on DIGITS' evaluation split: mean top-1 over the folders, time an image of the first one's."""
     accuracy: dict[str, list[float]] = {}
     first: dict[str, nn.Module] = {}
     rows: dict[str, dict] = {}
@@ -162,7 +177,9 @@ def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
                 variants["FAR fused bfloat16"] = torch.bfloat16
             for label, recurrent in variants.items():
                 model, config = load_model(path, f"--runs {folder}")
-                rows.setdefault(label, {"name": label, "parameters": count_parameters(model), "macs": count_macs(model)})
+                rows.setdefault(
+                    label, {"name": label, "parameters": count_parameters(model), "macs": count_macs(model)}
+                )
                 first.setdefault(label, fuse(model, recurrent))
                 loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(60)
                 accuracy.setdefault(label, []).append(evaluate(model, loader, Context(), torch.no_grad)["acc1"])
@@ -170,4 +187,7 @@ def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
         return []
     image = torch.randn(1, 3, *next(iter(first.values())).patch_embed.img_size)
     times = interleaved({name: lambda m=m: m(image) for name, m in first.items()}, seconds)
-    return [{**row, "acc1": statistics.mean(accuracy[name]), "seeds": len(accuracy[name]), **times[name]} for name, row in rows.items()]
+    return [
+        {**row, "acc1": statistics.mean(accuracy[name]), "seeds": len(accuracy[name]), **times[name]}
+        for name, row in rows.items()
+    ]

@@ -81,9 +81,17 @@ def steps(blocks: tuple[int, ...], mode: str, step: int) -> list[tuple[int, ...]
 
 
 def distillation(
-    blocks: tuple[int, ...], mode: str, step: int, attn: Optim | None, attn_loss: str, block: Optim, block_loss: str,
-    block_parts: str, head: Optim | None, all_swapped: bool,
-) -> list[Stage]:  # fmt: skip
+    blocks: tuple[int, ...],
+    mode: str,
+    step: int,
+    attn: Optim | None,
+    attn_loss: str,
+    block: Optim,
+    block_loss: str,
+    block_parts: str,
+    head: Optim | None,
+    all_swapped: bool,
+) -> list[Stage]:
     """The plan of section 3 of the paper's method: attention level, block level, then the classifier.
 
     Args:

@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass
 class Position:
-    """Where a run stands; all zero is the beginning. `sums` are the epoch's running totals, `best` the stage's top-1."""
+    """Where a run stands, all zero at first. `sums` are the epoch's running totals, `best` the stage's top-1."""
 
     stage: int = 0
     epoch: int = 0
@@ -78,18 +78,24 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     name = "momentum" if plain else optim.opt
     optimizer = create_optimizer_v2(model, opt=name, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
     scheduler, _ = create_scheduler_v2(
-        optimizer, optim.sched, num_epochs=optim.epochs, decay_epochs=max(1, optim.epochs // 3), min_lr=optim.min_lr,
-        warmup_lr=optim.warmup_lr, warmup_epochs=min(optim.warmup_epochs, optim.epochs),
-        step_on_epochs=False, updates_per_epoch=updates,
-    )  # fmt: skip
+        optimizer,
+        optim.sched,
+        num_epochs=optim.epochs,
+        decay_epochs=max(1, optim.epochs // 3),
+        min_lr=optim.min_lr,
+        warmup_lr=optim.warmup_lr,
+        warmup_epochs=min(optim.warmup_epochs, optim.epochs),
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
     return optimizer, scheduler
 
 
 def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
     """One step of the optimiser on a toy model. Raises FarError where it needs what the loop does not give.
 
-    The loop calls `step()` once a batch, without a closure, on `device`; some of timm's optimisers need the second derivative,
-    a package or CUDA.
+    The loop calls `step()` once a batch, without a closure, on `device`; some of timm's optimisers need the second
+    derivative, a package or CUDA.
     """
     try:
         with seeded(0):  # the toy's own weights too: a run's modules follow from the seed, whatever was checked before
@@ -103,7 +109,9 @@ def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
             optimizer.step()
     except Exception as error:  # noqa: BLE001  (each optimiser fails in its own way; each means that it cannot serve here)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FarError(f"{flag} {optim.opt}: timm's optimiser of this name cannot serve here ({reason}); try adamw, sgd or lamb") from error
+        raise FarError(
+            f"{flag} {optim.opt}: timm's optimiser of this name cannot serve here ({reason}); try adamw, sgd or lamb"
+        ) from error
 
 
 class Trainer:
@@ -117,16 +125,26 @@ class Trainer:
     """
 
     def __init__(
-        self, model: VisionTransformer, config: FarConfig, stages: list[Stage], make_task, data: Data,
-        run: RunFolder, context: Context, settings: Settings, resumed: dict[str, Any] | None = None,
-    ):  # fmt: skip
+        self,
+        model: VisionTransformer,
+        config: FarConfig,
+        stages: list[Stage],
+        make_task,
+        data: Data,
+        run: RunFolder,
+        context: Context,
+        settings: Settings,
+        resumed: dict[str, Any] | None = None,
+    ):
         self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
         self.data, self.run, self.context, self.settings = data, run, context, settings
         self.resumed, self.source = resumed, f"--resume {run.path / 'last.pth'}"
         self.at = Position(**self._resumed_position()) if resumed else Position()
         self.trace: list[dict[str, float]] = []  # the process's own losses step by step, not yet written
         if not context.main:
-            self.at.sums = dict.fromkeys(self.at.sums, 0.0)  # a stopped epoch's totals are stored once, for all processes
+            self.at.sums = dict.fromkeys(
+                self.at.sums, 0.0
+            )  # a stopped epoch's totals are stored once, for all processes
         self.autocast = settings.autocast(context.device)
         self.mixup = settings.mixer(data.num_classes)
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.amp == "fp16")
@@ -140,7 +158,7 @@ class Trainer:
         return check(self.resumed, self.config, self.stages, batches, self.source)
 
     def fit(self) -> dict[str, float]:
-        """Trains every stage; returns the evaluation of the weights the run hands on. Raises signals.Stopped, FarError."""
+        """Trains every stage; returns the evaluation of the weights handed on. Raises signals.Stopped, FarError."""
         self._place()
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
@@ -161,7 +179,10 @@ class Trainer:
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
         self._place()
         count = select_trainable(self.model, stage)
-        self._say(f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, {stage.optim.epochs} epochs")
+        self._say(
+            f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, "
+            f"{stage.optim.epochs} epochs"
+        )
         loader = self.data.train_loader(stage.optim.batch_size)
         self.updates = math.ceil(len(loader) / stage.optim.accum_steps)
         self.optimizer, self.scheduler = make_optimizer(self.model, stage.optim, self.updates)
@@ -197,10 +218,18 @@ class Trainer:
         total = len(loader)
         task.train()
         self.data.at(loader, self.at.stage * 10_000 + self.at.epoch, self.at.step)
-        with naming_dead_workers(loader.num_workers), tqdm(
-            total=total, initial=self.at.step, desc=f"{stage.name} {self.at.epoch + 1}/{stage.optim.epochs}",
-            unit="step", leave=False, disable=not self.context.main, mininterval=0.5,
-        ) as bar:  # fmt: skip
+        with (
+            naming_dead_workers(loader.num_workers),
+            tqdm(
+                total=total,
+                initial=self.at.step,
+                desc=f"{stage.name} {self.at.epoch + 1}/{stage.optim.epochs}",
+                unit="step",
+                leave=False,
+                disable=not self.context.main,
+                mininterval=0.5,
+            ) as bar,
+        ):
             return self._steps(task, stage, loader, bar)
 
     def _steps(self, task: nn.Module, stage: Stage, loader, bar: tqdm) -> int:
@@ -258,7 +287,9 @@ class Trainer:
 
     def _stop(self, stage: Stage, number: int) -> None:
         self._save_last()
-        where = f"stage {stage.name}, epoch {self.at.epoch + 1}, step {self.at.step}: {self.run.path / 'last.pth'} holds it"
+        where = (
+            f"stage {stage.name}, epoch {self.at.epoch + 1}, step {self.at.step}: {self.run.path / 'last.pth'} holds it"
+        )
         message = f"stopped at {where}; the same command with --resume goes on" if self.context.main else ""
         raise signals.Stopped(number, message, saved=True)
 
@@ -269,7 +300,8 @@ class Trainer:
             value = parts["loss"].item()
             if not math.isfinite(value):
                 raise FarError(
-                    f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage {stage.name}; the last good "
+                    f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage "
+                    f"{stage.name}; the last good "
                     f"checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
             values = {name: float(part) for name, part in parts.items()}
@@ -287,11 +319,15 @@ class Trainer:
             sums = dict(zip(sums, values, strict=True))
         # The log first: a kill in between runs its rows again, which then replace themselves.
         self.run.append("steps.jsonl", self.trace)
-        self.run.save("last.pth", {
-            **pack(self.model, self.config),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "position": {**vars(self.at), "sums": sums},
-        })  # fmt: skip
+        self.run.save(
+            "last.pth",
+            {
+                **pack(self.model, self.config),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "position": {**vars(self.at), "sums": sums},
+            },
+        )
         self.trace = []
         self.context.barrier()
 
@@ -301,14 +337,21 @@ class Trainer:
             self.at.best = val["acc1"]
             self.run.save("best.pth", pack(self.model, self.config))
         row = {
-            "stage": stage.name, "stage_index": self.at.stage, "epoch": self.at.epoch,
-            "lr": self.optimizer.param_groups[0]["lr"], "train": train, "val": val,
-            "seconds": round(seconds, 3), "images_per_s": round(images / seconds, 1) if seconds else 0.0,
-        }  # fmt: skip
+            "stage": stage.name,
+            "stage_index": self.at.stage,
+            "epoch": self.at.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train": train,
+            "val": val,
+            "seconds": round(seconds, 3),
+            "images_per_s": round(images / seconds, 1) if seconds else 0.0,
+        }
         self.run.append("log.jsonl", [row])
         losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())
         when = f"epoch {self.at.epoch}/{stage.optim.epochs}" if train else "before training"
-        self._say(f"  {when}: top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} {losses}".rstrip())
+        self._say(
+            f"  {when}: top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} {losses}".rstrip()
+        )
 
     def _hand_on(self) -> None:
         """The next stage starts from this one's selected weights."""

@@ -1,4 +1,4 @@
-"""What stands in attention's place: the multi-head bidirectional LSTM, and a token mixer to compare with (arXiv 2505.21535)."""
+"""What stands in attention's place: the multi-head bidirectional LSTM, and a token mixer (arXiv 2505.21535)."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,7 @@ class DirectionLSTM(nn.Module):
         return self.weight_hh.shape[1]
 
     def reset_parameters(self) -> None:
-        """Xavier input weights, orthogonal recurrence, forget bias 1 (Jozefowicz et al., 2015): long memory at the start."""
+        """Xavier input weights, orthogonal recurrence, forget bias 1 (Jozefowicz et al., 2015): long memory."""
         with torch.no_grad():
             for w in self.weight_ih.chunk(4):
                 nn.init.xavier_uniform_(w)
@@ -114,9 +114,11 @@ class MultiHeadBiLSTM(Replacement):
     def init_from_attention(self, attn: nn.Module, init: str) -> None:
         """Where the LSTMs start. `chrono` was the best of the three on the digits (README, ablation).
 
-        random: pre_proj by torch, forget bias 1. value: pre_proj is the teacher's value projection, what attention averages.
+        random: pre_proj by torch, forget bias 1. value: pre_proj is the teacher's value projection, what attention
+        averages.
         chrono: that, and units that remember for between 1 and N tokens, forget bias log U(1, N - 1), input bias its
-        negative (Tallec & Ollivier, arXiv 1804.11188): attention reads all tokens, an LSTM must first learn to hold them.
+        negative (Tallec & Ollivier, arXiv 1804.11188): attention reads all tokens, an LSTM must first learn to
+        hold them.
         """
         super().init_from_attention(attn, init)
         if init == "chrono":
@@ -132,7 +134,7 @@ class MultiHeadBiLSTM(Replacement):
     def to_dense(self) -> nn.LSTM:
         """The published shape of the same function: one bidirectional LSTM with our blocks on its diagonal.
 
-        Rows are gate-major (row = gate * H * u + head * u + unit). Ragged heads are padded with zero units to the widest.
+        Rows are gate-major (row = gate * H * u + head * u + unit). Ragged heads are padded with zero units.
         Its output (B, N, 2 H u) holds all forward units, then all backward ones.
         """
         d, width = self.dim // self.num_heads, max(max(pair) for pair in self.units)

@@ -65,9 +65,7 @@ def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float
             f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {PATCH_SIZE[base_model]}, "
             f"up to {LARGEST_INPUT}"
         )
-    return TEACHERS[base_model](
-        num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path
-    )
+    return TEACHERS[base_model](num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path)
 
 
 def teacher_state(content: dict, source: str) -> dict[str, Tensor]:
@@ -125,13 +123,17 @@ def load_teacher_weights(model: VisionTransformer, path: str | Path, flag: str =
 def load_published_weights(model: VisionTransformer, base_model: str) -> None:
     """timm's pretrained weights by name, from its cache or the network; one clear error where neither has them."""
     if base_model not in PUBLISHED:
-        raise FarError(f"--base-weight: {base_model} has no published weights; train one with --mode teacher, then name it")
+        raise FarError(
+            f"--base-weight: {base_model} has no published weights; train one with --mode teacher, then name it"
+        )
     if model.num_classes != 1000:
         raise FarError(
             f"--base-weight: the published {base_model} knows 1000 classes, --dataset has {model.num_classes}; "
             "train a teacher on it with --mode teacher and name its best.pth"
         )
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its retries; the error below tells the end
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it tells each of its retries; the error below tells the end
     try:
         published = TEACHERS[base_model](pretrained=True)
     except Exception as error:  # noqa: BLE001  (the hub's client raises a dozen unrelated types; each means the same here)

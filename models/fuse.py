@@ -30,10 +30,11 @@ class FusedBiLSTM(nn.Module):
     """The function of a MultiHeadBiLSTM without gradients: x (B, N, D) to (B, N, D).
 
     pre_proj is merged into the input weights where D * 4 sum(u) < D^2 + d * 4 sum(u); head_proj into post_proj where
-    D * sum(u) is at most PATIENCE times d * sum(u) + D^2 (multiplications a token). recurrent: precision of W_hh; bfloat16
-    is faster and rounds hidden states to three digits (FarError where the CPU kernel cannot).
+    D * sum(u) is at most PATIENCE times d * sum(u) + D^2 (multiplications a token). recurrent: precision of W_hh;
+    bfloat16 is faster and rounds hidden states to three digits (FarError where the CPU kernel cannot).
 
-    Where the C++ kernel serves (float32 on a CPU), `weights` are the cells' only copy, packed for it: three tensors a cell.
+    Where the C++ kernel serves (float32 on a CPU), `weights` are the cells' only copy, packed for it: three
+    tensors a cell.
     Such a module stays where it is, and FarError says so. Elsewhere `weights` are those of `kernels.Cell`, four a cell.
     """
 
@@ -115,7 +116,8 @@ class FusedBiLSTM(nn.Module):
         moved = fn(self.out_b)
         if self.packed and (moved.dtype, moved.device.type) != (torch.float32, "cpu"):
             raise FarError(
-                f"a model fused for the CPU kernel cannot become {moved.dtype} on {moved.device}; move it first, then fuse"
+                f"a model fused for the CPU kernel cannot become {moved.dtype} on {moved.device}; "
+                f"move it first, then fuse"
             )
         return super()._apply(fn, recurse)
 
@@ -127,7 +129,7 @@ class FusedBiLSTM(nn.Module):
 
 
 class LastBlock(nn.Module):
-    """The last block of a classifier that reads nothing but the class token: once tokens are mixed, only that one goes on.
+    """The last block of a classifier that reads the class token alone: once tokens are mixed, only that one goes on.
 
     x (B, N, D) to (B, 1, D).
     """

@@ -26,8 +26,8 @@ class FarConfig:
     """All that is needed to rebuild a model before its weights are loaded.
 
     replaced: indices of the replaced blocks; empty is a plain teacher.
-    units: kept units u[h][r] of those replaced blocks that were pruned, by block index (as text: it is stored as JSON too).
-    mlp: hidden units of those MLPs that were pruned, by block index.
+    units: kept units u[h][r] of those replaced blocks that were pruned, by block index (as text: it is stored as
+    JSON too). mlp: hidden units of those MLPs that were pruned, by block index.
     """
 
     base_model: str
@@ -60,8 +60,10 @@ def parse_blocks(text: str | Sequence[str], depth: int) -> tuple[int, ...]:
     return tuple(sorted(blocks))
 
 
-def swap_attention(model: VisionTransformer, blocks: Iterable[int], rep_by: str, init: str = "chrono", units=None) -> None:
-    """Replaces the attention of the named blocks in place, post_proj carried over; blocks already replaced are left alone."""
+def swap_attention(
+    model: VisionTransformer, blocks: Iterable[int], rep_by: str, init: str = "chrono", units=None
+) -> None:
+    """Replaces the attention of the named blocks in place, post_proj carried over; replaced ones are left alone."""
     units = units or {}
     num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     for index in blocks:

@@ -45,7 +45,13 @@ def launch(*command: str, cwd: Path, timeout: int = 300, **env: str) -> subproce
     """Runs a command of the README from `cwd`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
     return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -64,9 +70,13 @@ def torchrun(*flags: str, script: str = "main.py", processes: int = 2, before: t
 def spawn(*command: str, cwd: Path, **env: str) -> subprocess.Popen:
     """The same as `launch`, going on by itself; its output comes together from `communicate()`."""
     return subprocess.Popen(
-        [sys.executable, *command], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *command],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
-    )  # fmt: skip
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:

@@ -24,8 +24,10 @@ def test_multi_head_equals_dense_lstm_with_blocks_on_its_diagonal(units):
     dense, width = m.to_dense(), max(max(pair) for pair in units)
     out, _ = dense(m.pre_proj(x))  # (B, N, 2 H width)
     out = out.unflatten(2, (2, 3, width))
-    z = [p(torch.cat([out[:, :, 0, h, :f], out[:, :, 1, h, :b]], 2))
-         for h, (p, (f, b)) in enumerate(zip(m.head_proj, units, strict=True))]  # fmt: skip
+    z = [
+        p(torch.cat([out[:, :, 0, h, :f], out[:, :, 1, h, :b]], 2))
+        for h, (p, (f, b)) in enumerate(zip(m.head_proj, units, strict=True))
+    ]
     assert relative_error(m(x), m.post_proj(torch.cat(z, 2))) < 1e-10
     off_diagonal = dense.weight_hh_l0.unflatten(0, (4, 3, width)).unflatten(3, (3, width))[:, 0, :, 1]
     assert off_diagonal.abs().max() == 0
@@ -97,7 +99,8 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too():
 
 
 @pytest.mark.parametrize(
-    ("text", "blocks"), [("0-11", range(12)), ("0,2,5-7", (0, 2, 5, 6, 7)), (["0", "2", "5-7"], (0, 2, 5, 6, 7)), ("all", range(12))]
+    ("text", "blocks"),
+    [("0-11", range(12)), ("0,2,5-7", (0, 2, 5, 6, 7)), (["0", "2", "5-7"], (0, 2, 5, 6, 7)), ("all", range(12))],
 )
 def test_replace_reads_indices_and_ranges(text, blocks):
     assert parse_blocks(text, 12) == tuple(blocks)

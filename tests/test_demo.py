@@ -13,8 +13,17 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
         done = launch(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
-        assert {"teacher_acc1", "far_acc1", "downstream_acc1", "seed", "seconds", "far_params", "pruned_acc1", "pruned_params",
-                "kept_units"} <= summary.keys()
+        assert {
+            "teacher_acc1",
+            "far_acc1",
+            "downstream_acc1",
+            "seed",
+            "seconds",
+            "far_params",
+            "pruned_acc1",
+            "pruned_params",
+            "kept_units",
+        } <= summary.keys()
         assert set(summary["seconds"]) == {"teacher", "attn", "far", "downstream", "prune"}
     (tmp_path / "runs/demo/summary.json").rename(tmp_path / "kept.json")  # as if stopped before its end
     done = launch(*command, "--seeds", "1", cwd=tmp_path)
@@ -27,7 +36,9 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
     assert (tmp_path / "runs/demo/similarity.png").stat().st_size > 5000
     assert "FAR after stage block" in done.stdout
     assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6
-    done = launch(str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path)  # finds the demo by itself
+    done = launch(
+        str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path
+    )  # finds the demo by itself
     assert done.returncode == 0 and "runs/demo/figures" in done.stdout, done.stderr
 
 
@@ -40,7 +51,14 @@ def test_the_demo_removes_only_what_it_made(tmp_path, failure):
     assert (theirs / "summary.json").read_text() == (theirs / "teacher/thesis.txt").read_text() == "mine"
     own = tmp_path / "own"
     demo.claim(own)
-    for name in ("teacher/best.pth", "data/parity/train/odd/1.png", "data/mine.txt", "notes.txt", "summary.json", "attn.seconds"):
+    for name in (
+        "teacher/best.pth",
+        "data/parity/train/odd/1.png",
+        "data/mine.txt",
+        "notes.txt",
+        "summary.json",
+        "attn.seconds",
+    ):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_text("")
     demo.claim(own)  # finished: it starts afresh
@@ -51,12 +69,14 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     for name, weights in (("teacher", teacher), ("far", far / "best.pth"), ("sweep/keep-0.5", far / "best.pth")):
         (tmp_path / "run" / name).mkdir(parents=True)
         shutil.copy(weights, tmp_path / "run" / name / "best.pth")
-    command = [str(ROOT / "benchmark.py"), "--seconds", "0.01", "--batches", "1", "--image-size", "32", "224", "--runs", "run"]
+    command = [str(ROOT / "benchmark.py"), *"--seconds 0.01 --batches 1 --image-size 32 224 --runs run".split()]
     done = launch(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())
     layer = out["layer, batch 1, threads 1"]
-    assert {"attention", "dense BiLSTM", "FAR fused", "FAR pruned 0.25"} <= layer.keys() and layer["attention"]["repeats"] >= 3
+    assert {"attention", "dense BiLSTM", "FAR fused", "FAR pruned 0.25"} <= layer.keys() and layer["attention"][
+        "repeats"
+    ] >= 3
     assert [p["tokens"] for p in out["tokens"]["FAR fused"]] == [5, 197]
     assert out["packing"]["packing"]["median_ms"] > 0 and "packing the weights of a layer" in done.stdout
     assert all(p["peak_bytes"] > 0 for points in out["tokens"].values() for p in points)
@@ -66,7 +86,10 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     assert {"DeiT-Micro (attention)", "FAR fused", "FAR fused, keep 0.5"} <= rows.keys()
     recorded = json.loads((far / "result.json").read_text())
     assert abs(rows["FAR fused"]["acc1"] - recorded["acc1"]) < 2  # barely trained: ties tip over when maps are merged
-    assert out["size"]["DeiT-Tiny"]["parameters"] == 5_717_416 and out["size"]["FAR pruned 0.25"]["macs"] < out["size"]["FAR"]["macs"]
+    assert (
+        out["size"]["DeiT-Tiny"]["parameters"] == 5_717_416
+        and out["size"]["FAR pruned 0.25"]["macs"] < out["size"]["FAR"]["macs"]
+    )
     dense, blocks = 2 * 8 * 192**2 + 2 * 192**2, 6 * 8 * 64**2 + 6 * 64**2  # LSTMs and the joining projection, a token
     assert out["size"]["dense BiLSTM"]["macs"] - out["size"]["FAR"]["macs"] == 12 * 197 * (dense - blocks)
     ratio = layer["dense BiLSTM"]["median_ms"] / layer["FAR fused"]["median_ms"]

@@ -82,7 +82,9 @@ def test_only_the_named_parts_get_gradients(parts):
     student, teacher = pair()
     s = stage("classification", parts=parts)
     count = select_trainable(student, s)
-    Distillation(student, teacher, s, nn.CrossEntropyLoss())(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))[0].backward()
+    Distillation(student, teacher, s, nn.CrossEntropyLoss())(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))[
+        0
+    ].backward()
     got = {name for name, p in student.named_parameters() if p.grad is not None}
     attn = {f"blocks.{i}.attn." for i in (1, 2)}
     belongs = {
@@ -102,6 +104,9 @@ def test_sequential_steps_go_front_to_back_and_swap_as_they_go():
     assert steps((0, 1), "parallel", 1) == [(0, 1)]
     plan = distillation((0, 1, 2), "sequential", 2, OPTIM, "combine", OPTIM, "classification", "block", OPTIM, False)
     assert [(s.name, s.swapped, s.blocks) for s in plan] == [
-        ("attn 1/2", (0, 1), (0, 1)), ("attn 2/2", (0, 1, 2), (2,)),
-        ("block 1/2", (0, 1, 2), (0, 1)), ("block 2/2", (0, 1, 2), (2,)), ("head", (0, 1, 2), (0, 1, 2)),
-    ]  # fmt: skip
+        ("attn 1/2", (0, 1), (0, 1)),
+        ("attn 2/2", (0, 1, 2), (2,)),
+        ("block 1/2", (0, 1, 2), (0, 1)),
+        ("block 2/2", (0, 1, 2), (2,)),
+        ("head", (0, 1, 2), (0, 1, 2)),
+    ]

@@ -20,7 +20,8 @@ from utils.distributed import Context
 def runs(tmp_path_factory):
     """One run by one process and by two, in folders `one` and `two`: three batches an epoch, added up two by two.
 
-    The model begins with the class that most evaluation images have; training, where most have the other, turns it away.
+    The model begins with the class that most evaluation images have; training, where most have the other, turns it
+    away.
     """
     folder = tmp_path_factory.mktemp("best")
     for split, counts in (("train", (4, 38)), ("val", (7, 2))):
@@ -31,9 +32,17 @@ def runs(tmp_path_factory):
         model.head.bias.copy_(torch.tensor([0.5, -0.5]))
         model.head.weight.mul_(0.1)
     torch.save(model.state_dict(), folder / "start.pth")
-    common = ["--mode", "teacher", "--dataset", "FOLDER", "--data-path", str(folder / "data"), "--scale", "Micro", *QUIET,
-              "--base-weight", str(folder / "start.pth"), "--epochs", "2", "--drop-path", "0", "--accum-steps", "2",
-              "--select", "best", "--opt", "sgd", "--lr", "0.03", "--warmup-epochs", "0", "--unscale-lr"]  # fmt: skip
+    common = [
+        *"--mode teacher --dataset FOLDER --data-path".split(),
+        str(folder / "data"),
+        "--scale",
+        "Micro",
+        *QUIET,
+        "--base-weight",
+        str(folder / "start.pth"),
+        *"--epochs 2 --drop-path 0 --accum-steps 2 --select best --opt sgd --lr 0.03 --warmup-epochs 0".split(),
+        *"--unscale-lr".split(),
+    ]
     two = launch(*torchrun(*common, "--batch-size", "7", "--output-dir", "two"), cwd=folder)
     assert two.returncode == 0, two.stderr
     assert main.main([*common, "--batch-size", "14", "--output-dir", str(folder / "one")]) == 0

@@ -166,8 +166,10 @@ def family(mode: str, prefix: str):
     """The rows of one family of optimisation flags."""
     cosine = "--P-epochs 3 --P-lr 0.05 --P-warmup-epochs 1 --P-warmup-lr 0.02 --P-min-lr 0.01 --P-weight-decay 0.3"
     step = "--P-epochs 2 --P-lr 0.02 --P-warmup-epochs 0 --P-sched step --P-accum-steps 2 --unscale-lr"
-    once = ("--P-epochs 1 --P-lr 0.05 --P-warmup-epochs 0 --P-min-lr 0.05 --P-opt sgd --P-momentum 0.7 "
-            "--P-weight-decay 0 --P-accum-steps 3 --P-clip-grad 0.01")
+    once = (
+        "--P-epochs 1 --P-lr 0.05 --P-warmup-epochs 0 --P-min-lr 0.05 --P-opt sgd --P-momentum 0.7 "
+        "--P-weight-decay 0 --P-accum-steps 3 --P-clip-grad 0.01"
+    )
     table = [
         ("--P-epochs", cosine, epochs),
         ("--P-batch-size", cosine, batch_size),
@@ -473,15 +475,19 @@ def families(trainer):
     ]
 
 
-ALL = (f"{TEACHER} --seed 5 --drop 0.3 --drop-path 0.6 --smoothing 0.3 --aa none --color-jitter 0.7 --reprob 0.8 "
-       "--remode const --recount 3 --train-interpolation bilinear --input-size 48 --eval-crop-ratio 0.5 --num-workers 1 "
-       "--repeated-aug")
+ALL = (
+    f"{TEACHER} --seed 5 --drop 0.3 --drop-path 0.6 --smoothing 0.3 --aa none --color-jitter 0.7 --reprob 0.8 "
+    "--remode const --recount 3 --train-interpolation bilinear --input-size 48 --eval-crop-ratio 0.5 --num-workers 1 "
+    "--repeated-aug"
+)
 MIXUP = f"{TEACHER} --mixup 0.8 --aa rand-m7-n3 --train-interpolation bilinear --epochs 1 --batch-size 24 --amp bf16"
 CUTMIX = f"{TEACHER} --cutmix 1.0 --aa none --color-jitter 0 --remode rand --amp fp16"
 
 PARALLEL = f"{TRAIN} {SMALL} --train-mode parallel --step 2"
-FAMILIES = (f"{TRAIN} {SMALL} --opt sgd --lr 1e-3 --block-ft-epochs 2 --block-ft-opt lamb --block-ft-lr 2e-3 "
-            "--unscale-lr --finetune-head")
+FAMILIES = (
+    f"{TRAIN} {SMALL} --opt sgd --lr 1e-3 --block-ft-epochs 2 --block-ft-opt lamb --block-ft-lr 2e-3 "
+    "--unscale-lr --finetune-head"
+)
 
 READY = [
     ("--seed", ALL, seed),
@@ -599,7 +605,9 @@ def test_base_model_and_scale_name_the_teacher(flags, width, ready):
 def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far, capsys):
     calls = []
     for name, kernel in list(KERNELS.items()):
-        monkeypatch.setitem(KERNELS, name, lambda x, cells, name=name, kernel=kernel: calls.append(name) or kernel(x, cells))
+        monkeypatch.setitem(
+            KERNELS, name, lambda x, cells, name=name, kernel=kernel: calls.append(name) or kernel(x, cells)
+        )
     args = ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", str(far / "best.pth")]
     assert main.main([*args, "--lstm-backend", backend]) == 0
     assert set(calls) == {backend}
@@ -616,7 +624,9 @@ def test_eval_fuses_and_keeps_the_accuracy(far, monkeypatch, tmp_path):
         results[fuse] = json.loads((folder / "result.json").read_text())
     plain = results.pop(())
     for result in results.values():
-        assert result["parameters"] == plain["parameters"] and abs(result["acc1"] - plain["acc1"]) < 2  # barely trained: ties tip over
+        assert (
+            result["parameters"] == plain["parameters"] and abs(result["acc1"] - plain["acc1"]) < 2
+        )  # barely trained: ties tip over
         assert abs(result["loss"] - plain["loss"]) < 1e-3
     assert fused == [torch.float32, torch.bfloat16][: len(results)]
 

@@ -35,13 +35,16 @@ def error_against_float64(x, m, got):
 
 
 def gradient_errors(x, m, compute):
-    """Relative errors of hidden states and of every gradient of a random weighting of them, against the float64 reference.
+    """Relative errors of hidden states and of every gradient of a random weighting, against the float64 reference.
 
-    Gradients that almost cancel (a bias of one unit) are held to a thousandth of the weighting's norm instead of their own.
+    Gradients that almost cancel (a bias of one unit) are held to a thousandth of the weighting's norm instead of
+    their own.
     """
     weights = [w for cell in cells(m) for w in cell]
     double = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    expected = kernels.KERNELS["reference"](double[0], [kernels.Cell(*double[i : i + 4]) for i in range(1, len(double), 4)])
+    expected = kernels.KERNELS["reference"](
+        double[0], [kernels.Cell(*double[i : i + 4]) for i in range(1, len(double), 4)]
+    )
     got, direction = compute(), torch.randn_like(expected)
     ours = torch.autograd.grad(got, [x, *weights], direction.to(got.dtype))
     theirs = torch.autograd.grad(expected, double, direction, materialize_grads=True)  # at one token W_hh has none
@@ -81,7 +84,9 @@ def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch)
     rounded = [cell._replace(weight_hh=cell.weight_hh.bfloat16().float()) for cell in cells(m)]
     with_rounded_weights = cpu.fused(x, rounded)
     assert error_against_float64(x, m, got) < 5e-3
-    assert ((got - with_rounded_weights).norm() / got.norm()).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
+    assert (
+        (got - with_rounded_weights).norm() / got.norm()
+    ).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
     assert torch.equal(got, cpu.fused(x, cells(m))) == (tokens == 1)  # the first token meets no recurrence
 
 
@@ -118,7 +123,9 @@ def test_the_cpu_kernel_reads_strided_input(operators):
 def test_extreme_input_saturates_and_nan_passes_through(operators):
     m = layer(UNITS[0])
     x = torch.randn(2, 12, 3, 64) * 1e4
-    assert error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-3  # gates of 1e4 are rounded to 1e-3 in float32
+    assert (
+        error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-3
+    )  # gates of 1e4 are rounded to 1e-3 in float32
     x[0, 5, 1, 0] = float("nan")
     bad = cpu.fused(x, cells(m), operators).isnan()  # (2, 12, 384)
     assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
@@ -181,8 +188,14 @@ def test_a_layer_computes_with_the_weights_it_has_now(change):
 
 
 def start(program, *argv, **env):
-    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *argv],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 BROADCAST = """
@@ -254,10 +267,17 @@ def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, mon
     assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in m.parameters())
 
 
-@pytest.mark.parametrize(("x_learns", "learning", "products"), [
-    (True, [], 6), (False, ["weight_ih"], 6), (False, ["weight_hh"], 6), (False, ["bias_ih"], 0),
-    (False, ["bias_hh", "weight_hh"], 6), (True, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"], 18),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("x_learns", "learning", "products"),
+    [
+        (True, [], 6),
+        (False, ["weight_ih"], 6),
+        (False, ["weight_hh"], 6),
+        (False, ["bias_ih"], 0),
+        (False, ["bias_hh", "weight_hh"], 6),
+        (True, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"], 18),
+    ],
+)
 def test_backward_multiplies_only_for_the_gradients_asked_for(operators, x_learns, learning, products):
     m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_learns)
     asked = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in learning]

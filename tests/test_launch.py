@@ -32,9 +32,12 @@ def assert_same(a: Path, b: Path, name: str = "last.pth"):
 @pytest.fixture(scope="module")
 def short(teacher):
     """A run of two stages with fresh modules in each, eight steps an epoch for two processes."""
-    return ["--mode", "train", "--dataset", "DIGITS", "--scale", "Micro", "--num-workers", "0", "--train-subset", "0.18", "--batch-size", "16",
-            "--block-ft-batch-size", "16", "--base-weight", str(teacher), "--epochs", "2", "--block-ft-epochs", "1", "--step", "2",
-            "--drop-path", "0.2", "--accum-steps", "2"]  # fmt: skip
+    return [
+        *"--mode train --dataset DIGITS --scale Micro --num-workers 0 --train-subset 0.18 --batch-size 16".split(),
+        *"--block-ft-batch-size 16 --base-weight".split(),
+        str(teacher),
+        *"--epochs 2 --block-ft-epochs 1 --step 2 --drop-path 0.2 --accum-steps 2".split(),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,12 @@ def process_of_rank(rank: int, folder: Path) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_those_of_the_undisturbed_run(short, undisturbed, tmp_path):
-    job = spawn(*torchrun(*short, "--output-dir", "run", "--resume", "auto", before=("--max-restarts=2",)), cwd=tmp_path)
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_those_of_the_undisturbed_run(
+    short, undisturbed, tmp_path
+):
+    job = spawn(
+        *torchrun(*short, "--output-dir", "run", "--resume", "auto", before=("--max-restarts=2",)), cwd=tmp_path
+    )
     wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 2, job)
     time.sleep(0.1)  # into the epoch
     os.kill(process_of_rank(1, tmp_path), signal.SIGKILL)
@@ -131,7 +138,8 @@ def slow(*args):
     time.sleep(60)
 jobs.evaluate = slow
 from utils.errors import run_script
-sys.exit(run_script(main.main, ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", {str(far / "best.pth")!r}]))
+argv = "--mode eval --dataset DIGITS --num-workers 0 --far-weight".split()
+sys.exit(run_script(main.main, [*argv, {str(far / "best.pth")!r}]))
 """
     run = spawn("-c", program, cwd=tmp_path)
     assert run.stdout.readline() == "ready\n"
@@ -187,7 +195,9 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     program = "from utils.errors import run_script\nimport sys\nsys.exit(run_script(lambda argv: 1 / 0))"
     done = launch("-c", program, cwd=tmp_path)
     first, *rest = done.stderr.splitlines()
-    assert done.returncode == 1 and "a fault of FAR" in first and "args.json" in first and "ZeroDivisionError" in rest[-1]
+    assert (
+        done.returncode == 1 and "a fault of FAR" in first and "args.json" in first and "ZeroDivisionError" in rest[-1]
+    )
 
 
 ARGS = {"output_dir": None, "resume": None, "epochs": 1}
@@ -197,7 +207,11 @@ def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
     context = distributed.Context()
-    with open_run(ARGS, "train", context) as a, open_run(ARGS, "train", context) as b, open_run(ARGS, "train", context) as c:
+    with (
+        open_run(ARGS, "train", context) as a,
+        open_run(ARGS, "train", context) as b,
+        open_run(ARGS, "train", context) as c,
+    ):
         assert len({a.path, b.path, c.path}) == 3
 
 

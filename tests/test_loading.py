@@ -287,21 +287,52 @@ def test_more_processes_than_images_are_refused():
         digits(subset=0.001, world=2)
 
 
-@pytest.mark.parametrize("text", [
-    "none", "rand", "rand-m9-mstd0.5-inc1", "rand-tweights-n3", "rand-m7-t3a", "augmix-m3-w3", "original-mstd0.5",
-    "v0", "v0r", "originalr", "3a",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "none",
+        "rand",
+        "rand-m9-mstd0.5-inc1",
+        "rand-tweights-n3",
+        "rand-m7-t3a",
+        "augmix-m3-w3",
+        "original-mstd0.5",
+        "v0",
+        "v0r",
+        "originalr",
+        "3a",
+    ],
+)
 def test_policies_that_timm_reads_whole_are_taken(text):
     check_policy(text)
     assert digits(aa=text).train[0, 0][0].isfinite().all()
 
 
-@pytest.mark.parametrize("text", [
-    "", "auto", "random", "rand-mX", "rand-m", "rand-foo", "rand-", "rand--m9", "-rand", "rand-9", "rand-m9x",
-    "rand-m9.5", "rand-q3", "rand-mstd0.5.5", "rand-mstdinf", "rand-tfoo", "rand-t", "rand-m9-m5", "rand-tweights-t3a",
-    "rand-n20-tweights", "rand-m9\nx-n2", "augmix-wide", "augmix-z3", "augmix-a0", "original-m9", "original-mstd",
-    "v0-tweights", "v1", "RAND-m9", " rand-m9",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "auto",
+        "random",
+        "rand-mX",
+        "rand-m",
+        "rand-foo",
+        "rand-",
+        "rand--m9",
+        *"-rand rand-9 rand-m9x rand-m9.5 rand-q3 rand-mstd0.5.5 rand-mstdinf rand-tfoo rand-t rand-m9-m5".split(),
+        *"rand-tweights-t3a rand-n20-tweights".split(),
+        "rand-m9\nx-n2",
+        "augmix-wide",
+        "augmix-z3",
+        "augmix-a0",
+        "original-m9",
+        "original-mstd",
+        "v0-tweights",
+        "v1",
+        "RAND-m9",
+        " rand-m9",
+    ],
+)
 def test_policies_that_timm_rejects_or_would_skip_in_part_are_one_line(text):
     with pytest.raises(FarError, match="^--aa ") as error:
         digits(aa=text)

@@ -21,8 +21,11 @@ from utils.checkpoint import load
 
 UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
 CONFIG = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2, 3), units=UNITS, mlp={"1": 17})
-SMALL = ["--dataset", "DIGITS", "--batch-size", "24", "--ft-batch-size", "24", "--train-subset", "0.05", "--holdout", "0.02", *QUIET,
-         "--epochs", "1", "--ft-epochs", "1", "--decay", "1e-2"]  # fmt: skip
+SMALL = [
+    *"--dataset DIGITS --batch-size 24 --ft-batch-size 24 --train-subset 0.05 --holdout 0.02".split(),
+    *QUIET,
+    *"--epochs 1 --ft-epochs 1 --decay 1e-2".split(),
+]
 
 
 def ragged():
@@ -51,12 +54,21 @@ def group_by_hand(attn, h, r, j):
 def test_unit_norms_are_those_of_groups_written_out():
     model = ragged()
     norms = hoyer.lstm_norms(model)
-    assert {k: len(v) for k, v in norms.items() if k[0] == 0} == {(0, 0, 0): 5, (0, 0, 1): 32, (0, 1, 0): 1, (0, 1, 1): 7}
+    assert {k: len(v) for k, v in norms.items() if k[0] == 0} == {
+        (0, 0, 0): 5,
+        (0, 0, 1): 32,
+        (0, 1, 0): 1,
+        (0, 1, 1): 7,
+    }
     for block, h, r in [(0, 0, 0), (0, 1, 1), (2, 1, 0), (3, 1, 1)]:
-        expected = torch.stack([group_by_hand(model.blocks[block].attn, h, r, j).norm() for j in range(len(norms[block, h, r]))])
+        expected = torch.stack(
+            [group_by_hand(model.blocks[block].attn, h, r, j).norm() for j in range(len(norms[block, h, r]))]
+        )
         torch.testing.assert_close(norms[block, h, r], expected, rtol=1e-12, atol=0)
     mlp = model.blocks[1].mlp
-    by_hand = torch.stack([torch.cat([mlp.fc1.weight[j], mlp.fc1.bias[j : j + 1], mlp.fc2.weight[:, j]]).norm() for j in range(17)])
+    by_hand = torch.stack(
+        [torch.cat([mlp.fc1.weight[j], mlp.fc1.bias[j : j + 1], mlp.fc2.weight[:, j]]).norm() for j in range(17)]
+    )
     torch.testing.assert_close(hoyer.mlp_norms(model)[1,], by_hand, rtol=1e-12, atol=0)
 
 
@@ -125,7 +137,11 @@ def test_shrinking_zeroed_units_keeps_the_output():
 
 
 def norms_by_hand():
-    return {(0, 0, 0): torch.tensor([1.0, 3.0]), (0, 0, 1): torch.tensor([0.2, 0.1]), (1, 0, 0): torch.tensor([8.0, 10.0, 30.0])}
+    return {
+        (0, 0, 0): torch.tensor([1.0, 3.0]),
+        (0, 0, 1): torch.tensor([0.2, 0.1]),
+        (1, 0, 0): torch.tensor([8.0, 10.0, 30.0]),
+    }
 
 
 def lists(kept):
@@ -186,7 +202,11 @@ def test_prune_shrinks_reports_and_its_checkpoint_rebuilds_alone(pruned, tmp_pat
     assert [row["when"] for row in report["rows"]] == ["before", "regularized", "pruned", "fine-tuned"]
     before, _, _, after = report["rows"]
     assert (before["units"], after["units"]) == (512, 256)
-    assert after["parameters"] < before["parameters"] and after["macs"] < before["macs"] and after["bytes"] < before["bytes"]
+    assert (
+        after["parameters"] < before["parameters"]
+        and after["macs"] < before["macs"]
+        and after["bytes"] < before["bytes"]
+    )
     model, config = load_model(folder / "best.pth", "--test")
     assert config.pruned and count_parameters(model) == after["parameters"]
     assert sum(block.mlp.fc1.out_features for block in model.blocks) == 256
@@ -206,14 +226,31 @@ def test_a_pruned_model_can_be_pruned_again(pruned, tmp_path):
     assert report["rows"][-1]["units"] == 128
 
 
-@pytest.mark.parametrize("flags", ["--reg 0", "--reg 1", "--reg 2", "--decay 10", "--prune-mlp", "--ft-lr 1", "--ft-epochs 2", "--lr 1e-2",
-                                   "--no-distill", "--sensitivity 0.9", "--target-params 250000", "--keep-ratio 0.3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--reg 0",
+        "--reg 1",
+        "--reg 2",
+        "--decay 10",
+        "--prune-mlp",
+        "--ft-lr 1",
+        "--ft-epochs 2",
+        "--lr 1e-2",
+        "--no-distill",
+        "--sensitivity 0.9",
+        "--target-params 250000",
+        "--keep-ratio 0.3",
+    ],
+)
 def test_each_pruning_flag_changes_the_result(flags, far, teacher, tmp_path, once):
     base = ["--base-weight", str(teacher), "--seed", "1", "--select", "last"]
     unchanged = once("base", lambda folder: run(folder, far, *base) and load(folder / "best.pth", "--test")["model"])
     run(tmp_path / "other", far, *base, *flags.split())
     other = load(tmp_path / "other/best.pth", "--test")["model"]
-    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(unchanged.values(), other.values(), strict=True))
+    assert any(
+        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(unchanged.values(), other.values(), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -230,12 +267,22 @@ def once(tmp_path_factory):
 
 @pytest.mark.parametrize("stop", ["regularize/last.pth", "last.pth"])
 def test_a_killed_pruning_resumes_bit_equal(far, tmp_path, stop):
-    argv = ["--model-path", str(far / "best.pth"), *SMALL, "--epochs", "2", "--ft-epochs", "2", "--ft-lr", "1e-2", "--keep-ratio", "0.5"]
+    argv = [
+        "--model-path",
+        str(far / "best.pth"),
+        *SMALL,
+        *"--epochs 2 --ft-epochs 2 --ft-lr 1e-2 --keep-ratio 0.5".split(),
+    ]
     command = [str(ROOT / "prune.py"), *argv]
     whole = launch(*command, "--output-dir", "a", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([sys.executable, *command, "--output-dir", "b"], cwd=tmp_path, env={**os.environ,
-                               "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *command, "--output-dir", "b"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "b" / stop).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -251,8 +298,14 @@ def test_a_killed_pruning_resumes_bit_equal(far, tmp_path, stop):
 def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
     argv = ["--model-path", str(far / "best.pth"), *SMALL, "--drop-path", "0", "--sweep", "0.5,0.2", "--select", "last"]
     one = launch(str(ROOT / "prune.py"), *argv, "--output-dir", "a", cwd=tmp_path)
-    two = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "prune.py"), "--distributed", *argv,
-                 "--batch-size", "12", "--ft-batch-size", "12", "--output-dir", "b", cwd=tmp_path)  # fmt: skip
+    two = launch(
+        *"-m torch.distributed.run --standalone --nproc_per_node=2".split(),
+        str(ROOT / "prune.py"),
+        "--distributed",
+        *argv,
+        *"--batch-size 12 --ft-batch-size 12 --output-dir b".split(),
+        cwd=tmp_path,
+    )
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     for keep in ("keep-0.5", "keep-0.2"):
         a, b = (load(tmp_path / run / keep / "best.pth", "--test") for run in "ab")
@@ -269,13 +322,23 @@ def test_the_lines_of_section_7_parse_as_written(line):
     assert (args.reg, args.decay, args.ft_epochs, args.ft_lr, args.ft_batch_size) == (3, 1e-4, 30, 5e-6, 256)
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    ("--keep-ratio 0.5 --sensitivity 1", "--sensitivity and --keep-ratio"), ("--sweep 0.5 --target-params 9", "--target-params and --sweep"),
-    ("--keep-ratio 0", "--keep-ratio"), ("--keep-ratio 1.5", "--keep-ratio"), ("--sweep 0.5,x", "--sweep"),
-    ("--keep-ratio 0.01", "smallest possible is 0.03125"), ("--target-params 1000", "smallest possible"), ("--distill", "--base-weight"),
-    ("--base-weight nowhere.pth", "nowhere.pth"), ("--scale Tiny", "--scale"), ("--model-path none.pth", "none.pth"),
-    ("--dataset IMNET", "IMNET"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--keep-ratio 0.5 --sensitivity 1", "--sensitivity and --keep-ratio"),
+        ("--sweep 0.5 --target-params 9", "--target-params and --sweep"),
+        ("--keep-ratio 0", "--keep-ratio"),
+        ("--keep-ratio 1.5", "--keep-ratio"),
+        ("--sweep 0.5,x", "--sweep"),
+        ("--keep-ratio 0.01", "smallest possible is 0.03125"),
+        ("--target-params 1000", "smallest possible"),
+        ("--distill", "--base-weight"),
+        ("--base-weight nowhere.pth", "nowhere.pth"),
+        ("--scale Tiny", "--scale"),
+        ("--model-path none.pth", "none.pth"),
+        ("--dataset IMNET", "IMNET"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, failure):
     argv = ["--model-path", far / "best.pth", *SMALL, "--output-dir", tmp_path / "run", *flags.split()]
     assert said in failure(*argv, script=prune.main)
@@ -284,5 +347,13 @@ def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, fai
 
 def test_a_teacher_of_another_kind_is_refused(far, tmp_path, failure):
     torch.save(create_teacher("DeiT-Tiny", 10, 224).state_dict(), tmp_path / "tiny.pth")
-    argv = ["--model-path", far / "best.pth", *SMALL, "--output-dir", tmp_path / "run", "--base-weight", tmp_path / "tiny.pth"]
+    argv = [
+        "--model-path",
+        far / "best.pth",
+        *SMALL,
+        "--output-dir",
+        tmp_path / "run",
+        "--base-weight",
+        tmp_path / "tiny.pth",
+    ]
     assert "tiny.pth" in failure(*argv, script=prune.main)

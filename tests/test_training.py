@@ -45,9 +45,13 @@ def rows(run):
 @pytest.fixture(scope="module")
 def long(teacher):
     """A run in two stages, with everything random switched on."""
-    return [*TRAIN, "--base-weight", str(teacher), "--epochs", "2", "--block-ft-epochs", "2",
-            "--batch-size", "16", "--block-ft-batch-size", "16", "--train-mode", "sequential", "--step", "2",
-            "--mixup", "0.8", "--cutmix", "1.0", "--drop-path", "0.2", "--drop", "0.1", "--reprob", "0.5"]  # fmt: skip
+    return [
+        *TRAIN,
+        "--base-weight",
+        str(teacher),
+        *"--epochs 2 --block-ft-epochs 2 --batch-size 16 --block-ft-batch-size 16 --train-mode sequential".split(),
+        *"--step 2 --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5".split(),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +63,15 @@ def uninterrupted(long, tmp_path_factory):
 
 
 def interrupt(command, folder, number, after):
-    """Starts a run, sends it a signal once log.jsonl has `after` lines and a moment has passed, returns (code, output)."""
+    """Starts a run, sends it a signal a moment after log.jsonl has `after` lines, returns (code, output)."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *command, "--output-dir", "run"], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "main.py"), *command, "--output-dir", "run"],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     log, deadline = folder / "run/log.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= after):
         time.sleep(0.01)
@@ -81,7 +89,9 @@ def test_a_run_killed_mid_epoch_ends_bit_equal_after_resume(long, uninterrupted,
     assert done.returncode == 0, done.stderr
     assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
     assert_equal(weights(tmp_path / "run", "best.pth"), weights(uninterrupted, "best.pth"))
-    a, b = ([(r["stage"], r["epoch"], r["train"], r["val"]) for r in rows(run)] for run in (tmp_path / "run", uninterrupted))
+    a, b = (
+        [(r["stage"], r["epoch"], r["train"], r["val"]) for r in rows(run)] for run in (tmp_path / "run", uninterrupted)
+    )
     assert a == b
 
 
@@ -126,8 +136,13 @@ def test_evaluation_agrees_with_one_pass_by_hand(far):
 
 
 def test_gradient_accumulation_equals_the_larger_batch(teacher, tmp_path):
-    common = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0", "--drop-path", "0",
-              "--unscale-lr", "--opt", "sgd", "--warmup-epochs", "0", "--lr", "0.1", "--select", "last"]  # fmt: skip
+    common = [
+        *TRAIN,
+        "--base-weight",
+        str(teacher),
+        *"--epochs 1 --block-ft-epochs 0 --drop-path 0 --unscale-lr --opt sgd --warmup-epochs 0 --lr 0.1".split(),
+        *"--select last".split(),
+    ]
     # 144 images: three batches of 48, or six of 24 taken two by two.
     assert main.main([*common, "--batch-size", "48", "--output-dir", str(tmp_path / "a")]) == 0
     assert main.main([*common, "--batch-size", "24", "--accum-steps", "2", "--output-dir", str(tmp_path / "b")]) == 0
@@ -138,8 +153,7 @@ def test_gradient_accumulation_equals_the_larger_batch(teacher, tmp_path):
 
 
 def test_select_hands_on_the_best_or_the_last_epoch(teacher, tmp_path):
-    common = [*TEACH, "--base-weight", str(teacher), "--epochs", "3", "--lr", "0.05", "--unscale-lr",
-              "--warmup-epochs", "0"]  # fmt: skip
+    common = [*TEACH, "--base-weight", str(teacher), *"--epochs 3 --lr 0.05 --unscale-lr --warmup-epochs 0".split()]
     for select in ("best", "last"):
         assert main.main([*common, "--select", select, "--output-dir", str(tmp_path / select)]) == 0
         accuracies = [r["val"]["acc1"] for r in rows(tmp_path / select)]
@@ -157,15 +171,28 @@ def test_amp_trains_with_finite_losses(amp, teacher, tmp_path):
 @pytest.mark.parametrize("rep_by", ["lstm", "mixer"])
 @pytest.mark.parametrize("source", ["teacher", "student"])
 def test_every_replacement_trains_from_either_input(rep_by, source, teacher, tmp_path):
-    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1", "--rep-by", rep_by,
-            "--distill-input", source, "--finetune-head", "--train-loss", "similarity", "--block-ft-train-loss", "combine"]  # fmt: skip
+    args = [
+        *TRAIN,
+        "--base-weight",
+        str(teacher),
+        *"--epochs 1 --block-ft-epochs 1 --rep-by".split(),
+        rep_by,
+        "--distill-input",
+        source,
+        *"--finetune-head --train-loss similarity --block-ft-train-loss combine".split(),
+    ]
     assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
     assert [r["stage"] for r in rows(tmp_path / "run")] == ["attn"] * 2 + ["block"] * 2 + ["head"] * 2
 
 
 def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(failure, teacher, tmp_path):
-    line = failure(*TRAIN, "--base-weight", teacher, "--epochs", "3", "--lr", "1e30", "--unscale-lr",
-                   "--warmup-epochs", "0", "--opt", "sgd", "--output-dir", tmp_path / "run")  # fmt: skip
+    line = failure(
+        *TRAIN,
+        "--base-weight",
+        teacher,
+        *"--epochs 3 --lr 1e30 --unscale-lr --warmup-epochs 0 --opt sgd --output-dir".split(),
+        tmp_path / "run",
+    )
     assert "step" in line and "stage attn" in line and str(tmp_path / "run/last.pth") in line
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
 
@@ -228,7 +255,9 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_norms_and_positions(opt
     optimizer.step()
     for name, p in model.named_parameters():
         kept = p.ndim == 1 or name in ("cls_token", "pos_embed")  # as DeiT and timm have it
-        torch.testing.assert_close(p.detach(), before[name] * (1 if kept else 1 - 0.03 * 0.2), rtol=1e-6, atol=0, msg=name)
+        torch.testing.assert_close(
+            p.detach(), before[name] * (1 if kept else 1 - 0.03 * 0.2), rtol=1e-6, atol=0, msg=name
+        )
 
 
 def test_ranks_draw_different_dropout_and_one_rank_always_the_same(tmp_path):
@@ -255,6 +284,7 @@ def test_clipping_bounds_the_gradient_itself_not_the_scaled_one(amp, tmp_path):
     slope = torch.randn(10, 64)
     short, long = 0.5 * slope / slope.norm(), 30 * slope / slope.norm()
     for name, given, norm in (("short", short, 0.5), ("long", long, 0.7)):
+
         def task(model, given=given):
             return lambda stage, criterion: Slope(model, given)
 

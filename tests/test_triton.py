@@ -1,4 +1,4 @@
-"""The Triton kernels: computed in Triton's interpreter where there is no GPU, and compiled for two generations of GPUs anyway."""
+"""The Triton kernels: computed in Triton's interpreter without a GPU, and compiled for two generations of GPUs."""
 
 import json
 import os
@@ -17,7 +17,9 @@ from tests.test_kernels import UNITS, cells, error_against_float64, gradient_err
 from utils.errors import FarError
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/__init__.py turns the interpreter on where there is no GPU
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # tests/__init__.py turns the interpreter on where there is no GPU
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -73,23 +75,30 @@ import json, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from models.kernels import gpu, lstm_triton
-tensors = {"forward": ("inputs", "weight", "hidden", "gates", "states"), "backward": ("d_hidden", "weight", "gates", "states", "d_inputs")}
+tensors = {
+    "forward": ("inputs", "weight", "hidden", "gates", "states"),
+    "backward": ("d_hidden", "weight", "gates", "states", "d_inputs"),
+}
 for capability in (80, 90):
     for name, names in tensors.items():
         for units in (16, 64):
-            constants = {"U": units, "BT": gpu.ROWS, "PRECISION": "tf32", **({"KEEP": True} if name == "forward" else {})}
+            keep = {"KEEP": True} if name == "forward" else {}
+            constants = {"U": units, "BT": gpu.ROWS, "PRECISION": "tf32", **keep}
             types = {**dict.fromkeys(names, "*fp32"), "B": "i32", "N": "i32", **dict.fromkeys(constants, "constexpr")}
             source = ASTSource(getattr(lstm_triton, name), types, constexprs=constants,
                                attrs={(i,): [["tt.divisibility", 16]] for i in range(5)})
             done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=gpu.launch_options(units))
-            print(json.dumps({"shared": done.metadata.shared, "tensor_cores": "mma" in done.asm["ptx"], "binary": len(done.asm["cubin"])}))
+            found = {"shared": done.metadata.shared, "tensor_cores": "mma" in done.asm["ptx"]}
+            print(json.dumps({**found, "binary": len(done.asm["cubin"])}))
 """
 
 
 def test_triton_compiles_for_gpus_that_are_not_here(tmp_path):
     """Within 99 KiB of shared memory, the least that a GPU of compute capability 8 lends to one block."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(compiled) == 8

@@ -27,15 +27,18 @@ def test_importance_is_the_derivative_of_the_logit_as_the_token_is_scaled(replac
     maps, classes = token_importance(m, images, (1, 3))
     for block in (1, 3):
         for token in (0, 5, 64):
+
             def logit(scale, block=block, token=token):
                 def change(_, args):
                     x = args[0].clone()
                     x[:, token] *= scale
                     return (x,)
+
                 handle = m.blocks[block].attn.register_forward_pre_hook(change)
                 out = m(images).gather(1, classes[:, None])[:, 0]
                 handle.remove()
                 return out.detach()
+
             slope = (logit(1 + 1e-5) - logit(1 - 1e-5)) / 2e-5
             torch.testing.assert_close(maps[block][:, token], slope, rtol=1e-4, atol=1e-8)
 
@@ -54,7 +57,9 @@ def test_attention_weights_are_those_attention_uses():
     attn = model().blocks[0].attn
     x = torch.randn(2, 65, 64)
     v = attn.qkv(x)[..., 128:].view(2, 65, 2, 32).transpose(1, 2)
-    torch.testing.assert_close((attention_weights(attn, x) @ v).transpose(1, 2).flatten(2), z_of(attn, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        (attention_weights(attn, x) @ v).transpose(1, 2).flatten(2), z_of(attn, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rollout_mixes_tokens_block_after_block_and_keeps_half_of_each():
@@ -85,10 +90,21 @@ def test_rank_correlation_is_spearmans():
 
 
 def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
-    argv = ["--base-weight", str(teacher), "--far-weight", str(far / "best.pth"), "--count", "2", "--output-dir", str(tmp_path)]
+    argv = [
+        "--base-weight",
+        str(teacher),
+        "--far-weight",
+        str(far / "best.pth"),
+        "--count",
+        "2",
+        "--output-dir",
+        str(tmp_path),
+    ]
     assert visualization.main([*argv, "--block", "2"]) == 0
     names = ["importance-0", "importance-1", "similarity-of-tokens", "influence"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f"{n}.png" for n in names] + [f"{n}.npz" for n in names])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f"{n}.png" for n in names] + [f"{n}.npz" for n in names]
+    )
     arrays = np.load(tmp_path / "influence.npz")
     assert arrays["FAR ‖∂z/∂x‖ block 2"].shape == (65, 65) and "attention weights block 2" in arrays
     assert "rank correlation of FAR with teacher" in capsys.readouterr().out
@@ -97,7 +113,16 @@ def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["pdf", "svg"])
 def test_other_formats_and_images_of_ones_own(far, tmp_path, form):
     root = image_folder(tmp_path / "images", classes=1, count=2)
-    argv = ["--far-weight", str(far / "best.pth"), "--images", str(root / "val/class0"), "--block", "0", "--format", form]
+    argv = [
+        "--far-weight",
+        str(far / "best.pth"),
+        "--images",
+        str(root / "val/class0"),
+        "--block",
+        "0",
+        "--format",
+        form,
+    ]
     assert visualization.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
     assert (tmp_path / f"out/importance-1.{form}").stat().st_size > 3000
 
@@ -106,11 +131,19 @@ def test_the_two_photographs_ship():
     assert {name: image.size for name, image in photographs().items()} == {"china": (640, 427), "flower": (640, 427)}
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    ("--far-weight none.pth", "none.pth"), ("--images nowhere", "--images nowhere"), ("--block 9", "--block 9"), ("--dataset NO", "NO"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--far-weight none.pth", "none.pth"),
+        ("--images nowhere", "--images nowhere"),
+        ("--block 9", "--block 9"),
+        ("--dataset NO", "NO"),
+    ],
+)
 def test_mistakes_are_one_line(flags, said, far, tmp_path, failure):
-    assert said in failure("--far-weight", far / "best.pth", "--output-dir", tmp_path / "o", *flags.split(), script=visualization.main)
+    assert said in failure(
+        "--far-weight", far / "best.pth", "--output-dir", tmp_path / "o", *flags.split(), script=visualization.main
+    )
 
 
 def test_an_undecodable_image_is_named(far, tmp_path, failure):

@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
 
     def titled(self, titles: Collection[str]) -> set[str]:
         """The destinations of the flags in groups of these titles."""
-        return {action.dest for group in self._action_groups if group.title in titles for action in group._group_actions}
+        return {
+            action.dest for group in self._action_groups if group.title in titles for action in group._group_actions
+        }
 
     def refuse(self, argv: list[str] | None, dests: Collection[str], reason: str) -> None:
         """Ends with one line where a command line names a flag of `dests`: a flag that is accepted does something."""
@@ -85,28 +87,50 @@ def optional_rate(text: str) -> float | None:
 def add_run_group(parser: Parser) -> None:
     g = parser.add_argument_group("run")
     g.add_argument("--output-dir", type=path, help="the run's folder; default runs/<mode>-<time>")
-    g.add_argument("--resume", nargs="?", const="must", choices=("must", "auto"),
-                   help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet")  # fmt: skip
+    g.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet",
+    )
     g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
     g.add_argument("--amp", choices=names.AMP, default="off", help="mixed precision")
-    g.add_argument("--lstm-backend", choices=names.BACKENDS, default="auto", help="LSTM kernel; auto: the C++ one on a CPU, else torch")
-    g.add_argument("--select", choices=("best", "last"), default="best",
-                   help="weights a stage hands on: best evaluation top-1, or the last epoch's")  # fmt: skip
+    g.add_argument(
+        "--lstm-backend",
+        choices=names.BACKENDS,
+        default="auto",
+        help="LSTM kernel; auto: the C++ one on a CPU, else torch",
+    )
+    g.add_argument(
+        "--select",
+        choices=("best", "last"),
+        default="best",
+        help="weights a stage hands on: best evaluation top-1, or the last epoch's",
+    )
 
 
 def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
     g.add_argument("--base-model", choices=names.MODELS, help="the teacher; default by --scale, else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
-    g.add_argument("--base-weight", type=path, metavar="FILE",
-                   help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained")  # fmt: skip
+    g.add_argument(
+        "--base-weight",
+        type=path,
+        metavar="FILE",
+        help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained",
+    )
     g = parser.add_argument_group("replacement")
     g.add_argument("--rep-by", choices=names.REPLACEMENTS, default="multi-lstm", help="what replaces attention")
     g.add_argument("--replace", nargs="+", default=["all"], metavar="BLOCKS", help="blocks to replace: 0-11 or 0,2,5-7")
-    g.add_argument("--rep-init", choices=("chrono", "value", "random"), default="chrono",
-                   help="value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither")  # fmt: skip
+    g.add_argument(
+        "--rep-init",
+        choices=("chrono", "value", "random"),
+        default="chrono",
+        help="value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither",
+    )
     g = parser.add_argument_group("student")
     g.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier")
     g.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
@@ -118,19 +142,29 @@ def add_data_group(parser: Parser) -> None:
     g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default 224, DeiT-Micro 32")
-    g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.0,
-                   help="evaluate on this share of the training split, kept out of training: for tuning choices")  # fmt: skip
-    g.add_argument("--num-workers", type=number(int, 0, 1024), default=8, help="loader processes; results do not depend on it")
+    g.add_argument(
+        "--holdout",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help="evaluate on this share of the training split, kept out of training: for tuning choices",
+    )
+    g.add_argument(
+        "--num-workers", type=number(int, 0, 1024), default=8, help="loader processes; results do not depend on it"
+    )
     g.add_argument("--eval-crop-ratio", type=number(float, 0.1, 1), default=0.875, help="centre crop over resized side")
     g = parser.add_argument_group("augmentation")
     g.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images used")
     g.add_argument("--color-jitter", type=RATE, default=0.3, help="used where --aa is none")
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
-    g.add_argument("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="resizing")
+    g.add_argument(
+        "--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="resizing"
+    )
     g.add_argument("--reprob", type=SHARE, default=0.25, help="random erasing: probability")
     g.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing: fill")
     g.add_argument("--recount", type=SIZE, default=1, help="random erasing: rectangles")
-    g.add_argument("--repeated-aug", action="store_true", help="repeated augmentation: 3 views of a third of the images")
+    g.add_argument(
+        "--repeated-aug", action="store_true", help="repeated augmentation: 3 views of a third of the images"
+    )
     g.add_argument("--mixup", type=RATE, default=0.0, help="mixup alpha, 0 is off")
     g.add_argument("--cutmix", type=RATE, default=0.0, help="CutMix alpha, 0 is off")
     g.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
@@ -144,7 +178,12 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
         g.add_argument(f"--{prefix}{name}", **kwargs)
 
     add("batch-size", type=SIZE, default=256, help="images a process and step")
-    add("epochs", type=EPOCHS, default=epochs, help="passes over the training images, for each step of --step blocks; 0 leaves the stage out")
+    add(
+        "epochs",
+        type=EPOCHS,
+        default=epochs,
+        help="passes over the training images, for each step of --step blocks; 0 leaves the stage out",
+    )
     add("lr", type=RATE, default=lr, help="peak rate for a global batch of 512")
     add("warmup-epochs", type=RATE, default=5, help="epochs of linear warm-up")
     add("warmup-lr", type=RATE, default=warmup_lr, help="rate at the start of warm-up")
@@ -169,5 +208,7 @@ def choose_model(args) -> str:
     """--base-model and --scale name one model. Raises FarError where they disagree."""
     by_scale = names.SCALES.get(args.scale)
     if args.base_model and by_scale and args.base_model != by_scale:
-        raise FarError(f"--scale {args.scale}: means {by_scale}, but --base-model is {args.base_model}; make them agree")
+        raise FarError(
+            f"--scale {args.scale}: means {by_scale}, but --base-model is {args.base_model}; make them agree"
+        )
     return args.base_model or by_scale or "DeiT-Tiny"

@@ -22,7 +22,7 @@ FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
 def write_atomic(path: Path, write) -> None:
-    """Calls `write(file)` on a file in memory, which then replaces `path`: readers see the old file or the new one, whole.
+    """Calls `write(file)` on a file in memory, which then replaces `path`: readers see the old or the new one, whole.
 
     Raises:
         FarError: the disk is full, or the folder gone or closed; the old file stays, and nothing beside it.
@@ -43,7 +43,8 @@ def write_atomic(path: Path, write) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise FarError(
-            f"{path}: cannot be written ({error.strerror}); what was there before is kept; make room or name another folder"
+            f"{path}: cannot be written ({error.strerror}); what was there before is kept; make "
+            f"room or name another folder"
         ) from error
 
 

@@ -86,7 +86,7 @@ def _heard(group=None) -> Any:
 
 
 def everywhere(load: Callable[[Path], Any], path: Path) -> Any:
-    """`load(path)` in every process, of rank 0's file: the others may share no disk with it. Raises rank 0's FarError."""
+    """`load(path)` everywhere, of rank 0's file: the others may share no disk with it. Raises rank 0's FarError."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return load(path)
     if dist.get_rank() == 0:
@@ -143,9 +143,9 @@ def start(distributed: bool, device: str = "auto") -> Context:
 def _fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
     """A part of the store that no earlier attempt has written to, agreed on by all processes.
 
-    Under a static rendezvous (`--master-port`) torchrun keeps one store over its restarts: a process could read in it the
-    address of one that is gone. So each process says hello with a name that was never used before; the first one answers
-    to that name, again and again, until everyone has taken up its own name as the new part's.
+    Under a static rendezvous (`--master-port`) torchrun keeps one store over its restarts: a process could read in
+    it the address of one that is gone. So each process says hello with a name that was never used before; the first one
+    answers to that name, again and again, until everyone has taken up its own name as the new part's.
     """
     me = uuid.uuid4().hex
     if rank:
@@ -178,7 +178,7 @@ def joined(distributed: bool, device: str = "auto") -> Iterator[Context]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # a GPU's, the CPU's
             mend = "lower the stage's batch size (--batch-size or its like) and raise its --accum-steps as much"
             raise FarError(f"out of memory: {mend}") from error
-        # Both backends raise bare RuntimeErrors, from collectives and from within backward; their text alone names them.
+        # Both backends raise bare RuntimeErrors, from collectives and within backward; their text alone names them.
         if distributed and any(name in str(error) for name in ("gloo", "Gloo", "NCCL")):
             raise LostContact(
                 f"process {os.environ['RANK']} lost contact with the others: one of them ended or cannot be reached; "

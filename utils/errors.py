@@ -20,7 +20,7 @@ class FarError(Exception):
     told = False  # whether another process says it
 
     def __init__(self, message: str):
-        # A DataLoader worker re-raises with its whole traceback as the message: the cause stands behind its last prefix.
+        # A DataLoader worker re-raises with its whole traceback as message: the cause stands behind its last prefix.
         cause = message.rpartition(f"{type(self).__module__}.{type(self).__name__}: ")[-1]
         super().__init__(one_line(cause.strip()))
 
@@ -56,7 +56,11 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
-            print("error: a fault of FAR, not of yours: please report it with the command, its args.json if there is one, "
-                  "and the lines below", file=sys.stderr)  # fmt: skip
+            print(
+                "error: a fault of FAR, not of yours: please report it with the command, its "
+                "args.json if there is one, "
+                "and the lines below",
+                file=sys.stderr,
+            )
             traceback.print_exc()
             return 1

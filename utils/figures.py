@@ -8,7 +8,14 @@ from matplotlib.figure import Figure
 
 from utils.checkpoint import write_atomic
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for colour-blind readers
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito: safe for colour-blind readers
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -22,7 +29,9 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
     loss, accuracy, rate = figure.subplots(1, 3)
     x = list(range(len(rows)))
     trained = [(i, row) for i, row in enumerate(rows) if row["train"]]
-    loss.plot([i for i, _ in trained], [r["train"]["loss"] for _, r in trained], color=COLOURS[0], label="training loss")
+    loss.plot(
+        [i for i, _ in trained], [r["train"]["loss"] for _, r in trained], color=COLOURS[0], label="training loss"
+    )
     loss.plot(x, [r["val"]["loss"] for r in rows], color=COLOURS[1], ls="--", label="evaluation cross entropy")
     loss.set_yscale("log")
     accuracy.plot(x, [r["val"]["acc1"] for r in rows], color=COLOURS[0], label="top-1")
@@ -34,8 +43,16 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
             if row["epoch"] == 0:
                 axis.axvline(i, color="0.8", lw=0.8, zorder=0)
                 if axis is accuracy:
-                    axis.annotate(row["stage"], (i, 0.5), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-                                  fontsize=7, color="0.4", rotation=90)
+                    axis.annotate(
+                        row["stage"],
+                        (i, 0.5),
+                        xycoords=("data", "axes fraction"),
+                        xytext=(3, 0),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color="0.4",
+                        rotation=90,
+                    )
         axis.legend(fontsize=7)
     return figure
 
@@ -46,8 +63,13 @@ def similarity_bars(similarity: dict[str, list[float]]) -> Figure:
     axis = figure.subplots()
     width = 0.8 / len(similarity)
     for k, (label, values) in enumerate(similarity.items()):
-        bars = axis.bar([i + (k - (len(similarity) - 1) / 2) * width for i in range(len(values))], values, width,
-                        label=label, color=COLOURS[k])  # fmt: skip
+        bars = axis.bar(
+            [i + (k - (len(similarity) - 1) / 2) * width for i in range(len(values))],
+            values,
+            width,
+            label=label,
+            color=COLOURS[k],
+        )
         axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axis.set(xlabel="block", ylabel="cosine similarity of z", ylim=(min(0, *map(min, similarity.values())) - 0.1, 1.2))
     axis.set_xticks(range(len(values)))
@@ -59,9 +81,15 @@ def similarity_bars(similarity: dict[str, list[float]]) -> Figure:
 def pruning_curves(steps: list[dict[str, float]], reg: int) -> Figure:
     """Loss, Hoyer-square and share of weak units over the steps of a regularized training."""
     figure = Figure(figsize=(10, 3), layout="constrained")
-    for axis, (key, label) in zip(figure.subplots(1, 3), (
-        ("loss", f"training loss (--reg {reg})"), ("hoyer_square", "Hoyer-square of the units"), ("sparsity", "share of weak units"),
-    ), strict=True):  # fmt: skip
+    for axis, (key, label) in zip(
+        figure.subplots(1, 3),
+        (
+            ("loss", f"training loss (--reg {reg})"),
+            ("hoyer_square", "Hoyer-square of the units"),
+            ("sparsity", "share of weak units"),
+        ),
+        strict=True,
+    ):
         axis.plot([row[key] for row in steps], color=COLOURS[0], lw=1)
         axis.set(xlabel="recorded step", ylabel=label)
     return figure
@@ -75,7 +103,9 @@ def kept_units(units: dict[str, list[list[int]]], full: int) -> Figure:
     axis = figure.subplots()
     image = axis.imshow(table, cmap="viridis", vmin=0, vmax=full, aspect="auto")
     for (row, column), value in np.ndenumerate(table):
-        axis.text(column, row, value, ha="center", va="center", fontsize=7, color="white" if value < 0.6 * full else "black")
+        axis.text(
+            column, row, value, ha="center", va="center", fontsize=7, color="white" if value < 0.6 * full else "black"
+        )
     axis.set_xticks(range(table.shape[1]), [f"{k // 2}{'fb'[k % 2]}" for k in range(table.shape[1])], fontsize=7)
     axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
     axis.set(xlabel="head, forward or backward", ylabel="block")
@@ -88,11 +118,26 @@ def sweep_curve(points: list[dict], unpruned: dict, teacher: dict | None) -> Fig
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     points = sorted(points, key=lambda p: p["parameters"])
-    axis.plot([p["parameters"] / 1e6 for p in points], [p["acc1"] for p in points], color=COLOURS[0], marker="o", label="pruned FAR")
+    axis.plot(
+        [p["parameters"] / 1e6 for p in points],
+        [p["acc1"] for p in points],
+        color=COLOURS[0],
+        marker="o",
+        label="pruned FAR",
+    )
     for p in points:
-        axis.annotate(f"{p['keep_ratio']:g}", (p["parameters"] / 1e6, p["acc1"]), xytext=(6, -10), textcoords="offset points",
-                      fontsize=7, ha="left")  # fmt: skip
-    for label, row, marker, colour in (("unpruned FAR", unpruned, "s", COLOURS[1]), ("teacher (attention)", teacher, "D", COLOURS[2])):
+        axis.annotate(
+            f"{p['keep_ratio']:g}",
+            (p["parameters"] / 1e6, p["acc1"]),
+            xytext=(6, -10),
+            textcoords="offset points",
+            fontsize=7,
+            ha="left",
+        )
+    for label, row, marker, colour in (
+        ("unpruned FAR", unpruned, "s", COLOURS[1]),
+        ("teacher (attention)", teacher, "D", COLOURS[2]),
+    ):
         if row:
             axis.plot(row["parameters"] / 1e6, row["acc1"], ls="", marker=marker, color=colour, label=label)
     axis.margins(y=0.15)
@@ -104,10 +149,21 @@ def sweep_curve(points: list[dict], unpruned: dict, teacher: dict | None) -> Fig
 def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
     """Time and extra memory of one layer against the number of tokens, both axes logarithmic."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axis, key, scale, label in zip(figure.subplots(1, 2), ("median_ms", "peak_bytes"), (1, 1e6),
-                                       ("time a layer (ms)", "peak extra memory (MB)"), strict=True):  # fmt: skip
+    for axis, key, scale, label in zip(
+        figure.subplots(1, 2),
+        ("median_ms", "peak_bytes"),
+        (1, 1e6),
+        ("time a layer (ms)", "peak extra memory (MB)"),
+        strict=True,
+    ):
         for k, (name, points) in enumerate(curve.items()):
-            axis.plot([p["tokens"] for p in points], [p[key] / scale for p in points], marker="osD^"[k % 4], color=COLOURS[k], label=name)
+            axis.plot(
+                [p["tokens"] for p in points],
+                [p[key] / scale for p in points],
+                marker="osD^"[k % 4],
+                color=COLOURS[k],
+                label=name,
+            )
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axis.set_xticks(tokens := [p["tokens"] for p in points], [f"{n:,}" for n in tokens], fontsize=8)
         axis.set_xticks([], minor=True)
@@ -120,7 +176,13 @@ def accuracy_by_latency(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
     sizes = [row for row in rows if row["name"].startswith("FAR fused") and "bfloat16" not in row["name"]]
-    axis.plot([r["median_ms"] for r in sizes], [r["acc1"] for r in sizes], color=COLOURS[0], marker="o", label="FAR fused, by keep ratio")
+    axis.plot(
+        [r["median_ms"] for r in sizes],
+        [r["acc1"] for r in sizes],
+        color=COLOURS[0],
+        marker="o",
+        label="FAR fused, by keep ratio",
+    )
     for row in sizes:
         keep = row["name"].partition("keep ")[2] or "1"
         axis.annotate(keep, (row["median_ms"], row["acc1"]), xytext=(5, 5), textcoords="offset points", fontsize=7)

@@ -13,7 +13,11 @@ def check_writable(path: Path, flag: str = "--output-dir") -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        reason = "a file is in its place" if isinstance(error, NotADirectoryError) else getattr(error, "strerror", str(error))
+        reason = (
+            "a file is in its place"
+            if isinstance(error, NotADirectoryError)
+            else getattr(error, "strerror", str(error))
+        )
         raise FarError(f"{flag} {path}: cannot be a folder ({reason}); name another") from error
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     try:

@@ -1,4 +1,4 @@
-"""Figures of token maps: functions from arrays to a Matplotlib figure. Colour maps are perceptual and safe for colour-blind readers."""
+"""Figures of token maps: functions from arrays to a Matplotlib figure, colours safe for colour-blind readers."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,8 +6,13 @@ from matplotlib.figure import Figure
 SIGNED, AMOUNT = "PuOr", "cividis"
 
 
-def importance_maps(image: np.ndarray, maps: dict[str, dict[int, np.ndarray]], titles: dict[str, str],
-                    rho: dict[str, dict[int, float]], rollout: np.ndarray | None = None) -> Figure:  # fmt: skip
+def importance_maps(
+    image: np.ndarray,
+    maps: dict[str, dict[int, np.ndarray]],
+    titles: dict[str, str],
+    rho: dict[str, dict[int, float]],
+    rollout: np.ndarray | None = None,
+) -> Figure:
     """One image's token importance, a row a block, a column a model, overlaid on the image.
 
     Args:
@@ -46,11 +51,18 @@ def importance_maps(image: np.ndarray, maps: dict[str, dict[int, np.ndarray]], t
 def _overlay(axis, image: np.ndarray, values: np.ndarray, colours: str, low: float, high: float):
     side = image.shape[0]
     axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
-    return axis.imshow(values, cmap=colours, vmin=low, vmax=high, alpha=0.65, extent=(0, side, side, 0), interpolation="nearest")
+    return axis.imshow(
+        values, cmap=colours, vmin=low, vmax=high, alpha=0.65, extent=(0, side, side, 0), interpolation="nearest"
+    )
 
 
-def matrix_rows(columns: dict[str, dict[int, np.ndarray]], signed: dict[str, bool], note: dict[str, dict[int, str]],
-                axis_labels: tuple[str, str], share_scale: bool) -> Figure:  # fmt: skip
+def matrix_rows(
+    columns: dict[str, dict[int, np.ndarray]],
+    signed: dict[str, bool],
+    note: dict[str, dict[int, str]],
+    axis_labels: tuple[str, str],
+    share_scale: bool,
+) -> Figure:
     """Token-by-token matrices (N, N): a row a block, a column a quantity.
 
     Args:
@@ -66,7 +78,9 @@ def matrix_rows(columns: dict[str, dict[int, np.ndarray]], signed: dict[str, boo
         for k, name in enumerate(names):
             axis, values = axes[row, k], columns[name][block]
             top = 1.0 if share_scale else np.abs(values).max() or 1.0
-            shown = axis.imshow(values, cmap=SIGNED if signed[name] else AMOUNT, vmin=-top if signed[name] else 0, vmax=top)
+            shown = axis.imshow(
+                values, cmap=SIGNED if signed[name] else AMOUNT, vmin=-top if signed[name] else 0, vmax=top
+            )
             extra = note.get(name, {}).get(block, "")
             axis.set_title(f"{name}, block {block}{extra}", fontsize=8)
             axis.tick_params(labelsize=6)

@@ -1,4 +1,4 @@
-"""A run's folder: args.json, log.jsonl, steps.jsonl, curves.png, last.pth, best.pth. Rank 0 alone reads and writes it."""
+"""A run's folder: args.json, log.jsonl, steps.jsonl, curves.png, last.pth, best.pth. Rank 0 alone touches it."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ class RunFolder:
         return read_lines(self.path / name)[0] if (self.path / name).exists() else []
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Adds lines to log.jsonl (an epoch each) or steps.jsonl (a step each); what runs again after a kill replaces its own."""
+        """Adds lines to log.jsonl (epochs) or steps.jsonl (steps); what runs again after a kill replaces its own."""
         if not self.context.main or not rows:
             return
 
@@ -115,7 +115,10 @@ def open_run(args: dict[str, Any], mode: str, context: Context) -> Iterator[RunF
         if resumed:
             _check_same(path, record)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
-            raise FarError(f"--output-dir {path}: already holds a run; continue it by its own command with --resume, or name another")
+            raise FarError(
+                f"--output-dir {path}: already holds a run; continue it by its own command with "
+                f"--resume, or name another"
+            )
         _tidy(path, resumed)
         run = RunFolder(path, context, resumed)
         if not resumed:
@@ -143,7 +146,7 @@ def _new_folder(mode: str) -> Path:
 
 
 def _tidy(path: Path, resumed: bool) -> None:
-    """Removes what a kill in the middle of a write left, and the logs of a run that never got to its first checkpoint."""
+    """Removes what a kill within a write left, and the logs of a run that never got to its first checkpoint."""
     began = (path / "args.json").is_file()
     for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")) if began else path.glob(".args.json.*.tmp"):
         if LEFT_OVER.fullmatch(file.name):
@@ -159,7 +162,9 @@ def _own(path: Path) -> filelock.BaseFileLock:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise FarError(f"--output-dir {path}: another run is writing there; wait for its end or name another") from error
+        raise FarError(
+            f"--output-dir {path}: another run is writing there; wait for its end or name another"
+        ) from error
     except OSError as error:  # network disks may know no locks
         raise FarError(f"--output-dir {path}: cannot be locked ({error.strerror}); name another") from error
     return lock

@@ -1,6 +1,7 @@
 """Randomness as a function of where one is, not of what ran before.
 
-Every sample and every training step seeds the generators from (seed, position). Nothing needs to be saved to resume: step
+Every sample and every training step seeds the generators from (seed, position). Nothing needs to be saved to
+resume: step
 12 of epoch 3 draws the same numbers whether or not the run was killed in between, and a sample is augmented alike
 whatever the number of workers or processes.
 """

@@ -63,7 +63,7 @@ def by_default() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Request]:
-    """Inside, a signal is only noted, for a training to stop where it can be saved; children leave it to their parent."""
+    """Inside, a signal is only noted, for a training to stop where it can be saved; children ignore it."""
     owner, request = os.getpid(), Request()
     with _handled(lambda number, frame: request.note(number) if os.getpid() == owner else None):
         yield request

@@ -46,8 +46,8 @@ def check(backend: str, device: torch.device) -> None:
 def choose(backend: str, x: Tensor, units: int) -> str:
     """The name of the kernel for a `--lstm-backend`, an input and its largest number of hidden units a cell.
 
-    `auto` is the C++ kernel for float32 on a CPU, in training too, else torch: Triton's is checked but not yet timed on a GPU.
-    Raises FarError where a kernel is asked for what it cannot do.
+    `auto` is the C++ kernel for float32 on a CPU, in training too, else torch: Triton's is checked but not yet
+    timed on a GPU. Raises FarError where a kernel is asked for what it cannot do.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if backend == "cpu" and not on_cpu:
@@ -55,7 +55,9 @@ def choose(backend: str, x: Tensor, units: int) -> str:
     if backend == "cpu" and not cpu.available():
         raise FarError("--lstm-backend cpu: cannot be built here (no C++ compiler?); use auto or torch")
     if backend == "triton" and not gpu.fits(x, units):
-        raise FarError(f"--lstm-backend triton: needs CUDA, Triton, float32 and at most {gpu.MOST} units a head; use auto or torch")
+        raise FarError(
+            f"--lstm-backend triton: needs CUDA, Triton, float32 and at most {gpu.MOST} units a head; use auto or torch"
+        )
     if backend == "auto":
         return "cpu" if on_cpu and cpu.available() else "torch"
     return backend

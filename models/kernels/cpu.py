@@ -120,7 +120,7 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
 
 @functools.cache
 def load(flags: tuple[str, ...]):
-    """The compiled operators, or None where they cannot be built (said in one log line). TUNED ones are `torch.ops.far`.
+    """The compiled operators, or None where they cannot be built (one log line). TUNED ones are `torch.ops.far`.
 
     Where the compiler knows no -fopenmp or no -march=native, or lies about this CPU, it goes on without them.
     """

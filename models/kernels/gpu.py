@@ -1,7 +1,9 @@
 """The fused CUDA kernel: lstm_triton.py between torch's batched matrix products. Float32, forward and backward.
 
-FlashRNN (arXiv 2412.07752, package flashrnn) was studied for this part. It too keeps W_hh on chip, but takes heads of one size
-(a power of two), compiles anew for each batch size and sequence length, and reads one direction: the other needs a flipped copy.
+FlashRNN (arXiv 2412.07752, package flashrnn) was studied for this part. It too keeps W_hh on chip, but takes heads
+of one size
+(a power of two), compiles anew for each batch size and sequence length, and reads one direction: the other needs a
+flipped copy.
 """
 
 import importlib
@@ -37,7 +39,9 @@ class _Recurrence(torch.autograd.Function):
         heads, batch, tokens, _, _, u = inputs.shape
         keep = any(ctx.needs_input_grad)
         hidden = inputs.new_empty(batch, tokens, 2 * heads, u)
-        gates, states = (torch.empty_like(inputs), torch.empty_like(hidden)) if keep else (hidden, hidden)  # else never touched
+        gates, states = (
+            (torch.empty_like(inputs), torch.empty_like(hidden)) if keep else (hidden, hidden)
+        )  # else never touched
         ctx.launch = {"U": u, "BT": ROWS, "PRECISION": precision(), **launch_options(u)}
         ctx.grid = (2 * heads, -(-batch // ROWS))
         with torch.cuda.device_of(inputs):
@@ -62,7 +66,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def launch_options(u: int) -> dict[str, int]:
-    """Warps that hold 4 U x U weights without spilling registers; no second stage, whose copies would not fit a small GPU's chip."""
+    """Warps that hold 4 U x U weights without spills; no second stage, whose copies would not fit a small chip."""
     return {"num_warps": 8 if u > 32 else 4, "num_stages": 1}
 
 
@@ -78,7 +82,9 @@ def fused(x: Tensor, cells: Sequence) -> Tensor:
     batch, tokens, heads, _ = x.shape
     w_ih = torch.stack([padded(c.weight_ih, k, u, False) for c, k in zip(cells, units, strict=True)])
     w_hh = torch.stack([padded(c.weight_hh, k, u, True) for c, k in zip(cells, units, strict=True)])
-    bias = torch.stack([padded((c.bias_ih + c.bias_hh)[:, None], k, u, False) for c, k in zip(cells, units, strict=True)])
+    bias = torch.stack(
+        [padded((c.bias_ih + c.bias_hh)[:, None], k, u, False) for c, k in zip(cells, units, strict=True)]
+    )
     by_head = x.permute(2, 0, 1, 3).flatten(1, 2)  # (H, B N, d)
     inputs = torch.baddbmm(bias.view(heads, 1, 8 * u), by_head, w_ih.view(heads, 8 * u, -1).transpose(1, 2))
     hidden = _Recurrence.apply(inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u))

@@ -1,10 +1,10 @@
 """The recurrence of all heads and directions as Triton kernels (CUDA): imported on first use only, by gpu.py.
 
-One program is one head, one direction and BT rows of the batch; it walks over all N tokens and holds W_hh on chip meanwhile.
-U is the padded number of hidden units. Shapes in memory, all contiguous float32:
+One program is one head, one direction and BT rows of the batch; it walks over all N tokens and holds W_hh on chip
+meanwhile. U is the padded number of hidden units. Shapes in memory, all contiguous float32:
 
-    inputs, gates   (H, B, N, 2, 4, U)   gates' inputs, activated gates, and their gradients; gates in the order i, f, g, o
-    weight          (H, 2, 4, U, U)      W_hh[g, j, k]: from hidden unit k to gate g of unit j
+    inputs, gates   (H, B, N, 2, 4, U)   gates' inputs, activated gates, and their gradients; gates in the order i,
+    f, g, o weight          (H, 2, 4, U, U)      W_hh[g, j, k]: from hidden unit k to gate g of unit j
     hidden, states  (B, N, 2 H, U)
 """
 
@@ -29,8 +29,19 @@ def _rows(B, N, U: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def forward(inputs, weight, hidden, gates, states, B, N,
-            U: tl.constexpr, BT: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def forward(
+    inputs,
+    weight,
+    hidden,
+    gates,
+    states,
+    B,
+    N,
+    U: tl.constexpr,
+    BT: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """hidden of all tokens; KEEP: activated gates and cell states too, for the way back."""
     reverse = tl.program_id(0) % 2
     wide, narrow, mask = _rows(B, N, U, BT)
@@ -67,7 +78,9 @@ def forward(inputs, weight, hidden, gates, states, B, N,
 
 
 @triton.jit
-def backward(d_hidden, weight, gates, states, d_inputs, B, N, U: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+def backward(
+    d_hidden, weight, gates, states, d_inputs, B, N, U: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr
+):
     """Backpropagation through time: gradients of the gates' inputs from those of hidden."""
     reverse = tl.program_id(0) % 2
     wide, narrow, mask = _rows(B, N, U, BT)

@@ -27,7 +27,7 @@ def unpad(hidden: Tensor, units: Sequence[int]) -> Tensor:
 
 
 def stock(x: Tensor, cells: Sequence) -> Tensor:
-    """See `models.kernels`. One bidirectional torch LSTM per head (cuDNN on CUDA); a ragged head is padded to its wider side."""
+    """See `models.kernels`. One bidirectional torch LSTM a head (cuDNN on CUDA), ragged ones padded."""
     units = [cell.weight_hh.shape[1] for cell in cells]
     outputs = []
     for h in range(x.shape[2]):
