@@ -1,15 +1,15 @@
 """What a model costs: parameters, multiply-accumulates, bytes."""
 
 import io
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.bilstm import MultiHeadBiLSTM
-from models.fuse import FusedBiLSTM
-from models.replace import FarConfig, count_parameters, pack
+from models.parts import count_sizes
+from models.replace import FarConfig, count_parameters, pack, replacements
 
 
 def _linear(module: nn.Linear, args, output) -> int:
@@ -25,45 +25,35 @@ def _attention(module: Attention, args, output) -> int:
     return 2 * b * n * n * dim  # queries by keys, weights by values; its projections are Linear
 
 
-def _lstm(module: MultiHeadBiLSTM, args, output) -> int:
-    b, n, _ = args[0].shape
-    return b * n * sum(r.weight_ih.numel() + r.weight_hh.numel() for head in module.lstm for r in head)
-
-
-def _torch_lstm(module: nn.LSTM, args, output) -> int:
+def _lstm(module: nn.LSTM, args, output) -> int:
     b, n, _ = args[0].shape  # batch first
     return b * n * sum(w.numel() for w in module.parameters() if w.dim() == 2)
 
 
-def _fused(module: FusedBiLSTM, args, output) -> int:
-    b, n, _ = args[0].shape
-    mixing = module.pre_w.numel() + sum(4 * u * (module.depth + u) for u in module.units)
-    return b * n * mixing + output[..., 0].numel() * module.out_w.numel()
+FOREIGN = {nn.LSTM: _lstm, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention}
 
 
-COUNTERS = {
-    FusedBiLSTM: _fused,
-    nn.LSTM: _torch_lstm,
-    nn.Linear: _linear,
-    nn.Conv2d: _conv,
-    Attention: _attention,
-    MultiHeadBiLSTM: _lstm,
-}
+def counters(module: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    """The outermost modules that answer for their MACs (`BlockPart.macs`), and torch's and timm's around them."""
+    if answer := getattr(module, "macs", None):
+        yield module, lambda _, args, output: answer(args[0].shape)
+        return
+    yield from ((module, counter) for kind, counter in FOREIGN.items() if isinstance(module, kind))
+    for child in module.children():
+        yield from counters(child)
 
 
 @torch.no_grad()
 def count_macs(model: VisionTransformer) -> int:
     """Multiply-accumulates of all matrix products for one image, counted by hooks in a forward pass.
 
-    An LSTM's are 4 u (d + u) a token, head and direction; gate activations and other elementwise work are not counted.
+    Activations and other elementwise work are not counted.
     """
-    total, handles = [], []
-    for module in model.modules():
-        for kind, counter in COUNTERS.items():
-            if isinstance(module, kind):
-                handles.append(
-                    module.register_forward_hook(lambda m, a, out, counter=counter: total.append(counter(m, a, out)))
-                )
+    total: list[int] = []
+    handles = [
+        module.register_forward_hook(lambda m, args, out, counter=counter: total.append(counter(m, args, out)))
+        for module, counter in counters(model)
+    ]
     training, weight = model.training, model.patch_embed.proj.weight
     try:
         model.eval()(
@@ -77,8 +67,8 @@ def count_macs(model: VisionTransformer) -> int:
 
 
 def count_all(model: VisionTransformer, config: FarConfig) -> dict[str, int]:
-    """Parameters, MACs an image, checkpoint bytes, and LSTM hidden units."""
+    """Parameters, MACs an image, checkpoint bytes, and the hidden units of what replaces attention."""
     buffer = io.BytesIO()
     torch.save(pack(model, config), buffer)
-    units = sum(d.units for m in model.modules() if isinstance(m, MultiHeadBiLSTM) for head in m.lstm for d in head)
+    units = sum(count_sizes(attn.sizes) for attn in replacements(model).values())
     return {"parameters": count_parameters(model), "macs": count_macs(model), "bytes": buffer.tell(), "units": units}

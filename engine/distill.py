@@ -10,7 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from engine.stages import PARTS, Stage
-from models.bilstm import Replacement
 from utils.errors import FarError
 
 
@@ -23,18 +22,12 @@ class Features(NamedTuple):
     output: dict[int, Tensor]
 
 
-def output_projection(attn: nn.Module) -> nn.Module:
-    return attn.post_proj if isinstance(attn, Replacement) else attn.proj
-
-
 @contextlib.contextmanager
 def recorded_z(model: VisionTransformer, blocks: Iterable[int]):
     """Collects z of the named blocks: it is what enters their output projection, for attention and LSTM alike."""
     z: dict[int, Tensor] = {}
     handles = [
-        output_projection(model.blocks[i].attn).register_forward_pre_hook(
-            lambda _, args, i=i: z.__setitem__(i, args[0])
-        )
+        model.blocks[i].attn.proj.register_forward_pre_hook(lambda _, args, i=i: z.__setitem__(i, args[0]))
         for i in blocks
     ]
     try:

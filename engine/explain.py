@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.distill import forward_features, output_projection
+from engine.distill import forward_features
 
 
 def token_importance(
@@ -78,7 +78,7 @@ def token_similarity(z: Tensor) -> Tensor:
 def z_of(attn: nn.Module, x: Tensor) -> Tensor:
     """z (B, N, D) of attention or replacement: what enters its output projection."""
     kept: list[Tensor] = []
-    handle = output_projection(attn).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    handle = attn.proj.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
     try:
         attn(x)
     finally:

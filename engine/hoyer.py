@@ -1,64 +1,24 @@
 """Group norms of hidden units, and the DeepHoyer regularizers over them (Yang et al., arXiv 1908.09979, group form).
 
-A group is every weight that dies with a hidden unit. Norms are kept by place: (block, head, direction) for an LSTM's
-units, (block,) for an MLP's; each place holds a vector of its units' norms.
+A group is every weight that dies with a hidden unit. Norms are kept by place: (block, head, direction) for the units of
+an RNN, (block,) for those of an MLP; each place holds a vector of its units' norms.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.bilstm import DirectionLSTM, MultiHeadBiLSTM
+from models.parts import BlockPart, Place, safe_root
+from models.replace import mlps, replacements
 
-Place = tuple[int, ...]
 Norms = dict[Place, Tensor]
 
 
-def _root(squares: Tensor) -> Tensor:
-    """Square roots whose gradient at an exact zero is zero instead of infinite."""
-    positive = squares > 0
-    return torch.where(positive, squares, torch.ones_like(squares)).sqrt() * positive
-
-
-def lstm_unit_norms(direction: DirectionLSTM, readout: Tensor) -> Tensor:
-    """s_j of one head and direction: 4 gate rows of W_ih, W_hh and biases, the columns of W_hh and of head_proj.
-
-    Args:
-        direction: u units reading d channels.
-        readout: their columns of head_proj's weight, (d, u).
-
-    Returns (u,). An entry of W_hh that joins a unit with itself lies in its row and its column, and counts once.
-    """
-    gates = lambda w: w.unflatten(0, (4, direction.units)).square()  # noqa: E731  (4, u, ...)
-    recurrent = gates(direction.weight_hh)  # (4, to, from)
-    own = recurrent.diagonal(dim1=1, dim2=2).sum(0)
-    biases = gates(direction.bias_ih) + gates(direction.bias_hh)
-    squares = gates(direction.weight_ih).sum((0, 2)) + biases.sum(0) + readout.square().sum(0)
-    return _root(squares + recurrent.sum((0, 2)) + recurrent.sum((0, 1)) - own)
-
-
-def mlp_unit_norms(mlp: nn.Module) -> Tensor:
-    """s_j of an MLP's hidden units: fc1's row and bias, fc2's column. Returns (hidden,)."""
-    return _root(mlp.fc1.weight.square().sum(1) + mlp.fc1.bias.square() + mlp.fc2.weight.square().sum(0))
-
-
-def lstm_norms(model: VisionTransformer) -> Norms:
-    """Norms of every hidden unit of the replaced blocks, by (block, head, direction)."""
-    norms: Norms = {}
-    for i, block in enumerate(model.blocks):
-        if isinstance(block.attn, MultiHeadBiLSTM):
-            for h, (pair, proj) in enumerate(zip(block.attn.lstm, block.attn.head_proj, strict=True)):
-                columns = proj.weight.split([direction.units for direction in pair], dim=1)
-                for r, direction in enumerate(pair):
-                    norms[i, h, r] = lstm_unit_norms(direction, columns[r])
-    return norms
-
-
-def mlp_norms(model: VisionTransformer) -> Norms:
-    """Norms of every MLP's hidden units, by (block,)."""
-    return {(i,): mlp_unit_norms(block.mlp) for i, block in enumerate(model.blocks)}
+def unit_norms(parts: Mapping[int, BlockPart]) -> Norms:
+    """Norms of every hidden unit of parts by block: {(block, *place): (u,)}, differentiable."""
+    return {(i, *place): s for i, part in parts.items() for place, s in part.unit_norms().items()}
 
 
 def by_block(norms: Norms) -> dict[int, Tensor]:
@@ -75,7 +35,7 @@ def group_l1(s: Tensor) -> Tensor:
 
 def group_hoyer(s: Tensor) -> Tensor:
     """sum s / sqrt(sum s^2): scale-free, between 1 and sqrt(groups)."""
-    return s.sum() / _root(s.square().sum()).clamp_min(torch.finfo(s.dtype).tiny)
+    return s.sum() / safe_root(s.square().sum()).clamp_min(torch.finfo(s.dtype).tiny)
 
 
 def group_hoyer_square(s: Tensor) -> Tensor:
@@ -118,7 +78,7 @@ class Regularized(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor):
         loss, parts = self.task(images, targets)
-        families = [norms for norms in (lstm_norms(self.model), mlp_norms(self.model) if self.mlp else {}) if norms]
+        families = [unit_norms(replacements(self.model))] + [unit_norms(mlps(self.model))] * self.mlp
         if self.regularizer is not None:
             loss = loss + self.decay * sum(penalty(norms, self.regularizer) for norms in families)
         with torch.no_grad():

@@ -21,7 +21,6 @@ from engine.explain import (
     token_similarity,
 )
 from models import kernels
-from models.bilstm import Replacement
 from models.deit import INPUT_SIZE, create_teacher, load_teacher_weights, teacher_state
 from models.replace import load_model, replaced_blocks, set_backend
 from utils import arguments, checkpoint
@@ -167,7 +166,7 @@ class Pictures:
         self.models, self.images, self.seen, self.names, self.blocks = models, images, seen, names, blocks
         self.folder, self.form, self.seed = folder, form, seed
         self.first = next(iter(models))
-        self.attends = {n: m for n, m in models.items() if not isinstance(m.blocks[blocks[0]].attn, Replacement)}
+        self.attends = {n: m for n, m in models.items() if blocks[0] not in replaced_blocks(m)}
 
     def _save(self, figure, name: str, arrays: dict[str, np.ndarray]) -> None:
         save_figure(figure, self.folder / f"{name}.{self.form}")

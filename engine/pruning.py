@@ -10,12 +10,12 @@ import torch
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.hoyer import Regularized, lstm_norms, mlp_norms
+from engine.hoyer import Regularized, unit_norms
 from engine.jobs import data_from, from_last, load_teacher, optim_from, planned, say
-from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink_lstms, shrink_mlps
+from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Stage
 from engine.train import Settings, Trainer
-from models.replace import describe, load_model, pack, set_backend
+from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from utils import arguments, names
 from utils.distributed import Context
 from utils.errors import FarError
@@ -73,7 +73,7 @@ class Pruning:
             raise FarError(
                 f"--input-size {args.input_size}: {self.path} was trained at {self.config.img_size}; leave the flag out"
             )
-        if not lstm_norms(self.model):
+        if not unit_norms(replacements(self.model)):
             raise FarError(
                 f"--model-path {self.path}: has no LSTM whose units could be pruned; name a FAR model with LSTMs"
             )
@@ -143,9 +143,9 @@ class Pruning:
 
     def _select(self, model, ratio: float | None = None) -> tuple[Kept, Kept]:
         """The selections the flags ask for: (of LSTM units, of MLP units)."""
-        args, norms, mlp = self.args, lstm_norms(model), {}
+        args, norms, mlp = self.args, unit_norms(replacements(model)), {}
         if args.prune_mlp:
-            mlp = keep_share(mlp_norms(model), args.prune_mlp, "--prune-mlp")
+            mlp = keep_share(unit_norms(mlps(model)), args.prune_mlp, "--prune-mlp")
         for r in [ratio] if ratio else args.sweep or [args.keep_ratio]:
             if r:
                 kept = keep_share(norms, r, "--sweep" if args.sweep else "--keep-ratio")
@@ -159,13 +159,13 @@ class Pruning:
     def _prune(self, run: RunFolder, model, ratio: float | None = None) -> list[dict]:
         """Shrinks and fine-tunes; returns what was measured after each."""
         kept, mlp = self._select(model, ratio)
-        shrink_lstms(model, kept)
-        shrink_mlps(model, mlp)
+        shrink(replacements(model), kept)
+        shrink(mlps(model), mlp)
         rows = [self._measure("pruned", model)]
         self.last = self._train(run, model, self.fine_tune, "fine-tune")
         if self.context.main:
             config = describe(self.last, self.config)
-            full = {str(i): self.model.blocks[i].attn.units for i in self.config.replaced}
+            full = {str(i): self.model.blocks[i].attn.sizes for i in self.config.replaced}
             run.figure(kept_units({**full, **config.units}, self._width()), "units.png")
         return [*rows, self._measure("fine-tuned", self.last)]
 

@@ -15,7 +15,7 @@ from engine.evaluate import evaluate
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
-from models.fuse import FusedBiLSTM, fuse
+from models.fuse import fuse
 from models.replace import FarConfig, build, count_parameters, load_model
 from utils.distributed import Context
 
@@ -59,9 +59,9 @@ def layers(tokens: int) -> dict[str, nn.Module]:
         "dense BiLSTM": DenseLSTM(far),
         "FAR torch": stock,
         "FAR": far,
-        "FAR fused": FusedBiLSTM(far),
-        **({"FAR fused bfloat16": FusedBiLSTM(far, torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
-        **{name: FusedBiLSTM(MultiHeadBiLSTM(DIM, HEADS, tokens, units)) for name, units in kept.items()},
+        "FAR fused": far.fused(),
+        **({"FAR fused bfloat16": far.fused(half=True)} if kernels.cpu.has_bfloat16() else {}),
+        **{name: MultiHeadBiLSTM(DIM, HEADS, tokens, units).fused() for name, units in kept.items()},
     }
 
 
@@ -108,7 +108,7 @@ def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> T
 
 def packing(layer: MultiHeadBiLSTM, seconds: float) -> Times:
     """What of a call at batch 1 goes into packing the weights, which the unfused layer does each time."""
-    weights = [w for head in layer.lstm for direction in head for w in direction.cell()]
+    weights = [w for cell in layer.cells() for w in cell]
     x = torch.randn(1, 197, layer.dim)
     return interleaved({"packing": lambda: torch.ops.far.pack(weights), "call": lambda: layer(x)}, seconds, 3)
 

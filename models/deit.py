@@ -11,6 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from models.parts import Mlp
 from utils.checkpoint import FLOATS, check_dense, load, load_into, whole
 from utils.errors import FarError
 
@@ -65,7 +66,9 @@ def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float
             f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {PATCH_SIZE[base_model]}, "
             f"up to {LARGEST_INPUT}"
         )
-    return TEACHERS[base_model](num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path)
+    return TEACHERS[base_model](
+        num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path, mlp_layer=Mlp
+    )
 
 
 def teacher_state(content: dict, source: str) -> dict[str, Tensor]:

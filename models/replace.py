@@ -1,7 +1,7 @@
 """The swap, and a FAR model's configuration, which travels with its weights."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,21 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.bilstm import REPLACEMENTS, MultiHeadBiLSTM, Replacement
+from models.bigru import MultiHeadBiGRU
+from models.bilstm import MultiHeadBiLSTM, SingleLSTM
 from models.deit import LARGEST_INPUT, PATCH_SIZE, TEACHERS, create_teacher, fits_patches
+from models.mixer import TokenMixer
+from models.parts import BlockPart, Mlp, Replacement
 from utils.checkpoint import load, load_into, whole
 from utils.errors import FarError
 
-MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
+# What --rep-by names; a new one is a class, a line here and its name in utils.names.
+REPLACEMENTS: dict[str, type[Replacement]] = {
+    "multi-lstm": MultiHeadBiLSTM,
+    "lstm": SingleLSTM,
+    "gru": MultiHeadBiGRU,
+    "mixer": TokenMixer,
+}
 MOST_CLASSES = 10**6
 MOST_PARAMETERS = 2**29  # 2 GiB; a file of some bytes can claim more, one number repeated
 BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of them
@@ -66,38 +75,43 @@ def swap_attention(
     """Replaces the attention of the named blocks in place, post_proj carried over; replaced ones are left alone."""
     units = units or {}
     num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    for index in blocks:
+    for index in sorted(set(blocks) - set(replacements(model))):
         attn = model.blocks[index].attn
-        if isinstance(attn, Replacement):
-            continue
         new = REPLACEMENTS[rep_by](model.embed_dim, attn.num_heads, num_tokens, units.get(str(index)))
         new.init_from_attention(attn, init)
         model.blocks[index].attn = new.to(attn.proj.weight)
 
 
+def replacements(model: VisionTransformer) -> dict[int, Replacement]:
+    """What replaces attention, by block."""
+    return {i: block.attn for i, block in enumerate(model.blocks) if isinstance(block.attn, Replacement)}
+
+
+def mlps(model: VisionTransformer) -> dict[int, Mlp]:
+    """Every block's MLP."""
+    return {i: block.mlp for i, block in enumerate(model.blocks)}
+
+
 def replaced_blocks(model: VisionTransformer) -> tuple[int, ...]:
-    return tuple(i for i, block in enumerate(model.blocks) if isinstance(block.attn, Replacement))
+    return tuple(replacements(model))
+
+
+def pruned_sizes(parts: Mapping[int, BlockPart]) -> dict[str, Any]:
+    """Sizes of those parts that were pruned, by block."""
+    return {str(i): part.sizes for i, part in parts.items() if part.sizes != part.full_sizes}
 
 
 def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
     """The configuration of the model as it now is: which blocks are replaced, which units are left."""
-    units = {}
-    hidden = {str(i): block.mlp.fc1.out_features for i, block in enumerate(model.blocks)}
-    hidden = {i: width for i, width in hidden.items() if width != MLP_RATIO * model.embed_dim}
-    for index in (replaced := replaced_blocks(model)):
-        attn = model.blocks[index].attn
-        if isinstance(attn, MultiHeadBiLSTM):
-            full = model.embed_dim // attn.num_heads
-            if any(u != full for pair in attn.units for u in pair):
-                units[str(index)] = attn.units
-    return replace(config, num_classes=model.num_classes, replaced=replaced, units=units, mlp=hidden)
+    found = replacements(model)
+    sizes = {"units": pruned_sizes(found), "mlp": pruned_sizes(mlps(model))}
+    return replace(config, num_classes=model.num_classes, replaced=tuple(found), **sizes)
 
 
-def set_backend(model: nn.Module, backend: str) -> None:
-    """Chooses how the LSTMs are computed, `--lstm-backend`."""
-    for module in model.modules():
-        if isinstance(module, MultiHeadBiLSTM):
-            module.backend = backend
+def set_backend(model: VisionTransformer, backend: str) -> None:
+    """Chooses how the replacements are computed, `--lstm-backend`."""
+    for attn in replacements(model).values():
+        attn.backend = backend
 
 
 def build(config: FarConfig, drop: float = 0.0, drop_path: float = 0.0) -> VisionTransformer:
@@ -105,8 +119,7 @@ def build(config: FarConfig, drop: float = 0.0, drop_path: float = 0.0) -> Visio
     model = create_teacher(config.base_model, config.num_classes, config.img_size, drop, drop_path)
     swap_attention(model, config.replaced, config.rep_by, units=config.units)
     for index, width in config.mlp.items():
-        mlp = model.blocks[int(index)].mlp
-        mlp.fc1, mlp.fc2 = nn.Linear(model.embed_dim, width), nn.Linear(width, model.embed_dim)
+        model.blocks[int(index)].mlp.resize(width)
     return model
 
 
@@ -134,11 +147,11 @@ def find_damage(config: FarConfig) -> str:
     with torch.device("meta"):
         model = create_teacher(config.base_model, config.num_classes, config.img_size)
         swap_attention(model, (0,), config.rep_by)
-    blocks, full = range(len(model.blocks)), getattr(model.blocks[0].attn, "units", ())
+    blocks, full = range(len(model.blocks)), model.blocks[0].attn.full_sizes
     replaced = config.replaced if isinstance(config.replaced, list | tuple) else (None,)
     if not all(whole(i, 0, blocks[-1]) for i in replaced) or len(set(replaced)) < len(replaced):
         return f"replaced must be different blocks from 0 to {blocks[-1]}"
-    for name, owners, most in (("units", replaced, full), ("mlp", blocks, MLP_RATIO * model.embed_dim)):
+    for name, owners, most in (("units", replaced, full), ("mlp", blocks, model.blocks[0].mlp.full_sizes)):
         kept = getattr(config, name)
         if not isinstance(kept, dict) or not set(kept) <= set(map(str, owners)):
             return f"{name} must be a dictionary by block, of {sorted(owners)}"

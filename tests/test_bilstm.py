@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.bilstm import REPLACEMENTS, MultiHeadBiLSTM
+from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
-from models.kernels import KERNELS
-from models.replace import FarConfig, build, describe, pack, parse_blocks, replaced_blocks, swap_attention
+from models.kernels import KERNELS, LSTM
+from models.replace import REPLACEMENTS, FarConfig, build, describe, pack, parse_blocks, replaced_blocks, swap_attention
 from utils.errors import FarError
 
 RAGGED = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(5, 5), (1, 1), (2, 31)]]
@@ -41,7 +41,7 @@ def test_kernels_match_the_reference_forward_and_backward(name, units, tokens):
     x = torch.randn(3, 3, tokens, 64, dtype=torch.float64).transpose(1, 2).requires_grad_()  # not contiguous
     cells = [direction.cell() for head in m.lstm for direction in head]
     weights = [x, *m.lstm.parameters()]
-    expected, got = (KERNELS[k](x, cells) for k in ("reference", name))
+    expected, got = (KERNELS[k].run(LSTM, x, cells) for k in ("reference", name))
     direction = torch.randn_like(expected)
     assert relative_error(got, expected) < 1e-12
     # At one token the recurrent weights have no gradient: both must say zero.
@@ -57,7 +57,7 @@ def test_heads_are_independent():
     q = p.clone()
     q[:, :, 1] += 1
     cells = [direction.cell() for head in m.lstm for direction in head]
-    a, b = (KERNELS["torch"](t, cells).unflatten(2, (3, 128)) for t in (p, q))
+    a, b = (KERNELS["torch"].run(LSTM, t, cells).unflatten(2, (3, 128)) for t in (p, q))
     assert torch.equal(a[:, :, [0, 2]], b[:, :, [0, 2]]) and not torch.equal(a[:, :, 1], b[:, :, 1])
 
 

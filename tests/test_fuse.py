@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.count import count_macs
-from models.fuse import FusedBiLSTM, fuse
+from models.fuse import fuse
 from models.kernels import cpu
 from models.replace import FarConfig, build
 from tests.test_kernels import UNITS, layer
@@ -19,25 +19,25 @@ needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler h
 def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
     with pytest.raises(FarError, match="--fuse float32"):
-        FusedBiLSTM(layer(UNITS[0]), torch.bfloat16)
+        layer(UNITS[0]).fused(half=True)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
 def test_fuse_keeps_the_function_in_float64(keep):
     for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
         m = layer(units).double()
-        f = FusedBiLSTM(m)
+        f = m.fused()
         x = torch.randn(2, 40, 192, dtype=torch.float64)
         expected = m(x)
         assert ((f(x) - expected).norm() / expected.norm()).item() < 1e-12
-        torch.testing.assert_close(FusedBiLSTM(m.float())(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(m.float().fused()(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("patience", [0.0, 100.0])
 def test_fuse_keeps_the_function_whichever_maps_it_merges(patience, monkeypatch):
-    monkeypatch.setattr("models.fuse.PATIENCE", patience)
+    monkeypatch.setattr("models.fused_birnn.PATIENCE", patience)
     for m in (layer([(64, 64)] * 12, dim=768), layer(UNITS[1])):
-        f, x = FusedBiLSTM(m), torch.randn(2, 30, m.dim)
+        f, x = m.fused(), torch.randn(2, 30, m.dim)
         torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
         f.tokens = 1
         torch.testing.assert_close(f(x), m(x)[:, :1], rtol=1e-3, atol=1e-4)
@@ -62,7 +62,7 @@ def test_a_fused_model_gives_the_models_logits():
     with torch.no_grad():
         expected = model(x)
     torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-3, atol=1e-4)
-    assert sum(isinstance(block.attn, FusedBiLSTM) for block in model.blocks) == 3
+    assert sum(hasattr(block.attn, "macs_a_token") for block in model.blocks) == 3
 
 
 @pytest.mark.parametrize("recurrent", [torch.float32, torch.bfloat16])
@@ -100,7 +100,7 @@ def micro(**kwargs):
 @needs_kernel
 def test_nothing_written_elsewhere_reaches_a_fused_layer_and_all_of_its_own_does():
     m = layer([(64, 64)] * 12, dim=768)
-    f, x = FusedBiLSTM(m), torch.randn(2, 9, 768)
+    f, x = m.fused(), torch.randn(2, 9, 768)
     before = f(x)
     for p in m.parameters():
         p.data.zero_()
@@ -129,7 +129,7 @@ def test_loading_into_a_fused_model_is_refused_before_anything_is_written(dtype)
 @needs_kernel
 @pytest.mark.parametrize("target", [torch.float64, torch.bfloat16, torch.device("meta")])
 def test_a_model_packed_for_the_kernel_stays_where_it_is(target):
-    f, x = FusedBiLSTM(layer(UNITS[1])), torch.randn(2, 9, 192)
+    f, x = layer(UNITS[1]).fused(), torch.randn(2, 9, 192)
     before = f(x)
     with pytest.raises(FarError, match="move it first"):
         f.to(target)
@@ -139,7 +139,7 @@ def test_a_model_packed_for_the_kernel_stays_where_it_is(target):
 def test_a_fused_model_without_the_kernel_moves_freely():
     m = layer(UNITS[1]).double()
     x = torch.randn(2, 9, 192)
-    torch.testing.assert_close(FusedBiLSTM(m).float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(m.fused().float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
 
 
 def test_a_fused_model_can_be_copied_and_pickled():
@@ -155,12 +155,13 @@ def test_a_fused_model_can_be_copied_and_pickled():
 
 @needs_kernel
 def test_a_model_fused_for_another_cpu_is_refused_and_not_misread(monkeypatch):
-    f, buffer = FusedBiLSTM(layer(UNITS[0])), io.BytesIO()
+    f, buffer = layer(UNITS[0]).fused(), io.BytesIO()
     vectors = (
-        f.weights[0].unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1, 2)
+        f.cells.weights[0].unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1, 2)
     )  # as a CPU with vectors half as wide packs them
-    f.weights[0], f.weights[2] = (
-        torch.nn.Parameter(w, requires_grad=False) for w in (vectors, f.weights[2].unflatten(-1, (2, -1))[..., 0, :])
+    f.cells.weights[0], f.cells.weights[2] = (
+        torch.nn.Parameter(w, requires_grad=False)
+        for w in (vectors, f.cells.weights[2].unflatten(-1, (2, -1))[..., 0, :])
     )
     torch.save(f, buffer)
     buffer.seek(0)
@@ -170,7 +171,7 @@ def test_a_model_fused_for_another_cpu_is_refused_and_not_misread(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fused_layer_refuses_to_differentiate(dtype):
-    f = FusedBiLSTM(layer(UNITS[0]).to(dtype))
+    f = layer(UNITS[0]).to(dtype).fused()
     x = torch.randn(1, 5, 192, dtype=dtype, requires_grad=True)
     with pytest.raises(FarError, match="no gradients"):
         f(x)
@@ -184,8 +185,8 @@ def test_a_fused_layer_refuses_to_differentiate(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_fused_layer_keeps_its_precision_under_autocast(dtype, wide):
-    f = FusedBiLSTM(layer([(64, 64)] * 12, dim=768) if wide else layer(UNITS[1]))
-    x = torch.randn(2, 30, f.dim)
+    f = (layer([(64, 64)] * 12, dim=768) if wide else layer(UNITS[1])).fused()
+    x = torch.randn(2, 30, 768 if wide else 192)
     expected = f(x)
     with torch.autocast("cpu", dtype):
         for given in (x, x.to(dtype)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models import kernels
+from models.bigru import GRU
 from models.bilstm import MultiHeadBiLSTM
 from models.kernels import cpu
 from tests.conftest import ROOT
@@ -28,9 +29,20 @@ def cells(m):
     return [direction.cell() for head in m.lstm for direction in head]
 
 
+def watch(monkeypatch, name, note):
+    """Calls `note(x)` whenever the kernel of a name runs."""
+    kernel = kernels.KERNELS[name]
+
+    def run(kind, x, cells):
+        note(x)
+        return kernel.run(kind, x, cells)
+
+    monkeypatch.setitem(kernels.KERNELS, name, kernel._replace(run=run))
+
+
 def error_against_float64(x, m, got):
     double = [kernels.Cell(*(w.double() for w in cell)) for cell in cells(m)]
-    expected = kernels.KERNELS["reference"](x.double(), double)
+    expected = kernels.KERNELS["reference"].run(kernels.LSTM, x.double(), double)
     return ((got - expected).norm() / expected.norm()).item()
 
 
@@ -42,8 +54,8 @@ def gradient_errors(x, m, compute):
     """
     weights = [w for cell in cells(m) for w in cell]
     double = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    expected = kernels.KERNELS["reference"](
-        double[0], [kernels.Cell(*double[i : i + 4]) for i in range(1, len(double), 4)]
+    expected = kernels.KERNELS["reference"].run(
+        kernels.LSTM, double[0], [kernels.Cell(*double[i : i + 4]) for i in range(1, len(double), 4)]
     )
     got, direction = compute(), torch.randn_like(expected)
     ours = torch.autograd.grad(got, [x, *weights], direction.to(got.dtype))
@@ -70,7 +82,7 @@ def operators(request):
 def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
     m = layer(units)
     x = torch.randn(batch, tokens, 3, 64)
-    assert error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-6
+    assert error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-6
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -82,12 +94,14 @@ def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch)
     packed = torch.ops.far.pack([w for cell in cells(m) for w in cell], half=True)
     got = torch.ops.far.run_packed(x, packed, [u for pair in units for u in pair])
     rounded = [cell._replace(weight_hh=cell.weight_hh.bfloat16().float()) for cell in cells(m)]
-    with_rounded_weights = cpu.fused(x, rounded)
+    with_rounded_weights = cpu.fused(kernels.LSTM, x, rounded)
     assert error_against_float64(x, m, got) < 5e-3
     assert (
         (got - with_rounded_weights).norm() / got.norm()
     ).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
-    assert torch.equal(got, cpu.fused(x, cells(m))) == (tokens == 1)  # the first token meets no recurrence
+    assert torch.equal(got, cpu.fused(kernels.LSTM, x, cells(m))) == (
+        tokens == 1
+    )  # the first token meets no recurrence
 
 
 @pytest.mark.parametrize("units", UNITS)
@@ -95,14 +109,14 @@ def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch)
 def test_the_cpu_kernels_backward_matches_the_reference(operators, units, tokens, batch):
     m = layer(units).requires_grad_()
     x = torch.randn(batch, 3, tokens, 64).transpose(1, 2).requires_grad_()  # not contiguous
-    assert max(gradient_errors(x, m, lambda: cpu.fused(x, cells(m), operators))) < 1e-5
+    assert max(gradient_errors(x, m, lambda: cpu.fused(kernels.LSTM, x, cells(m), operators))) < 1e-5
 
 
 def test_the_cpu_kernels_graph_can_be_walked_twice_and_frozen_parts_stay_without_gradients(operators):
     m = layer(UNITS[1])
     m.lstm[1][0].weight_hh.requires_grad_()
     x = torch.randn(2, 7, 3, 64)
-    loss = cpu.fused(x, cells(m), operators).square().sum()
+    loss = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum()
     first, second = (torch.autograd.grad(loss, m.lstm[1][0].weight_hh, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.norm() > 0
     loss.backward()
@@ -117,17 +131,17 @@ def test_the_cpu_kernel_reads_strided_input(operators):
         torch.randn(2, 9, 1, 64).expand(2, 9, 3, 64),
     )
     for x in views:
-        assert error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-6
+        assert error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-6
 
 
 def test_extreme_input_saturates_and_nan_passes_through(operators):
     m = layer(UNITS[0])
     x = torch.randn(2, 12, 3, 64) * 1e4
     assert (
-        error_against_float64(x, m, cpu.fused(x, cells(m), operators)) < 1e-3
+        error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-3
     )  # gates of 1e4 are rounded to 1e-3 in float32
     x[0, 5, 1, 0] = float("nan")
-    bad = cpu.fused(x, cells(m), operators).isnan()  # (2, 12, 384)
+    bad = cpu.fused(kernels.LSTM, x, cells(m), operators).isnan()  # (2, 12, 384)
     assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
     assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
 
@@ -224,17 +238,19 @@ def test_weights_that_another_process_sends_are_used(tmp_path):
 
 
 def test_auto_takes_the_cpu_kernel_only_where_it_fits():
-    x = torch.randn(1, 5, 3, 64)
-    assert kernels.choose("auto", x, 64) == ("cpu" if cpu.available() else "torch")
-    assert kernels.choose("auto", x.double(), 64) == kernels.choose("auto", x.bfloat16(), 64) == "torch"
-    with pytest.raises(FarError, match="--lstm-backend cpu"):
-        kernels.choose("cpu", x.double(), 64)
+    task = kernels.Task(kernels.LSTM, torch.device("cpu"), torch.float32, 64)
+    assert kernels.choose("auto", task) == ("cpu" if cpu.available() else "torch")
+    others = [task._replace(dtype=torch.float64), task._replace(dtype=torch.bfloat16), task._replace(kind=GRU)]
+    for other in (*others, task._replace(device=torch.device("meta"))):
+        assert kernels.choose("auto", other) == "torch"
+        with pytest.raises(FarError, match="--lstm-backend cpu"):
+            kernels.choose("cpu", other)
 
 
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
     called = []
-    monkeypatch.setitem(kernels.KERNELS, "cpu", lambda x, c: called.append(1) or cpu.fused(x, c))
+    watch(monkeypatch, "cpu", lambda x: called.append(1))
     m, x = layer(UNITS[0]).requires_grad_(), torch.randn(2, 30, 192)
     grads = {}
     for m.backend in ("auto", "torch"):
@@ -249,13 +265,7 @@ def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
 def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, monkeypatch):
     seen, name = [], "cpu" if backend == "auto" else backend
-    kernel = kernels.KERNELS[name]
-
-    def watched(x, c):
-        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
-        return kernel(x, c)
-
-    monkeypatch.setitem(kernels.KERNELS, name, watched)
+    watch(monkeypatch, name, lambda x: seen.append((x.dtype, torch.is_autocast_enabled("cpu"))))
     m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 30, 192)
     expected, m.backend = m(x), backend
     seen.clear()
@@ -281,19 +291,19 @@ def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, mon
 def test_backward_multiplies_only_for_the_gradients_asked_for(operators, x_learns, learning, products):
     m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_learns)
     asked = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in learning]
-    loss = cpu.fused(x, cells(m), operators).square().sum()
+    loss = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum()
     with torch.autograd.profiler.profile() as record:
         got = torch.autograd.grad(loss, [x] * x_learns + asked)
     assert sum(event.name == "aten::mm" for event in record.function_events) == products
     asked = [x.requires_grad_()] * x_learns + asked
-    everything = cpu.fused(x, cells(m.requires_grad_()), operators).square().sum()
+    everything = cpu.fused(kernels.LSTM, x, cells(m.requires_grad_()), operators).square().sum()
     for a, b in zip(got, torch.autograd.grad(everything, asked), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
     m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=True)
-    (first,) = torch.autograd.grad(cpu.fused(x, cells(m), operators).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(first.sum(), x)
 
@@ -333,7 +343,7 @@ def test_a_layer_compiles_and_exports_as_one_graph(train):
 
 def test_a_way_back_inside_autocast_is_the_same(operators):
     m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 9, 3, 64, requires_grad=True)
-    loss, asked = cpu.fused(x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
+    loss, asked = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
     expected = torch.autograd.grad(loss, asked, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(loss, asked)

@@ -15,7 +15,7 @@ import prune
 from engine import hoyer, shrink
 from engine.count import count_macs
 from models.deit import create_teacher
-from models.replace import FarConfig, build, count_parameters, describe, load_model
+from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
 from tests.conftest import QUIET, ROOT, launch
 from utils.checkpoint import load
 
@@ -53,7 +53,7 @@ def group_by_hand(attn, h, r, j):
 
 def test_unit_norms_are_those_of_groups_written_out():
     model = ragged()
-    norms = hoyer.lstm_norms(model)
+    norms = hoyer.unit_norms(replacements(model))
     assert {k: len(v) for k, v in norms.items() if k[0] == 0} == {
         (0, 0, 0): 5,
         (0, 0, 1): 32,
@@ -69,7 +69,7 @@ def test_unit_norms_are_those_of_groups_written_out():
     by_hand = torch.stack(
         [torch.cat([mlp.fc1.weight[j], mlp.fc1.bias[j : j + 1], mlp.fc2.weight[:, j]]).norm() for j in range(17)]
     )
-    torch.testing.assert_close(hoyer.mlp_norms(model)[1,], by_hand, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hoyer.unit_norms(mlps(model))[1,], by_hand, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
@@ -97,7 +97,7 @@ def test_norms_of_zeroed_groups_are_zero_and_their_gradient_is_finite():
     with torch.no_grad():
         for p in model.blocks[0].attn.parameters():
             p.zero_()
-    s = hoyer.lstm_norms(model)[0, 0, 1]
+    s = hoyer.unit_norms(replacements(model))[0, 0, 1]
     assert s.abs().max() == 0
     s.sum().backward()
     assert torch.isfinite(direction.weight_hh.grad).all()
@@ -108,7 +108,7 @@ def test_shrinking_zeroed_units_keeps_the_output():
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     kept, mlp = {}, {}
     with torch.no_grad():
-        for (block, h, r), s in hoyer.lstm_norms(model).items():
+        for (block, h, r), s in hoyer.unit_norms(replacements(model)).items():
             stay = torch.rand(len(s)) < 0.6
             stay[torch.randint(len(s), ())] = True
             attn, u = model.blocks[block].attn, len(s)
@@ -119,18 +119,18 @@ def test_shrinking_zeroed_units_keeps_the_output():
             lstm.weight_hh[:, gone] = 0
             attn.head_proj[h].weight[:, gone + (attn.lstm[h][0].units if r else 0)] = 0
             kept[block, h, r] = stay.nonzero().flatten()
-        for (block,), s in hoyer.mlp_norms(model).items():
+        for (block,), s in hoyer.unit_norms(mlps(model)).items():
             m, gone = model.blocks[block].mlp, torch.randperm(len(s))[: len(s) // 2]
             m.fc1.weight[gone], m.fc1.bias[gone], m.fc2.weight[:, gone] = 0, 0, 0
             mlp[block,] = torch.tensor(sorted(set(range(len(s))) - set(gone.tolist())))
         before, size = model(images), count_parameters(model)
-        shrink.shrink_lstms(model, kept)
+        shrink.shrink(replacements(model), kept)
         lstm_only = model(images)
-        shrink.shrink_mlps(model, mlp)
+        shrink.shrink(mlps(model), mlp)
         after = model(images)
     assert relative_error(lstm_only, before) < 1e-10 and relative_error(after, before) < 1e-10
     assert count_parameters(model) < size
-    assert model.blocks[0].attn.units == [[len(kept[0, h, r]) for r in (0, 1)] for h in (0, 1)]
+    assert model.blocks[0].attn.sizes == [[len(kept[0, h, r]) for r in (0, 1)] for h in (0, 1)]
     again = build(describe(model, CONFIG)).double().eval()
     again.load_state_dict(model.state_dict())
     assert relative_error(again(images), after) < 1e-12
@@ -158,22 +158,22 @@ def test_selection_rules_on_a_case_by_hand():
 
 def test_target_params_is_met_as_closely_as_one_unit_allows():
     model = ragged()
-    norms, target = hoyer.lstm_norms(model), count_parameters(model) - 20_000
+    norms, target = hoyer.unit_norms(replacements(model)), count_parameters(model) - 20_000
     kept = shrink.keep_within(model, norms, target)
     count = sum(map(len, kept.values()))
-    more = shrink.parameters_after(model, shrink.keep_top(norms, count + 1))
-    predicted = shrink.parameters_after(model, kept)
-    shrink.shrink_lstms(model, kept)
+    more = shrink.parameters_after(model, norms, shrink.keep_top(norms, count + 1))
+    predicted = shrink.parameters_after(model, norms, kept)
+    shrink.shrink(replacements(model), kept)
     assert count_parameters(model) == predicted <= target < more
 
 
 def test_a_target_that_a_selection_meets_exactly_is_met_by_it():
     model = ragged()
-    norms = hoyer.lstm_norms(model)
+    norms = hoyer.unit_norms(replacements(model))
     places, total = len(norms), sum(map(len, norms.values()))
     for count in (places, *torch.randint(places + 1, total, (3,)).tolist(), total):
         exact = shrink.keep_top(norms, count)
-        assert lists(shrink.keep_within(model, norms, shrink.parameters_after(model, exact))) == lists(exact)
+        assert lists(shrink.keep_within(model, norms, shrink.parameters_after(model, norms, exact))) == lists(exact)
 
 
 def test_macs_of_a_layer_follow_the_formula():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from models import kernels
+from models.bigru import GRU
 from models.bilstm import MultiHeadBiLSTM
-from models.fuse import FusedBiLSTM
 from models.kernels import gpu
 from tests.conftest import ROOT
-from tests.test_kernels import UNITS, cells, error_against_float64, gradient_errors, layer
+from tests.test_kernels import UNITS, cells, error_against_float64, gradient_errors, layer, watch
 from utils.errors import FarError
 
 pytest.importorskip("triton")
@@ -28,46 +28,46 @@ def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch,
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     m = layer(units).to(DEVICE).requires_grad_()
     x = torch.randn(batch, 3, tokens, 64, device=DEVICE).transpose(1, 2).requires_grad_()  # not contiguous
-    assert max(gradient_errors(x, m, lambda: gpu.fused(x, cells(m)))) < 1e-5
+    assert max(gradient_errors(x, m, lambda: gpu.fused(kernels.LSTM, x, cells(m)))) < 1e-5
 
 
 def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     m = layer([(20, 16)], dim=64).to(DEVICE)
     x = torch.randn(2, 1025, 1, 64, device=DEVICE)
-    assert error_against_float64(x, m, gpu.fused(x, cells(m))) < 1e-6
+    assert error_against_float64(x, m, gpu.fused(kernels.LSTM, x, cells(m))) < 1e-6
 
 
 def test_nan_passes_through_triton():
     m = layer(UNITS[0]).to(DEVICE)
     x = torch.randn(2, 12, 3, 64, device=DEVICE)
     x[0, 5, 1, 0] = float("nan")
-    bad = gpu.fused(x, cells(m)).isnan()  # (2, 12, 384)
+    bad = gpu.fused(kernels.LSTM, x, cells(m)).isnan()  # (2, 12, 384)
     assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
     assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
 
 
 def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(monkeypatch):
     called = []
-    monkeypatch.setitem(kernels.KERNELS, "triton", lambda x, c: called.append(1) or gpu.fused(x, c))
+    watch(monkeypatch, "triton", lambda x: called.append(1))
     m = layer(UNITS[2]).to(DEVICE)
     x = torch.randn(2, 9, 192, device=DEVICE)
     expected = m(x)
     m.backend = "triton"
-    for got in (m(x), FusedBiLSTM(m)(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
+    for got in (m(x), m.fused()(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert len(called) == 3
 
 
 def test_triton_refuses_what_it_cannot_compute(monkeypatch):
-    x = torch.randn(1, 3, 1, 192, device=DEVICE)
-    for units, tensor in ((192, x), (64, x.double())):
+    task = kernels.Task(kernels.LSTM, torch.device(DEVICE), torch.float32, 64)
+    for other in (task._replace(units=192), task._replace(dtype=torch.float64), task._replace(kind=GRU)):
         with pytest.raises(FarError, match="--lstm-backend triton"):
-            kernels.choose("triton", tensor, units)
-    assert kernels.choose("triton", x, 64) == "triton"
+            kernels.choose("triton", other)
+    assert kernels.choose("triton", task) == "triton"
     monkeypatch.setattr(gpu, "interpreting", lambda: False)
     with pytest.raises(FarError, match="needs CUDA"):
-        kernels.choose("triton", x.cpu(), 64)
+        kernels.choose("triton", task._replace(device=torch.device("cpu")))
 
 
 PROGRAM = """

@@ -1,12 +1,11 @@
-"""How the LSTMs of one layer are computed: one interface, several ways.
-
-A kernel is a function `(x, cells) -> hidden`:
+"""How the recurrent cells of one layer are computed: one interface, several ways.
 
     x       (B, N, H, d)   input chunks of the heads
     cells   2 H `Cell`s in the order (head 0 forward, head 0 backward, head 1 forward, ...)
     hidden  (B, N, sum u)  hidden states, columns in the cells' order; backward ones at their own token's place
 
-Zero initial state, gates in torch's order i, f, g, o; unit counts may differ from cell to cell.
+Zero initial state, gates in torch's order; unit counts may differ from cell to cell. A new kernel is one entry of
+KERNELS (and its name in `utils.names`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,59 +14,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.kernels import cpu, gpu, packed
+from models.kernels.cells import LSTM, Cell, CellKind, Task
+from models.kernels.reference import reference
+from models.kernels.stock import stock
 from utils.errors import FarError
 
 
-class Cell(NamedTuple):
-    """Weights of one head in one direction, shaped as in `torch.nn.LSTM`."""
+class Kernel(NamedTuple):
+    """One way to compute cells.
 
-    weight_ih: Tensor  # (4 u, d)
-    weight_hh: Tensor  # (4 u, u)
-    bias_ih: Tensor  # (4 u,)
-    bias_hh: Tensor  # (4 u,)
+    run: (kind, x, cells) to hidden, differentiable once.
+    refusal: (task) to why it cannot do that, in words; empty where it can.
+    layout: (kind, cells, half) to a module like `packed.Natural`, where the kernel has a layout of its own.
+    """
+
+    run: Callable[[CellKind, Tensor, Sequence[Cell]], Tensor]
+    refusal: Callable[[Task], str]
+    layout: Callable[[CellKind, Sequence[Cell], bool], torch.nn.Module] | None = None
+
+    def pack(self, kind: CellKind, cells: Sequence[Cell], half: bool) -> torch.nn.Module:
+        """The cells frozen for inference."""
+        return self.layout(kind, cells, half) if self.layout else packed.Natural(self.run, kind, cells)
 
 
-Kernel = Callable[[Tensor, Sequence[Cell]], Tensor]
+def _anywhere(task: Task) -> str:
+    return "keeps all weights in one precision" if task.half else ""
 
-from models.kernels import cpu, gpu  # noqa: E402  (the kernels need Cell)
-from models.kernels.reference import reference  # noqa: E402
-from models.kernels.stock import stock  # noqa: E402
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "torch": stock, "cpu": cpu.fused, "triton": gpu.fused}
+KERNELS: dict[str, Kernel] = {
+    "reference": Kernel(reference, _anywhere),
+    "torch": Kernel(stock, _anywhere),
+    "cpu": Kernel(cpu.fused, cpu.refusal, packed.Packed),
+    "triton": Kernel(gpu.fused, gpu.refusal),
+}
+AUTO = ("cpu", "torch")  # the first that can; Triton's is checked but not yet timed on a GPU
 BACKENDS = ("auto", *KERNELS)
 
 
-def check(backend: str, device: torch.device) -> None:
-    """Raises FarError where the named `--lstm-backend` cannot run on this device at all: told before a run begins."""
-    if backend != "auto":
-        choose(backend, torch.empty(0, device=device), 1)
+def choose(backend: str, task: Task) -> str:
+    """The name of the kernel that a `--lstm-backend` means for a task. Raises FarError where none can do it."""
+    for name in AUTO if backend == "auto" else (backend,):
+        if not (reason := KERNELS[name].refusal(task)):
+            return name
+    if task.half:
+        raise FarError("--fuse bfloat16: needs LSTMs in the C++ kernel on a CPU with AVX512_BF16; use --fuse float32")
+    raise FarError(f"--lstm-backend {backend}: {reason}; use auto or torch")
 
 
-def choose(backend: str, x: Tensor, units: int) -> str:
-    """The name of the kernel for a `--lstm-backend`, an input and its largest number of hidden units a cell.
-
-    `auto` is the C++ kernel for float32 on a CPU, in training too, else torch: Triton's is checked but not yet
-    timed on a GPU. Raises FarError where a kernel is asked for what it cannot do.
-    """
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    if backend == "cpu" and not on_cpu:
-        raise FarError("--lstm-backend cpu: computes float32 on a CPU; use auto or torch")
-    if backend == "cpu" and not cpu.available():
-        raise FarError("--lstm-backend cpu: cannot be built here (no C++ compiler?); use auto or torch")
-    if backend == "triton" and not gpu.fits(x, units):
-        raise FarError(
-            f"--lstm-backend triton: needs CUDA, Triton, float32 and at most {gpu.MOST} units a head; use auto or torch"
-        )
-    if backend == "auto":
-        return "cpu" if on_cpu and cpu.available() else "torch"
-    return backend
+def check(backend: str, device: torch.device, kind: CellKind = LSTM) -> None:
+    """Raises FarError where a `--lstm-backend` cannot run on this device at all: told before a run begins."""
+    choose(backend, Task(kind, device, torch.float32, 1))
 
 
-def compute(backend: str, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
     """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend` chooses.
 
     In the weights' own precision whatever autocast says: the state sums over N tokens.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(cells[0].weight_hh.dtype)
-        return KERNELS[choose(backend, x, max(cell.weight_hh.shape[1] for cell in cells))](x, cells)
+        task = Task(kind, x.device, x.dtype, max(cell.units for cell in cells))
+        return KERNELS[choose(backend, task)].run(kind, x, cells)
+
+
+__all__ = ["BACKENDS", "KERNELS", "LSTM", "Cell", "CellKind", "Kernel", "Task", "check", "choose", "compute"]

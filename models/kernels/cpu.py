@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.kernels.cells import LSTM, Cell, CellKind, Task
+
 SOURCE = Path(__file__).with_name("lstm_cpu.cpp")
 TORCH = Path(torch.__file__).parent
 TUNED, PORTABLE = ("-march=native",), ()
@@ -215,8 +217,19 @@ def _register(namespace: str, v: int) -> None:
     torch.library.register_autograd(f"{namespace}::backward", _no_second)
 
 
-def fused(x: Tensor, cells: Sequence, operators=None) -> Tensor:
-    """See `models.kernels`. Ask `available` first."""
+def refusal(task: Task) -> str:
+    """Why the operators cannot do a task; empty where they can."""
+    if task.kind != LSTM:
+        return "computes LSTMs"
+    if task.device.type != "cpu" or task.dtype != torch.float32:
+        return "computes float32 on a CPU"
+    if not available():
+        return "cannot be built here (no C++ compiler?)"
+    return "" if not task.half or has_bfloat16() else "has bfloat16 weights on a CPU with AVX512_BF16"
+
+
+def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell], operators=None) -> Tensor:
+    """See `models.kernels`. Ask `refusal` first."""
     operators = operators or torch.ops.far
     weights = [w for cell in cells for w in cell]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.kernels.stock import padded, unpad
+from models.kernels.cells import LSTM, Cell, CellKind, Task
+from models.kernels.stock import padded_cell, unpad
 
 LEAST, MOST = 16, 64  # hidden units a cell: tl.dot starts at 16; more than 64 do not stay on chip
 ROWS = 16  # of the batch in one program, the least that tl.dot takes
@@ -24,10 +25,13 @@ def interpreting() -> bool:
     return bool(importlib.util.find_spec("triton")) and importlib.import_module("triton").knobs.runtime.interpret
 
 
-def fits(x: Tensor, units: int) -> bool:
-    """Whether Triton can compute this input with at most `units` hidden units a cell."""
-    device = importlib.util.find_spec("triton") and (x.is_cuda or interpreting())
-    return bool(device) and x.dtype != torch.float64 and units <= MOST
+def refusal(task: Task) -> str:
+    """Why Triton cannot do a task; empty where it can."""
+    if task.kind != LSTM:
+        return "computes LSTMs"
+    device = importlib.util.find_spec("triton") and (task.device.type == "cuda" or interpreting())
+    fits = bool(device) and task.dtype != torch.float64 and task.units <= MOST and not task.half
+    return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"
 
 
 class _Recurrence(torch.autograd.Function):
@@ -75,16 +79,14 @@ def precision() -> str:
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-def fused(x: Tensor, cells: Sequence) -> Tensor:
+def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
     """See `models.kernels`. Cells are padded to one power of two; a padded unit has zero weights and stays zero."""
-    units = [cell.weight_hh.shape[1] for cell in cells]
+    units = [cell.units for cell in cells]
     u = max(LEAST, 1 << (max(units) - 1).bit_length())
     batch, tokens, heads, _ = x.shape
-    w_ih = torch.stack([padded(c.weight_ih, k, u, False) for c, k in zip(cells, units, strict=True)])
-    w_hh = torch.stack([padded(c.weight_hh, k, u, True) for c, k in zip(cells, units, strict=True)])
-    bias = torch.stack(
-        [padded((c.bias_ih + c.bias_hh)[:, None], k, u, False) for c, k in zip(cells, units, strict=True)]
-    )
+    wide = [padded_cell(cell, u) for cell in cells]
+    w_ih, w_hh = (torch.stack(weights) for weights in list(zip(*wide, strict=True))[:2])
+    bias = torch.stack([cell.bias_ih + cell.bias_hh for cell in wide])
     by_head = x.permute(2, 0, 1, 3).flatten(1, 2)  # (H, B N, d)
     inputs = torch.baddbmm(bias.view(heads, 1, 8 * u), by_head, w_ih.view(heads, 8 * u, -1).transpose(1, 2))
     hidden = _Recurrence.apply(inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u))

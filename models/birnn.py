@@ -1,0 +1,167 @@
+"""Heads of bidirectional recurrent cells between two projections; LSTM and GRU fill in the cell."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models import kernels
+from models.fused_birnn import FusedBiRNN
+from models.parts import Place, Replacement, safe_root, shrunk
+
+
+class Direction(nn.Module):
+    """Weights of one head in one direction, named and shaped as in torch, with G gates: u units reading d channels."""
+
+    kind: ClassVar[kernels.CellKind]
+
+    def __init__(self, input_size: int, units: int):
+        super().__init__()
+        rows = self.kind.gates * units
+        self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(rows, units))
+        self.bias_ih = nn.Parameter(torch.zeros(rows))
+        self.bias_hh = nn.Parameter(torch.zeros(rows))
+        self.reset_parameters()
+
+    @property
+    def units(self) -> int:
+        return self.weight_hh.shape[1]
+
+    def cell(self) -> kernels.Cell:
+        return kernels.Cell(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    def by_gate(self, weight: Tensor) -> Tensor:
+        """(G u, ...) as (G, u, ...), a view."""
+        return weight.unflatten(0, (self.kind.gates, -1))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier input weights, orthogonal recurrence gate by gate, biases zero."""
+        for w in self.weight_ih.chunk(self.kind.gates):
+            nn.init.xavier_uniform_(w)
+        for w in self.weight_hh.chunk(self.kind.gates):
+            nn.init.orthogonal_(w)
+        nn.init.zeros_(self.bias_hh)
+        nn.init.zeros_(self.bias_ih)
+
+    def remember_up_to(self, tokens: int) -> None:
+        """Chrono initialisation of the biases: time constants spread between 1 and `tokens` - 1."""
+        raise NotImplementedError
+
+    def unit_norms(self, readout: Tensor) -> Tensor:
+        """s_j: the gates' rows of W_ih, W_hh and both biases, the columns of W_hh and of head_proj. Returns (u,).
+
+        readout: the columns of head_proj's weight, (d, u). An entry of W_hh that joins a unit with itself lies in its
+        row and its column, and counts once.
+        """
+        w_ih, recurrent, b_ih, b_hh = (self.by_gate(w).square() for w in self.cell())  # (G, u, ...)
+        own = recurrent.diagonal(dim1=1, dim2=2).sum(0)
+        squares = w_ih.sum((0, 2)) + (b_ih + b_hh).sum(0) + readout.square().sum(0)
+        return safe_root(squares + recurrent.sum((0, 2)) + recurrent.sum((0, 1)) - own)
+
+    def keep(self, index: Tensor) -> None:
+        rows = [self.by_gate(w)[:, index].flatten(0, 1) for w in self.cell()]
+        rows[1] = rows[1][:, index]
+        for name, w in zip(kernels.Cell._fields, rows, strict=True):
+            setattr(self, name, shrunk(getattr(self, name), w))
+
+
+class MultiHeadBiRNN(Replacement):
+    """H independent bidirectional RNNs between a shared input and output projection.
+
+    `p = pre_proj(x)` is split into H chunks of width d = D / H; each head reads its chunk forward and backward;
+    `head_proj` maps the head's u[h][0] + u[h][1] hidden units to d channels of z. No weight joins two heads.
+    """
+
+    direction: ClassVar[type[Direction]]
+
+    def __init__(self, dim: int, num_heads: int, num_tokens: int, units: Sequence[Sequence[int]] | None = None):
+        super().__init__(dim, num_heads, num_tokens, units)
+        units = units or self.full_sizes
+        self.pre_proj = nn.Linear(dim, dim)
+        # Its name in every checkpoint, whichever the cells are.
+        self.lstm = nn.ModuleList(nn.ModuleList(self.direction(self.width, u) for u in pair) for pair in units)
+        self.head_proj = nn.ModuleList(nn.Linear(sum(pair), self.width) for pair in units)
+
+    @property
+    def width(self) -> int:
+        """Channels d that a head reads and gives."""
+        return self.dim // self.num_heads
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """u[h][r]: kept units per head and direction."""
+        return [[direction.units for direction in head] for head in self.lstm]
+
+    @property
+    def full_sizes(self) -> list[list[int]]:
+        return [[self.width] * 2 for _ in range(self.num_heads)]
+
+    @classmethod
+    def check_backend(cls, backend: str, device: torch.device) -> None:
+        kernels.check(backend, device, cls.direction.kind)
+
+    def cells(self) -> list[kernels.Cell]:
+        """In the kernels' order."""
+        return [direction.cell() for head in self.lstm for direction in head]
+
+    def mix(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        p = self.pre_proj(x).view(b, n, self.num_heads, self.width)  # (B, N, H, d)
+        heads = self.hidden(p).split([sum(pair) for pair in self.sizes], dim=2)
+        return torch.cat([proj(h) for proj, h in zip(self.head_proj, heads, strict=True)], dim=2)
+
+    def hidden(self, p: Tensor) -> Tensor:
+        """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""
+        return kernels.compute(self.backend, self.direction.kind, p, self.cells())
+
+    def init_from_attention(self, attn: nn.Module, init: str) -> None:
+        """Where the cells start. `chrono` was the best of the three on the digits (README, ablation).
+
+        random: pre_proj by torch. value: pre_proj is the teacher's value projection, what attention averages. chrono:
+        that, and units that remember for between 1 and N tokens (Tallec & Ollivier, arXiv 1804.11188): attention reads
+        all tokens, an RNN must first learn to hold them.
+        """
+        super().init_from_attention(attn, init)
+        if init == "chrono":
+            for head in self.lstm:
+                for direction in head:
+                    direction.remember_up_to(self.num_tokens)
+        if init in ("value", "chrono"):
+            with torch.no_grad():
+                self.pre_proj.weight.copy_(attn.qkv.weight[-self.dim :])
+                if attn.qkv.bias is not None:
+                    self.pre_proj.bias.copy_(attn.qkv.bias[-self.dim :])
+
+    def macs(self, shape: Sequence[int]) -> int:
+        """A cell's are G u (d + u) a token; gate activations and other elementwise work are not counted."""
+        return shape[0] * shape[1] * sum(w.numel() for w in self.parameters() if w.dim() == 2)
+
+    def _places(self) -> Iterator[tuple[Place, Direction, Tensor]]:
+        """Every place, its direction and its columns of head_proj's weight (d, u)."""
+        for h, (pair, proj) in enumerate(zip(self.lstm, self.head_proj, strict=True)):
+            columns = proj.weight.split([direction.units for direction in pair], dim=1)
+            for r, direction in enumerate(pair):
+                yield (h, r), direction, columns[r]
+
+    def unit_norms(self) -> dict[Place, Tensor]:
+        return {place: direction.unit_norms(readout) for place, direction, readout in self._places()}
+
+    def parameters_of(self, place: Place, units: int) -> int:
+        """W_ih, W_hh and two biases; the units' columns of head_proj."""
+        return self.direction.kind.gates * units * (self.width + units + 2) + self.width * units
+
+    @torch.no_grad()
+    def shrink(self, kept: Mapping[Place, Tensor]) -> None:
+        readouts = {place: readout for place, _, readout in self._places()}
+        for (h, r), index in kept.items():
+            readouts[h, r] = readouts[h, r][:, index]
+            self.lstm[h][r].keep(index)
+        for h, proj in enumerate(self.head_proj):
+            proj.weight = shrunk(proj.weight, torch.cat([readouts[h, 0], readouts[h, 1]], dim=1))
+            proj.in_features = proj.weight.shape[1]
+
+    def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
+        return FusedBiRNN(self, half, tokens)

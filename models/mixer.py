@@ -1,0 +1,29 @@
+"""Token mixing by an MLP (MLP-Mixer, arXiv 2105.01601), to compare with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.parts import Replacement, Unprunable
+
+
+class TokenMixer(Unprunable, Replacement):
+    """An MLP across tokens with hidden width 2 N: z = fc2(gelu(fc1(x^T)))^T, fixed N."""
+
+    def __init__(self, dim: int, num_heads: int, num_tokens: int, units: Any = None):
+        super().__init__(dim, num_heads, num_tokens, units)
+        self.fc1 = nn.Linear(num_tokens, 2 * num_tokens)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(2 * num_tokens, num_tokens)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x.transpose(1, 2)))).transpose(1, 2)  # (B, D, N) inside
+
+    def macs(self, shape: Sequence[int]) -> int:
+        b, n, dim = shape
+        return b * dim * (self.fc1.weight.numel() + self.fc2.weight.numel()) + b * n * self.post_proj.weight.numel()
+
+    def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
+        """Itself: it has no neighbouring linear maps to merge."""
+        return self

@@ -1,0 +1,165 @@
+"""What the suite asks of a block's parts: of whatever stands in attention's place, and of the MLP behind it."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+Place = tuple[int, ...]
+MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
+
+
+def safe_root(squares: Tensor) -> Tensor:
+    """Square roots whose gradient at an exact zero is zero instead of infinite."""
+    positive = squares > 0
+    return torch.where(positive, squares, torch.ones_like(squares)).sqrt() * positive
+
+
+def shrunk(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+
+
+def count_sizes(sizes: Any) -> int:
+    """The units in a part's sizes."""
+    return sizes if isinstance(sizes, int) else sum(map(count_sizes, sizes))
+
+
+class BlockPart(abc.ABC):
+    """A part of a block that answers for its cost and for the hidden units that pruning may remove.
+
+    A place is where units stand side by side: (head, direction) in a multi-head RNN, () in an MLP. A group is every
+    weight that dies with a unit. A part without prunable units has no places, and sizes of ().
+    """
+
+    @property
+    @abc.abstractmethod
+    def sizes(self) -> Any:
+        """Units by place as plain nested data, which is stored with a checkpoint to rebuild the part."""
+
+    @property
+    @abc.abstractmethod
+    def full_sizes(self) -> Any:
+        """The same before pruning."""
+
+    @abc.abstractmethod
+    def macs(self, shape: Sequence[int]) -> int:
+        """Multiply-accumulates of all its matrix products on an input of this shape (B, N, D)."""
+
+    @abc.abstractmethod
+    def unit_norms(self) -> dict[Place, Tensor]:
+        """s_j, the norm of the group of every unit j, (u,), by place; differentiable."""
+
+    @abc.abstractmethod
+    def parameters_of(self, place: Place, units: int) -> int:
+        """Parameters that die with all groups of a place, were there so many units in it."""
+
+    @abc.abstractmethod
+    def shrink(self, kept: Mapping[Place, Tensor]) -> None:
+        """Keeps only the named units (ascending indices) of each place; tensors get smaller."""
+
+
+class Unprunable(BlockPart):
+    """A part without units to remove."""
+
+    sizes = full_sizes = ()
+
+    def unit_norms(self) -> dict[Place, Tensor]:
+        return {}
+
+    def parameters_of(self, place: Place, units: int) -> int:
+        raise KeyError(place)
+
+    def shrink(self, kept: Mapping[Place, Tensor]) -> None:
+        if kept:
+            raise KeyError(next(iter(kept)))
+
+
+class Mlp(timm.layers.Mlp, BlockPart):
+    """timm's MLP; its hidden units can be pruned."""
+
+    @property
+    def sizes(self) -> int:
+        return self.fc1.out_features
+
+    @property
+    def full_sizes(self) -> int:
+        return MLP_RATIO * self.fc1.in_features
+
+    def macs(self, shape: Sequence[int]) -> int:
+        return shape[0] * shape[1] * (self.fc1.weight.numel() + self.fc2.weight.numel())
+
+    def unit_norms(self) -> dict[Place, Tensor]:
+        """fc1's row and bias, fc2's column."""
+        squares = self.fc1.weight.square().sum(1) + self.fc1.bias.square() + self.fc2.weight.square().sum(0)
+        return {(): safe_root(squares)}
+
+    def parameters_of(self, place: Place, units: int) -> int:
+        return units * (self.fc1.in_features + 1 + self.fc2.out_features)
+
+    @torch.no_grad()
+    def shrink(self, kept: Mapping[Place, Tensor]) -> None:
+        for index in kept.values():
+            self.fc1.weight = shrunk(self.fc1.weight, self.fc1.weight[index])
+            self.fc1.bias = shrunk(self.fc1.bias, self.fc1.bias[index])
+            self.fc2.weight = shrunk(self.fc2.weight, self.fc2.weight[:, index])
+            self.fc1.out_features = self.fc2.in_features = len(index)
+
+    def resize(self, hidden: int) -> None:
+        """Fresh weights for so many hidden units."""
+        self.fc1, self.fc2 = nn.Linear(self.fc1.in_features, hidden), nn.Linear(hidden, self.fc2.out_features)
+
+
+class Replacement(nn.Module, BlockPart):
+    """Base of everything that replaces an attention block: `forward(x) = post_proj(mix(x))`.
+
+    Args:
+        dim: embedding width D.
+        num_heads: heads H.
+        num_tokens: tokens N (only token mixers are tied to it).
+        units: sizes as a pruned one stores them; None is a full one.
+
+    Shapes: x (B, N, D); `mix` gives z (B, N, D), the counterpart of attention's joined head outputs; forward (B, N, D).
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_tokens: int, units: Any = None):
+        super().__init__()
+        self.dim, self.num_heads, self.num_tokens = dim, num_heads, num_tokens
+        self.backend = "auto"
+        self.post_proj = nn.Linear(dim, dim)
+
+    @property
+    def proj(self) -> nn.Linear:
+        """post_proj under attention's name for it: what z enters."""
+        return self.post_proj
+
+    @abc.abstractmethod
+    def mix(self, x: Tensor) -> Tensor: ...
+
+    @classmethod
+    def check_backend(cls, backend: str, device: torch.device) -> None:  # noqa: B027  (most need no kernel)
+        """Raises FarError where a `--lstm-backend` cannot compute it on a device."""
+
+    @abc.abstractmethod
+    def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
+        """The same function for inference, x (B, N, D) to (B, N, D), of this one's weights as they are now.
+
+        half: recurrent weights in bfloat16. tokens: only so many of the first tokens are read; it may give no more.
+        Raises FarError where it cannot be done.
+        """
+
+    def mixing_parts(self) -> list[nn.Module]:
+        """What stage attn trains: every child but post_proj."""
+        return [child for child in self.children() if child is not self.post_proj]
+
+    def init_from_attention(self, attn: nn.Module, init: str) -> None:
+        """post_proj becomes a copy of the teacher's output projection, so that z keeps the teacher's meaning."""
+        self.post_proj.load_state_dict(attn.proj.state_dict())
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The last two arguments are timm's block protocol; a bidirectional replacement reads every token."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("FAR's replacements are bidirectional and take no mask")
+        return self.post_proj(self.mix(x))
