@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.kernels import KERNELS, LSTM
@@ -33,15 +34,31 @@ def test_multi_head_equals_dense_lstm_with_blocks_on_its_diagonal(units):
     assert off_diagonal.abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["torch"])
+def test_a_gru_head_equals_torchs():
+    m = MultiHeadBiGRU(192, 3, 9).double()
+    for w in m.lstm.parameters():
+        torch.nn.init.normal_(w, std=0.2)
+    x = torch.randn(2, 9, 192, dtype=torch.float64)
+    p, z = m.pre_proj(x), []
+    for h in range(3):
+        gru = torch.nn.GRU(64, 64, batch_first=True, bidirectional=True).double()
+        for r, suffix in enumerate(("", "_reverse")):
+            for name, w in m.lstm[h][r].named_parameters():
+                getattr(gru, f"{name}_l0{suffix}").data.copy_(w)
+        z.append(m.head_proj[h](gru(p[:, :, 64 * h : 64 * (h + 1)])[0]))
+    expected = m.post_proj(torch.cat(z, 2))
+    for m.backend in ("auto", "reference"):
+        assert relative_error(m(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [MultiHeadBiLSTM, MultiHeadBiGRU])
 @pytest.mark.parametrize("units", RAGGED)
 @pytest.mark.parametrize("tokens", [1, 2, 65])
-def test_kernels_match_the_reference_forward_and_backward(name, units, tokens):
-    m = MultiHeadBiLSTM(192, 3, tokens, units).double()
+def test_torchs_kernel_matches_the_reference_forward_and_backward(kind, units, tokens):
+    m = kind(192, 3, tokens, units).double()
     x = torch.randn(3, 3, tokens, 64, dtype=torch.float64).transpose(1, 2).requires_grad_()  # not contiguous
-    cells = [direction.cell() for head in m.lstm for direction in head]
     weights = [x, *m.lstm.parameters()]
-    expected, got = (KERNELS[k].run(LSTM, x, cells) for k in ("reference", name))
+    expected, got = (KERNELS[k].run(m.direction.kind, x, m.cells()) for k in ("reference", "torch"))
     direction = torch.randn_like(expected)
     assert relative_error(got, expected) < 1e-12
     # At one token the recurrent weights have no gradient: both must say zero.
@@ -56,8 +73,7 @@ def test_heads_are_independent():
     p = torch.randn(1, 20, 3, 64)
     q = p.clone()
     q[:, :, 1] += 1
-    cells = [direction.cell() for head in m.lstm for direction in head]
-    a, b = (KERNELS["torch"].run(LSTM, t, cells).unflatten(2, (3, 128)) for t in (p, q))
+    a, b = (KERNELS["torch"].run(LSTM, t, m.cells()).unflatten(2, (3, 128)) for t in (p, q))
     assert torch.equal(a[:, :, [0, 2]], b[:, :, [0, 2]]) and not torch.equal(a[:, :, 1], b[:, :, 1])
 
 
@@ -87,10 +103,11 @@ def test_value_init_copies_the_teachers_value_projection():
     assert torch.equal(model.blocks[0].attn.pre_proj.weight, value)
 
 
-def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too():
+@pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
+def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too(rep_by):
     units = {"2": [[3, 32], [32, 1]]}
-    model = build(FarConfig("DeiT-Micro", 7, 32, replaced=(0, 2), units=units))
-    packed = pack(model, FarConfig("DeiT-Micro", 7, 32))
+    model = build(FarConfig("DeiT-Micro", 7, 32, rep_by, replaced=(0, 2), units=units))
+    packed = pack(model, FarConfig("DeiT-Micro", 7, 32, rep_by))
     again = build(FarConfig(**packed["config"]))
     again.load_state_dict(packed["model"])
     x = torch.randn(2, 3, 32, 32)

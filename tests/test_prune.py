@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import main
 import prune
 from engine import hoyer, shrink
 from engine.count import count_macs
+from models.bigru import DirectionGRU
+from models.bilstm import DirectionLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
 from tests.conftest import QUIET, ROOT, launch
@@ -28,8 +31,11 @@ SMALL = [
 ]
 
 
-def ragged():
-    model = build(CONFIG).double().eval()
+RECURRENT = pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
+
+
+def ragged(rep_by="multi-lstm"):
+    model = build(replace(CONFIG, rep_by=rep_by)).double().eval()
     for name, p in model.named_parameters():
         if "bias" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -44,15 +50,18 @@ def group_by_hand(attn, h, r, j):
     """Every weight that dies with unit j, listed one by one."""
     lstm, proj = attn.lstm[h][r], attn.head_proj[h].weight
     u, group = lstm.units, []
-    for gate in range(4):
+    gates = len(lstm.bias_ih) // u
+    for gate in range(gates):
         row = gate * u + j
         group += [*lstm.weight_ih[row], *lstm.weight_hh[row], lstm.bias_ih[row], lstm.bias_hh[row]]
         group += [lstm.weight_hh[gate * u + k, j] for k in range(u) if k != j]
+    assert gates == {DirectionLSTM: 4, DirectionGRU: 3}[type(lstm)]
     return torch.stack([*group, *proj[:, j + (attn.lstm[h][0].units if r else 0)]])
 
 
-def test_unit_norms_are_those_of_groups_written_out():
-    model = ragged()
+@RECURRENT
+def test_unit_norms_are_those_of_groups_written_out(rep_by):
+    model = ragged(rep_by)
     norms = hoyer.unit_norms(replacements(model))
     assert {k: len(v) for k, v in norms.items() if k[0] == 0} == {
         (0, 0, 0): 5,
@@ -103,8 +112,9 @@ def test_norms_of_zeroed_groups_are_zero_and_their_gradient_is_finite():
     assert torch.isfinite(direction.weight_hh.grad).all()
 
 
-def test_shrinking_zeroed_units_keeps_the_output():
-    model = ragged()
+@RECURRENT
+def test_shrinking_zeroed_units_keeps_the_output(rep_by):
+    model = ragged(rep_by)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     kept, mlp = {}, {}
     with torch.no_grad():
@@ -113,7 +123,7 @@ def test_shrinking_zeroed_units_keeps_the_output():
             stay[torch.randint(len(s), ())] = True
             attn, u = model.blocks[block].attn, len(s)
             lstm, gone = attn.lstm[h][r], (~stay).nonzero().flatten()
-            rows = (torch.arange(4)[:, None] * u + gone).flatten()
+            rows = (torch.arange(len(lstm.bias_ih) // u)[:, None] * u + gone).flatten()
             for w in (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh):
                 w[rows] = 0
             lstm.weight_hh[:, gone] = 0
@@ -131,7 +141,7 @@ def test_shrinking_zeroed_units_keeps_the_output():
     assert relative_error(lstm_only, before) < 1e-10 and relative_error(after, before) < 1e-10
     assert count_parameters(model) < size
     assert model.blocks[0].attn.sizes == [[len(kept[0, h, r]) for r in (0, 1)] for h in (0, 1)]
-    again = build(describe(model, CONFIG)).double().eval()
+    again = build(describe(model, replace(CONFIG, rep_by=rep_by))).double().eval()
     again.load_state_dict(model.state_dict())
     assert relative_error(again(images), after) < 1e-12
 
@@ -156,8 +166,9 @@ def test_selection_rules_on_a_case_by_hand():
     assert lists(shrink.keep_share(norms, 1.0)) == {(0, 0, 0): [0, 1], (0, 0, 1): [0, 1], (1, 0, 0): [0, 1, 2]}
 
 
-def test_target_params_is_met_as_closely_as_one_unit_allows():
-    model = ragged()
+@RECURRENT
+def test_target_params_is_met_as_closely_as_one_unit_allows(rep_by):
+    model = ragged(rep_by)
     norms, target = hoyer.unit_norms(replacements(model)), count_parameters(model) - 20_000
     kept = shrink.keep_within(model, norms, target)
     count = sum(map(len, kept.values()))

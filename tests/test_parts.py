@@ -1,0 +1,73 @@
+"""Every replacement answers for itself: cost, fused form, kernel; a class that forgets an answer cannot be made."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.count import count_macs
+from models.fuse import fuse
+from models.mixer import TokenMixer
+from models.parts import Replacement
+from models.replace import REPLACEMENTS, FarConfig, build, set_backend
+from utils.errors import FarError
+
+EACH = pytest.mark.parametrize("rep_by", REPLACEMENTS)
+CPU = torch.device("cpu")
+
+
+def model_of(rep_by, replaced=(0, 1, 3), **kwargs):
+    model = build(FarConfig("DeiT-Micro", 10, 32, rep_by, replaced=replaced, **kwargs)).double().eval()
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False)
+
+
+@EACH
+def test_macs_are_those_that_torch_counts_product_by_product(rep_by):
+    model = model_of(rep_by, mlp={"1": 17})
+    model.blocks[2].attn.fused_attn = False  # torch's counter passes over its fused attention on a CPU
+    set_backend(model, "reference")  # a loop of plain matrix products
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert count_macs(model) == counter.get_total_flops() // 2
+
+
+@EACH
+@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (1,)])
+def test_fuse_keeps_the_logits_in_float64(rep_by, replaced):
+    model, x = model_of(rep_by, replaced), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-10)
+    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
+
+
+@EACH
+def test_a_fused_models_macs_are_those_that_torch_counts(rep_by):
+    model = model_of(rep_by, (0, 1, 2, 3))
+    set_backend(model, "reference")
+    fuse(model)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert count_macs(model) == counter.get_total_flops() // 2
+
+
+def test_a_gru_is_refused_by_kernels_for_lstms_before_a_run():
+    for backend in ("cpu", "triton"):
+        with pytest.raises(FarError, match=f"--lstm-backend {backend}: computes LSTMs; use auto or torch"):
+            REPLACEMENTS["gru"].check_backend(backend, CPU)
+    for backend in ("auto", "torch", "reference"):
+        REPLACEMENTS["gru"].check_backend(backend, CPU)
+    with pytest.raises(FarError, match="--fuse bfloat16: needs LSTMs"):
+        fuse(model_of("gru").float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("question", ["macs", "unit_norms", "parameters_of", "shrink", "sizes", "full_sizes", "fused"])
+def test_a_replacement_that_leaves_a_question_open_cannot_be_made(question):
+    members = {name: getattr(TokenMixer, name) for name in dir(TokenMixer) if name in ("mix", "forward")}
+    asked = ("macs", "unit_norms", "parameters_of", "shrink", "sizes", "full_sizes", "fused")
+    answers = {name: getattr(TokenMixer, name) for name in asked}
+    type("Whole", (Replacement,), {**members, **answers})(64, 2, 65)
+    answers.pop(question)
+    with pytest.raises(TypeError, match=question):
+        type("Forgetful", (Replacement,), {**members, **answers})(64, 2, 65)
