@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.count import count_macs
 from models.fuse import fuse
+from models.kernels import cpu
 from models.mixer import TokenMixer
 from models.parts import Replacement
 from models.replace import REPLACEMENTS, FarConfig, build, set_backend
@@ -71,3 +72,25 @@ def test_a_replacement_that_leaves_a_question_open_cannot_be_made(question):
     answers.pop(question)
     with pytest.raises(TypeError, match=question):
         type("Forgetful", (Replacement,), {**members, **answers})(64, 2, 65)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_whole_model_compiles_as_one_graph_with_its_gradients(train, monkeypatch):
+    model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2, 3))).train(train).requires_grad_(train)
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    monkeypatch.setattr(cpu, "_build", None)  # the operators are there; a trace hashes and builds nothing
+    got = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    if train:
+        ours, theirs = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (got, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@EACH
+def test_a_whole_model_is_captured_by_export(rep_by):
+    model = model_of(rep_by, (1,)).float()
+    x = torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)

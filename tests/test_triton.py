@@ -47,6 +47,16 @@ def test_nan_passes_through_triton():
     assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
 
 
+def test_the_triton_operators_keep_what_torch_asks_of_operators():
+    inputs = torch.randn(1, 2, 3, 2, 4, 16, device=DEVICE, requires_grad=True)
+    w_hh = torch.randn(1, 2, 4, 16, 16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(gpu.recurrence, (inputs, w_hh, True))
+    with torch.no_grad():
+        torch.library.opcheck(gpu.recurrence, (inputs, w_hh, False))
+        hidden, gates, states = gpu.recurrence(inputs, w_hh, True)
+        torch.library.opcheck(gpu.recurrence_backward, (torch.randn_like(hidden), w_hh, gates, states))
+
+
 def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(monkeypatch):
     called = []
     watch(monkeypatch, "triton", lambda x: called.append(1))

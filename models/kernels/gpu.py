@@ -34,39 +34,68 @@ def refusal(task: Task) -> str:
     return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"
 
 
-class _Recurrence(torch.autograd.Function):
-    """Gates' inputs (H, B, N, 2, 4, U) and W_hh (H, 2, 4, U, U) to hidden (B, N, 2 H, U)."""
+@torch.library.custom_op("far_triton::recurrence", mutates_args=())
+def recurrence(inputs: Tensor, w_hh: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates' inputs (H, B, N, 2, 4, U) and W_hh (H, 2, 4, U, U) to hidden (B, N, 2 H, U).
 
-    @staticmethod
-    def forward(ctx, inputs: Tensor, w_hh: Tensor) -> Tensor:
-        kernel = importlib.import_module("models.kernels.lstm_triton")
-        heads, batch, tokens, _, _, u = inputs.shape
-        keep = any(ctx.needs_input_grad)
-        hidden = inputs.new_empty(batch, tokens, 2 * heads, u)
-        gates, states = (
-            (torch.empty_like(inputs), torch.empty_like(hidden)) if keep else (hidden, hidden)
-        )  # else never touched
-        ctx.launch = {"U": u, "BT": ROWS, "PRECISION": precision(), **launch_options(u)}
-        ctx.grid = (2 * heads, -(-batch // ROWS))
-        with torch.cuda.device_of(inputs):
-            kernel.forward[ctx.grid](inputs, w_hh, hidden, gates, states, batch, tokens, KEEP=keep, **ctx.launch)
-        if keep:
-            ctx.save_for_backward(w_hh, hidden, gates, states)
-        return hidden
+    keep: activated gates and cell states besides, for the way back; empty without.
+    """
+    kernel = importlib.import_module("models.kernels.lstm_triton")
+    hidden, gates, states = _outputs(inputs, w_hh, keep)
+    kept = (gates, states) if keep else (hidden, hidden)  # never touched
+    grid, options = _launch(inputs)
+    with torch.cuda.device_of(inputs):
+        kernel.forward[grid](inputs, w_hh, hidden, *kept, *hidden.shape[:2], KEEP=keep, **options)
+    return hidden, gates, states
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        kernel = importlib.import_module("models.kernels.lstm_triton")
-        w_hh, hidden, gates, states = ctx.saved_tensors
-        d_inputs = torch.empty_like(gates)
-        with torch.cuda.device_of(grad):
-            kernel.backward[ctx.grid](grad.contiguous(), w_hh, gates, states, d_inputs, *hidden.shape[:2], **ctx.launch)
-        d_w = torch.zeros_like(w_hh)
-        by_head = hidden.unflatten(2, (-1, 2))  # (B, N, H, 2, U): each token met the hidden state of the one before
-        d_w[:, 0] = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, 1:, 0], by_head[:, :-1, :, 0])
-        d_w[:, 1] = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, :-1, 1], by_head[:, 1:, :, 1])
-        return d_inputs, d_w
+
+@recurrence.register_fake
+def _outputs(inputs: Tensor, w_hh: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    heads, batch, tokens, _, _, u = inputs.shape
+    hidden = inputs.new_empty(batch, tokens, 2 * heads, u)
+    empty = inputs.new_empty(0), inputs.new_empty(0)
+    return hidden, *((torch.empty_like(inputs), torch.empty_like(hidden)) if keep else empty)
+
+
+@torch.library.custom_op("far_triton::recurrence_backward", mutates_args=())
+def recurrence_backward(grad: Tensor, w_hh: Tensor, gates: Tensor, states: Tensor) -> Tensor:
+    """Gradients of the gates' inputs from those of hidden, (B, N, 2 H, U) to (H, B, N, 2, 4, U)."""
+    kernel = importlib.import_module("models.kernels.lstm_triton")
+    d_inputs = torch.empty_like(gates)
+    grid, options = _launch(gates)
+    with torch.cuda.device_of(grad):
+        kernel.backward[grid](grad.contiguous(), w_hh, gates, states, d_inputs, *states.shape[:2], **options)
+    return d_inputs
+
+
+@recurrence_backward.register_fake
+def _gradient(grad: Tensor, w_hh: Tensor, gates: Tensor, states: Tensor) -> Tensor:
+    return torch.empty_like(gates)
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # nobody differentiates gates and states
+    ctx.save_for_backward(inputs[1], *output)
+
+
+def _backward(ctx, grad: Tensor, *_):
+    w_hh, hidden, gates, states = ctx.saved_tensors
+    d_inputs = recurrence_backward(grad, w_hh, gates, states)
+    if not ctx.needs_input_grad[1]:
+        return d_inputs, None, None
+    by_head = hidden.unflatten(2, (-1, 2))  # (B, N, H, 2, U): each token met the hidden state of the one before
+    forward = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, 1:, 0], by_head[:, :-1, :, 0])
+    reverse = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, :-1, 1], by_head[:, 1:, :, 1])
+    return d_inputs, torch.stack([forward, reverse], dim=1), None
+
+
+recurrence.register_autograd(_backward, setup_context=_keep)
+
+
+def _launch(inputs: Tensor) -> tuple[tuple[int, int], dict]:
+    """Grid and constants for gates' inputs (H, B, N, 2, 4, U)."""
+    heads, batch, *_, u = inputs.shape
+    return (2 * heads, -(-batch // ROWS)), {"U": u, "BT": ROWS, "PRECISION": precision(), **launch_options(u)}
 
 
 def launch_options(u: int) -> dict[str, int]:
@@ -89,5 +118,6 @@ def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
     bias = torch.stack([cell.bias_ih + cell.bias_hh for cell in wide])
     by_head = x.permute(2, 0, 1, 3).flatten(1, 2)  # (H, B N, d)
     inputs = torch.baddbmm(bias.view(heads, 1, 8 * u), by_head, w_ih.view(heads, 8 * u, -1).transpose(1, 2))
-    hidden = _Recurrence.apply(inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u))
-    return unpad(hidden, units)
+    inputs, w_hh = inputs.view(heads, batch, tokens, 2, 4, u), w_hh.view(heads, 2, 4, u, u)
+    keep = torch.is_grad_enabled() and (inputs.requires_grad or w_hh.requires_grad)
+    return unpad(recurrence(inputs, w_hh, keep)[0], units)

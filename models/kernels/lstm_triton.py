@@ -29,6 +29,27 @@ def _rows(B, N, U: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
+def _token(step, N):
+    """The token that this program's direction reads at a step: odd cells read from last to first."""
+    return tl.where(tl.program_id(0) % 2 == 0, step, N - 1 - step)
+
+
+@triton.jit
+def _load_gates(at, mask, U: tl.constexpr):
+    """i, f, g, o of a token, (BT, U) each."""
+    i, f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
+    return i, f, tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+
+
+@triton.jit
+def _store_gates(to, mask, i, f, g, o, U: tl.constexpr):
+    tl.store(to, i, mask)
+    tl.store(to + U, f, mask)
+    tl.store(to + 2 * U, g, mask)
+    tl.store(to + 3 * U, o, mask)
+
+
+@triton.jit
 def forward(
     inputs,
     weight,
@@ -43,7 +64,6 @@ def forward(
     PRECISION: tl.constexpr,
 ):
     """hidden of all tokens; KEEP: activated gates and cell states too, for the way back."""
-    reverse = tl.program_id(0) % 2
     wide, narrow, mask = _rows(B, N, U, BT)
     step_wide, step_narrow = 8 * U, tl.num_programs(0) * U
     from_unit, to_unit = tl.arange(0, U)[:, None], tl.arange(0, U)[None, :]
@@ -51,29 +71,20 @@ def forward(
     w_i, w_f, w_g, w_o = tl.load(w), tl.load(w + U * U), tl.load(w + 2 * U * U), tl.load(w + 3 * U * U)
     h = tl.zeros((BT, U), tl.float32)
     c = tl.zeros((BT, U), tl.float32)
-    at = inputs + wide + reverse * (N - 1) * step_wide
-    i, f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
-    g, o = tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+    i, f, g, o = _load_gates(inputs + wide + _token(0, N) * step_wide, mask, U)
     for s in range(0, N):
-        token = s + reverse * (N - 1 - 2 * s)
-        ahead = tl.minimum(s + 1, N - 1)  # the next token's inputs travel while this one is computed
-        at = inputs + wide + (ahead + reverse * (N - 1 - 2 * ahead)) * step_wide
-        next_i, next_f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
-        next_g, next_o = tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+        ahead = _token(tl.minimum(s + 1, N - 1), N)  # the next token's inputs travel while this one is computed
+        next_i, next_f, next_g, next_o = _load_gates(inputs + wide + ahead * step_wide, mask, U)
         i = tl.sigmoid(i + tl.dot(h, w_i, input_precision=PRECISION))
         f = tl.sigmoid(f + tl.dot(h, w_f, input_precision=PRECISION))
         g = _tanh(g + tl.dot(h, w_g, input_precision=PRECISION))
         o = tl.sigmoid(o + tl.dot(h, w_o, input_precision=PRECISION))
         c = f * c + i * g
         h = o * _tanh(c)
-        tl.store(hidden + narrow + token * step_narrow, h, mask)
+        tl.store(hidden + narrow + _token(s, N) * step_narrow, h, mask)
         if KEEP:
-            to = gates + wide + token * step_wide
-            tl.store(to, i, mask)
-            tl.store(to + U, f, mask)
-            tl.store(to + 2 * U, g, mask)
-            tl.store(to + 3 * U, o, mask)
-            tl.store(states + narrow + token * step_narrow, c, mask)
+            _store_gates(gates + wide + _token(s, N) * step_wide, mask, i, f, g, o, U)
+            tl.store(states + narrow + _token(s, N) * step_narrow, c, mask)
         i, f, g, o = next_i, next_f, next_g, next_o
 
 
@@ -82,7 +93,6 @@ def backward(
     d_hidden, weight, gates, states, d_inputs, B, N, U: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Backpropagation through time: gradients of the gates' inputs from those of hidden."""
-    reverse = tl.program_id(0) % 2
     wide, narrow, mask = _rows(B, N, U, BT)
     step_wide, step_narrow = 8 * U, tl.num_programs(0) * U
     w = weight + tl.program_id(0) * 4 * U * U + tl.arange(0, U)[:, None] * U + tl.arange(0, U)[None, :]  # (j, k)
@@ -91,11 +101,8 @@ def backward(
     d_c = tl.zeros((BT, U), tl.float32)
     for back in range(0, N):
         s = N - 1 - back
-        token = s + reverse * (N - 1 - 2 * s)
-        before = token - 1 + 2 * reverse
-        at = gates + wide + token * step_wide
-        i, f = tl.load(at, mask, 0.0), tl.load(at + U, mask, 0.0)
-        g, o = tl.load(at + 2 * U, mask, 0.0), tl.load(at + 3 * U, mask, 0.0)
+        token, before = _token(s, N), _token(s - 1, N)
+        i, f, g, o = _load_gates(gates + wide + token * step_wide, mask, U)
         c = tl.load(states + narrow + token * step_narrow, mask, 0.0)
         c_before = tl.load(states + narrow + before * step_narrow, mask & (s > 0), 0.0)
         d_h += tl.load(d_hidden + narrow + token * step_narrow, mask, 0.0)
@@ -104,11 +111,7 @@ def backward(
         d_i, d_f = d_c * g * i * (1.0 - i), d_c * c_before * f * (1.0 - f)
         d_g, d_o = d_c * i * (1.0 - g * g), d_h * t * o * (1.0 - o)
         d_c = d_c * f
-        to = d_inputs + wide + token * step_wide
-        tl.store(to, d_i, mask)
-        tl.store(to + U, d_f, mask)
-        tl.store(to + 2 * U, d_g, mask)
-        tl.store(to + 3 * U, d_o, mask)
+        _store_gates(d_inputs + wide + token * step_wide, mask, d_i, d_f, d_g, d_o, U)
         d_h = tl.dot(d_i, w_i, input_precision=PRECISION)
         d_h = tl.dot(d_f, w_f, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_g, w_g, d_h, input_precision=PRECISION)
