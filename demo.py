@@ -182,6 +182,8 @@ def table(summary: dict) -> str:
 ABLATION = {
     "default (student input, chrono, attn then block)": ([], [], True),
     "--distill-input teacher": (["--distill-input", "teacher"], ["--distill-input", "teacher"], True),
+    "--rep-by gru": (["--rep-by", "gru"], ["--rep-by", "gru"], True),
+    "--rep-by mixer": (["--rep-by", "mixer"], ["--rep-by", "mixer"], True),
     "--rep-init value": (["--rep-init", "value"], [], True),
     "--rep-init random": (["--rep-init", "random"], [], True),
     "stage block alone, same epochs": (

@@ -12,7 +12,7 @@ from engine.distill import Distillation, check_reach, mean_similarity_of_z
 from engine.evaluate import evaluate
 from engine.stages import Optim, Stage, distillation
 from engine.train import Settings, Trainer, check_optimizer
-from models.deit import INPUT_SIZE, create_teacher, load_published_weights, load_teacher_weights
+from models.deit import TEACHERS, create_teacher, load_published_weights, load_teacher_weights
 from models.fuse import fuse
 from models.replace import (
     FarConfig,
@@ -129,7 +129,7 @@ def start(args: Namespace, context: Context) -> tuple[Data, FarConfig]:
     """Data first (its class count shapes the model), then the configuration the flags describe."""
     torch.manual_seed(args.seed)
     base_model = arguments.choose_model(args)
-    size = args.input_size or INPUT_SIZE[base_model]
+    size = args.input_size or TEACHERS[base_model].input_size
     data = data_from(args, size, context)
     return data, FarConfig(base_model, data.num_classes, size, args.rep_by)
 

@@ -21,7 +21,7 @@ from engine.explain import (
     token_similarity,
 )
 from models import kernels
-from models.deit import INPUT_SIZE, create_teacher, load_teacher_weights, teacher_state
+from models.deit import TEACHERS, create_teacher, load_teacher_weights, teacher_state
 from models.replace import load_model, replaced_blocks, set_backend
 from utils import arguments, checkpoint
 from utils.checkpoint import write_atomic
@@ -75,7 +75,7 @@ def _load(args: Namespace, path: Path, flag: str, teacher: bool):
         name = arguments.choose_model(args)
         head = teacher_state(content, f"{flag} {path}").get("head.weight")
         classes = 1000 if head is None or not head.dim() else len(head)
-        model = create_teacher(name, classes, INPUT_SIZE[name])
+        model = create_teacher(name, classes, TEACHERS[name].input_size)
         load_teacher_weights(model, path, flag)
     if teacher and replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -17,8 +18,7 @@ from utils.errors import FarError
 
 
 def _micro(img_size: int = 32, **kwargs) -> VisionTransformer:
-    patch_size = PATCH_SIZE["DeiT-Micro"]
-    model = VisionTransformer(img_size=img_size, patch_size=patch_size, embed_dim=64, depth=4, num_heads=2, **kwargs)
+    model = VisionTransformer(img_size=img_size, patch_size=4, embed_dim=64, depth=4, num_heads=2, **kwargs)
     # Learned positions that start as 2-D sines and cosines (MAE, arXiv 2111.06377): a patch of DIGITS is about one
     # pixel, and from random positions the teacher needs several times the epochs to find out which pixel it is.
     with torch.no_grad():
@@ -41,32 +41,42 @@ def sincos_2d(rows: int, columns: int, dim: int) -> torch.Tensor:
     return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-TEACHERS: dict[str, Callable[..., VisionTransformer]] = {
-    "DeiT-Tiny": _timm("deit_tiny_patch16_224"),
-    "DeiT-Small": _timm("deit_small_patch16_224"),
-    "DeiT-Base": _timm("deit_base_patch16_224"),
-    "DeiT-Micro": _micro,
+class Teacher(NamedTuple):
+    """build: of timm's arguments (num_classes, img_size, ...); input_size, patch_size: in pixels, by default.
+
+    published: whether timm has weights, which `build(pretrained=True)` fetches.
+    """
+
+    build: Callable[..., VisionTransformer]
+    input_size: int = 224
+    patch_size: int = 16
+    published: bool = True
+
+
+# What --base-model names; a new one is a line here and its name in utils.names.
+TEACHERS = {
+    "DeiT-Tiny": Teacher(_timm("deit_tiny_patch16_224")),
+    "DeiT-Small": Teacher(_timm("deit_small_patch16_224")),
+    "DeiT-Base": Teacher(_timm("deit_base_patch16_224")),
+    "DeiT-Micro": Teacher(_micro, 32, 4, published=False),
 }
-PUBLISHED = {name for name in TEACHERS if name != "DeiT-Micro"}
-INPUT_SIZE = {name: 32 if name == "DeiT-Micro" else 224 for name in TEACHERS}
-PATCH_SIZE = {name: 4 if name == "DeiT-Micro" else 16 for name in TEACHERS}
 LARGEST_INPUT = 4096
 WRAPPERS = ("model", "state_dict", "model_ema")  # under which training scripts store the weights
 
 
 def fits_patches(base_model: str, img_size) -> bool:
     """Whether images of this size are cut into whole patches."""
-    return whole(img_size, 1, LARGEST_INPUT) and img_size % PATCH_SIZE[base_model] == 0
+    return whole(img_size, 1, LARGEST_INPUT) and img_size % TEACHERS[base_model].patch_size == 0
 
 
 def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float = 0.0, drop_path: float = 0.0):
     """A DeiT with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
     if not fits_patches(base_model, img_size):
+        patch = TEACHERS[base_model].patch_size
         raise FarError(
-            f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {PATCH_SIZE[base_model]}, "
-            f"up to {LARGEST_INPUT}"
+            f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {patch}, up to {LARGEST_INPUT}"
         )
-    return TEACHERS[base_model](
+    return TEACHERS[base_model].build(
         num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path, mlp_layer=Mlp
     )
 
@@ -125,7 +135,7 @@ def load_teacher_weights(model: VisionTransformer, path: str | Path, flag: str =
 
 def load_published_weights(model: VisionTransformer, base_model: str) -> None:
     """timm's pretrained weights by name, from its cache or the network; one clear error where neither has them."""
-    if base_model not in PUBLISHED:
+    if not TEACHERS[base_model].published:
         raise FarError(
             f"--base-weight: {base_model} has no published weights; train one with --mode teacher, then name it"
         )
@@ -138,7 +148,7 @@ def load_published_weights(model: VisionTransformer, base_model: str) -> None:
         logging.ERROR
     )  # it tells each of its retries; the error below tells the end
     try:
-        published = TEACHERS[base_model](pretrained=True)
+        published = TEACHERS[base_model].build(pretrained=True)
     except Exception as error:  # noqa: BLE001  (the hub's client raises a dozen unrelated types; each means the same here)
         raise FarError(
             f"--base-weight: no weights for {base_model}: none given and timm's could not be downloaded "

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
-from models.deit import LARGEST_INPUT, PATCH_SIZE, TEACHERS, create_teacher, fits_patches
+from models.deit import LARGEST_INPUT, TEACHERS, create_teacher, fits_patches
 from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
 from utils.checkpoint import load, load_into, whole
@@ -143,7 +143,7 @@ def find_damage(config: FarConfig) -> str:
     if not whole(config.num_classes, 1, MOST_CLASSES):
         return f"num_classes must be a whole number from 1 to {MOST_CLASSES}"
     if not fits_patches(config.base_model, config.img_size):
-        return f"img_size must be a multiple of {PATCH_SIZE[config.base_model]} up to {LARGEST_INPUT}"
+        return f"img_size must be a multiple of {TEACHERS[config.base_model].patch_size} up to {LARGEST_INPUT}"
     with torch.device("meta"):
         model = create_teacher(config.base_model, config.num_classes, config.img_size)
         swap_attention(model, (0,), config.rep_by)
