@@ -156,7 +156,9 @@ def train_transform(config: DataConfig, source: Source):
     )
     if config.input_size <= 32:
         size = config.input_size
-        mode = transforms.InterpolationMode(config.train_interpolation if config.train_interpolation != "random" else "bicubic")
+        mode = transforms.InterpolationMode(
+            config.train_interpolation if config.train_interpolation != "random" else "bicubic"
+        )
         crop = transforms.RandomCrop(size, padding=size // 8)
         transform.transforms[0:1] = [transforms.Resize((size, size), mode), crop]
     return transform

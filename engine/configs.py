@@ -80,8 +80,6 @@ class Rates:
         """Rates times the global batch / 512 (linear scaling, as in DeiT). Raises FarError where --opt cannot serve."""
         asked = self.asked
         scale = 1.0 if self.unscale_lr else asked.batch_size * context.world * asked.accum_steps / 512
-        optim = replace(
-            asked, lr=asked.lr * scale, warmup_lr=asked.warmup_lr * scale, min_lr=asked.min_lr * scale
-        )
+        optim = replace(asked, lr=asked.lr * scale, warmup_lr=asked.warmup_lr * scale, min_lr=asked.min_lr * scale)
         check_optimizer(optim, self.flag, context.device)
         return optim

@@ -128,7 +128,9 @@ def student(
     if weight:
         model, found = load_model(weight, "--attn-weight", asked.drop, asked.drop_path)
         size = asked.input_size or found.img_size
-        check_same(weight, replace(config, img_size=size, replaced=blocks), replace(found, replaced=replaced_blocks(model)))
+        check_same(
+            weight, replace(config, img_size=size, replaced=blocks), replace(found, replaced=replaced_blocks(model))
+        )
         return model, found
     model = fresh(asked, config)
     model.load_state_dict(reference.state_dict())

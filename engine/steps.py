@@ -46,9 +46,7 @@ def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransfo
         flag = "--base-model" if asked.base_model else "--scale"
         raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
     if asked.input_size and asked.input_size != config.img_size:
-        raise FarError(
-            f"--input-size {asked.input_size}: {path} was trained at {config.img_size}; leave the flag out"
-        )
+        raise FarError(f"--input-size {asked.input_size}: {path} was trained at {config.img_size}; leave the flag out")
     return path, model, config
 
 
