@@ -199,7 +199,7 @@ class Trainer:
         self._hand_on()
 
     def _prepare(self, stage: Stage, total: int) -> nn.Module:
-        """Swaps and freezes as the stage says, and makes its optimizer for epochs of `total` steps. Returns its task."""
+        """Swaps and freezes as the stage says, and makes its optimizer; `total` steps an epoch. Returns its task."""
         if self.at.stage:
             # The first stage's modules follow from the run's seed; a later stage is reached with other generator states
             # where the run was resumed in between.
@@ -242,7 +242,7 @@ class Trainer:
             return self._steps(task, stage, loader, bar)
 
     def _steps(self, task: nn.Module, stage: Stage, loader: Loader, bar: tqdm) -> int:
-        """The steps of `_epoch`. A look comes before its update: a loss that is not finite must not reach the weights."""
+        """A look comes before the update: a loss that is not finite must not reach the weights."""
         pending: list[tuple[int, int, dict[str, Tensor]]] = []
         count, started, shown = 0, time.perf_counter(), math.nan
         plan = turns(self.at.step, len(loader), stage.optim.accum_steps, self.look_every)
