@@ -69,12 +69,7 @@ def add_distillation_group(parser: Parser) -> None:
         help="what a student block reads: the teacher's input to it, or the student's running state",
     )
     g.add_argument("--skip-train-attn", action="store_true", help="go straight to the block stage")
-    g.add_argument(
-        "--attn-weight",
-        type=arguments.path,
-        metavar="FILE",
-        help="FAR weights to start from, after the attention stage",
-    )
+    arguments.add_file(g, "--attn-weight", "FAR weights to start from, after the attention stage")
     g.add_argument(
         "--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags"
     )
@@ -82,9 +77,7 @@ def add_distillation_group(parser: Parser) -> None:
 
 def add_far_group(parser: Parser) -> None:
     g = parser.add_argument_group("FAR model")
-    g.add_argument(
-        "--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py"
-    )
+    arguments.add_file(g, "--far-weight", "FAR checkpoint; default: PRETRAINED_PATH in main.py")
     g.add_argument(
         "--fuse",
         choices=names.PRECISIONS,
@@ -127,15 +120,15 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def configure(args: Namespace):
-    """The flags as typed configurations, an `engine.jobs.Command`: the modes know no others."""
+    """The flags as typed configurations, an `engine.jobs.ModeCommand`: the modes know no others."""
     from engine.configs import FarSource, Rates
-    from engine.jobs import Command
+    from engine.jobs import ModeCommand
     from engine.stages import Optim, Plan
     from utils.run_folder import RunConfig
 
     tables = (PRETRAINED_PATH_PRUNE, PRETRAINED_PATH) if args.ds_pruned else (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE)
     return pick(
-        Command,
+        ModeCommand,
         args,
         run=pick(RunConfig, args, record=vars(args)),
         rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),

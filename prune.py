@@ -18,22 +18,12 @@ def ratios(text: str) -> list[float]:
 
 def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model-path",
-        type=arguments.path,
-        metavar="FILE",
-        help="the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py",
-    )
+    arguments.add_file(g, "--model-path", "the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
     g.add_argument(
         "--scale", choices=tuple(names.SCALES), help="which model; default what the checkpoint holds, else Tiny"
     )
     g.add_argument("--base-model", choices=names.MODELS, help="long form of --scale")
-    g.add_argument(
-        "--base-weight",
-        type=arguments.path,
-        metavar="FILE",
-        help="the teacher's weights, for --distill and the sweep's plot",
-    )
+    arguments.add_file(g, "--base-weight", "the teacher's weights, for --distill and the sweep's plot")
     arguments.add_student(g)
 
 

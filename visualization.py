@@ -9,14 +9,9 @@ from utils.errors import run_script
 
 def add_models_group(parser: Parser) -> None:
     g = parser.add_argument_group("models (with none, those of the newest demo run)")
-    g.add_argument(
-        "--base-weight",
-        type=arguments.path,
-        metavar="FILE",
-        help="a teacher: a checkpoint of ours, or timm's or DeiT's layout",
-    )
-    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="a FAR model")
-    g.add_argument("--pruned-weight", type=arguments.path, metavar="FILE", help="a pruned FAR model")
+    arguments.add_file(g, "--base-weight", "a teacher: a checkpoint of ours, or timm's or DeiT's layout")
+    arguments.add_file(g, "--far-weight", "a FAR model")
+    arguments.add_file(g, "--pruned-weight", "a pruned FAR model")
     g.add_argument(
         "--base-model", choices=names.MODELS, help="of --base-weight where the file does not say it; else DeiT-Tiny"
     )

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from datasets.loading import DataConfig
 from engine.stages import Optim
-from engine.train import check_optimizer
+from engine.train import Settings, check_optimizer
 from models.deit import INPUT_SIZE
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
+from utils.run_folder import RunConfig
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,15 @@ class Rates:
         optim = replace(asked, lr=asked.lr * scale, warmup_lr=asked.warmup_lr * scale, min_lr=asked.min_lr * scale)
         check_optimizer(optim, self.flag, context.device)
         return optim
+
+
+@dataclass(frozen=True)
+class Command:
+    """What main.py and prune.py both ask for."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    settings: Settings
+    rates: Rates
+    far: FarSource

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from datasets.loading import Data, DataConfig
-from engine.configs import FarSource, ModelConfig, Rates
+from datasets.loading import Data
+from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation, mean_similarity_of_z
 from engine.evaluate import evaluate
 from engine.stages import Plan, Stage, distillation
 from engine.steps import check_classes, load_data, load_far, load_teacher, planned, resumed, say
-from engine.train import Settings, Trainer
+from engine.train import Trainer
 from models.deit import create_teacher, load_teacher_weights
 from models.fuse import fuse
 from models.replace import (
@@ -27,23 +27,17 @@ from models.replace import (
 )
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.run_folder import RunConfig, RunFolder, open_run
+from utils.run_folder import RunFolder, open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Command:
+class ModeCommand(Command):
     """What main.py asks for; a mode reads its part of it."""
 
-    run: RunConfig
-    model: ModelConfig
-    data: DataConfig
-    settings: Settings
-    rates: Rates
     block_rates: Rates
     plan: Plan
-    far: FarSource
     replace: list[str]
     distill_input: str
     ds_pruned: bool
@@ -51,7 +45,7 @@ class Command:
     fuse: str | None
 
 
-def start(command: Command, context: Context) -> tuple[Data, FarConfig]:
+def start(command: ModeCommand, context: Context) -> tuple[Data, FarConfig]:
     """Data first (its class count shapes the model), then the configuration the flags describe."""
     torch.manual_seed(command.settings.seed)
     asked = command.model
@@ -72,7 +66,7 @@ def finish(run: RunFolder, model, result: dict[str, float], context: Context, **
     )
 
 
-def train_on_labels(command: Command, context: Context, model, config: FarConfig, stage: Stage, data: Data) -> None:
+def train_on_labels(command: ModeCommand, context: Context, model, config: FarConfig, stage: Stage, data: Data) -> None:
     """A run of one stage that needs no teacher."""
     stages = planned([stage], data, command.settings)
     with open_run(command.run, context) as run:
@@ -85,7 +79,7 @@ def train_on_labels(command: Command, context: Context, model, config: FarConfig
         finish(run, model, result, context)
 
 
-def teacher(command: Command, context: Context) -> None:
+def teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
     data, config = start(command, context)
     model, weight = fresh(command.model, config), command.model.base_weight
@@ -95,7 +89,7 @@ def teacher(command: Command, context: Context) -> None:
     train_on_labels(command, context, model, config, stage, data)
 
 
-def train(command: Command, context: Context) -> None:
+def train(command: ModeCommand, context: Context) -> None:
     """--mode train and block-distill: swap, then the stages of distillation."""
     data, config = start(command, context)
     reference = load_teacher(command.model, config)
@@ -121,7 +115,7 @@ def train(command: Command, context: Context) -> None:
 
 
 def student(
-    command: Command, context: Context, reference: VisionTransformer, config: FarConfig, blocks: tuple[int, ...]
+    command: ModeCommand, context: Context, reference: VisionTransformer, config: FarConfig, blocks: tuple[int, ...]
 ) -> tuple[VisionTransformer, FarConfig]:
     """The model that distillation starts from: --attn-weight, else the teacher's weights, to be swapped."""
     asked, weight = command.model, command.plan.attn_weight
@@ -152,7 +146,7 @@ def check_same(weight: Path, wanted: FarConfig, found: FarConfig) -> None:
             raise FarError(f"--attn-weight {weight}: has {flag} {theirs}, the flags say {ours}; make them agree")
 
 
-def load_start(command: Command) -> tuple[Path, VisionTransformer, FarConfig]:
+def load_start(command: ModeCommand) -> tuple[Path, VisionTransformer, FarConfig]:
     """The FAR model that downstream and eval start from."""
     path, model, config = load_far(command.far, command.model)
     if not config.replaced:
@@ -165,7 +159,7 @@ def load_start(command: Command) -> tuple[Path, VisionTransformer, FarConfig]:
     return path, model, config
 
 
-def downstream(command: Command, context: Context) -> None:
+def downstream(command: ModeCommand, context: Context) -> None:
     """--mode downstream: a FAR model on another label set, with a fresh classifier where the class count differs."""
     torch.manual_seed(command.settings.seed)
     _, model, config = load_start(command)
@@ -180,7 +174,7 @@ def downstream(command: Command, context: Context) -> None:
     train_on_labels(command, context, model, config, stage, data)
 
 
-def eval_mode(command: Command, context: Context) -> None:
+def eval_mode(command: ModeCommand, context: Context) -> None:
     """--mode eval: a FAR checkpoint, or with --base-weight a teacher."""
     path = command.model.base_weight
     if path:

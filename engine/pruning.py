@@ -5,8 +5,7 @@ from functools import partial
 
 import torch
 
-from datasets.loading import DataConfig
-from engine.configs import FarSource, ModelConfig, Rates
+from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
@@ -14,26 +13,20 @@ from engine.hoyer import Regularized, lstm_norms, mlp_norms
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink_lstms, shrink_mlps
 from engine.stages import Optim, Stage
 from engine.steps import check_classes, load_data, load_far, load_teacher, planned, resumed, say
-from engine.train import Settings, Trainer
+from engine.train import Trainer
 from models.replace import describe, load_model, pack, set_backend
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import kept_units, pruning_curves, sweep_curve
-from utils.run_folder import RunConfig, RunFolder, open_run
+from utils.run_folder import RunFolder, open_run
 
 
 @dataclass(frozen=True)
-class PruneCommand:
+class PruneCommand(Command):
     """What prune.py asks for. Raises FarError where it contradicts itself."""
 
-    run: RunConfig
-    model: ModelConfig
-    data: DataConfig
-    settings: Settings
-    rates: Rates
     ft_rates: Rates
-    far: FarSource
     reg: int
     decay: float
     distill: bool | None  # None: where there is a teacher

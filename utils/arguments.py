@@ -103,6 +103,10 @@ def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
 
+def add_file(group, flag: str, meaning: str) -> None:
+    group.add_argument(flag, type=path, metavar="FILE", help=meaning)
+
+
 def add_device(group) -> None:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one"
@@ -154,11 +158,8 @@ def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
     g.add_argument("--base-model", choices=names.MODELS, help="the teacher; default by --scale, else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
-    g.add_argument(
-        "--base-weight",
-        type=path,
-        metavar="FILE",
-        help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained",
+    add_file(
+        g, "--base-weight", "teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained"
     )
     g = parser.add_argument_group("replacement")
     g.add_argument("--rep-by", choices=names.REPLACEMENTS, default="multi-lstm", help="what replaces attention")
