@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from utils import arguments, names
-from utils.arguments import Parser
+from utils.arguments import Parser, pick
 from utils.errors import run_script
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
@@ -46,17 +46,7 @@ MODES = {
 }
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--mode",
-        choices=tuple(MODES),
-        default="train",
-        help="; ".join(f"{name}: {mode.does}" for name, mode in MODES.items()),
-    )
-    arguments.add_run_group(parser)
-    arguments.add_model_group(parser)
-    arguments.add_data_group(parser)
+def add_distillation_group(parser: Parser) -> None:
     g = parser.add_argument_group("distillation")
     g.add_argument("--train-loss", choices=names.LOSSES, default="combine", help="loss of the attention stage")
     g.add_argument(
@@ -79,19 +69,15 @@ def build_parser() -> Parser:
         help="what a student block reads: the teacher's input to it, or the student's running state",
     )
     g.add_argument("--skip-train-attn", action="store_true", help="go straight to the block stage")
-    g.add_argument(
-        "--attn-weight",
-        type=arguments.path,
-        metavar="FILE",
-        help="FAR weights to start from, after the attention stage",
-    )
+    arguments.add_file(g, "--attn-weight", "FAR weights to start from, after the attention stage")
     g.add_argument(
         "--finetune-head", action="store_true", help="then train the classifier alone, with the block-ft flags"
     )
+
+
+def add_far_group(parser: Parser) -> None:
     g = parser.add_argument_group("FAR model")
-    g.add_argument(
-        "--far-weight", type=arguments.path, metavar="FILE", help="FAR checkpoint; default: PRETRAINED_PATH in main.py"
-    )
+    arguments.add_file(g, "--far-weight", "FAR checkpoint; default: PRETRAINED_PATH in main.py")
     g.add_argument(
         "--fuse",
         choices=names.PRECISIONS,
@@ -99,10 +85,25 @@ def build_parser() -> Parser:
     )
     g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
     g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--mode",
+        choices=tuple(MODES),
+        default="train",
+        help="; ".join(f"{name}: {mode.does}" for name, mode in MODES.items()),
+    )
+    arguments.add_run_group(parser)
+    arguments.add_model_group(parser)
+    arguments.add_data_group(parser)
+    arguments.add_augmentation_group(parser)
+    add_distillation_group(parser)
+    add_far_group(parser)
     arguments.add_optim_group(parser, "optimisation", "", 200, 5e-4, 1e-5)
     arguments.add_optim_group(parser, "optimisation of the block stage", "block-ft-", 100, 5e-5, 1e-6)
-    g = parser.add_argument_group("rates")
-    g.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
+    arguments.add_unscale(parser.add_argument_group("rates"))
     return parser
 
 
@@ -118,6 +119,25 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
+def configure(args: Namespace):
+    """The flags as typed configurations, an `engine.jobs.ModeCommand`: the modes know no others."""
+    from engine.configs import FarSource, Rates
+    from engine.jobs import ModeCommand
+    from engine.stages import Optim, Plan
+    from utils.run_folder import RunConfig
+
+    tables = (PRETRAINED_PATH_PRUNE, PRETRAINED_PATH) if args.ds_pruned else (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE)
+    return pick(
+        ModeCommand,
+        args,
+        run=pick(RunConfig, args, record=vars(args)),
+        rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),
+        block_rates=Rates(pick(Optim, args, "block_ft_"), "--block-ft-opt", args.unscale_lr),
+        plan=pick(Plan, args, skip_train_attn=args.skip_train_attn or args.mode == "block-distill"),
+        far=FarSource("--far-weight", args.far_weight, tables),
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from engine import jobs
@@ -125,9 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     from utils import distributed
 
     with distributed.joined(args.distributed, args.device) as context:
-        context.on_main(lambda: arguments.check_run(args))
+        command = configure(args)
+        context.on_main(command.run.check)
         kernels.check(args.lstm_backend, context.device)
-        getattr(jobs, MODES[args.mode].job)(args, context, (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE))
+        getattr(jobs, MODES[args.mode].job)(command, context)
     return 0
 
 

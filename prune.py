@@ -1,11 +1,11 @@
 """FAR: regularize a FAR model's hidden units, remove the weak ones for good, fine-tune what is left. See README.md."""
 
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 
 from main import PRETRAINED_PATH
 from utils import arguments, names
-from utils.arguments import Parser
+from utils.arguments import Parser, pick
 from utils.errors import run_script
 
 
@@ -16,28 +16,18 @@ def ratios(text: str) -> list[float]:
     return found
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    arguments.add_run_group(parser)
+def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model-path",
-        type=arguments.path,
-        metavar="FILE",
-        help="the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py",
-    )
+    arguments.add_file(g, "--model-path", "the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
     g.add_argument(
         "--scale", choices=tuple(names.SCALES), help="which model; default what the checkpoint holds, else Tiny"
     )
     g.add_argument("--base-model", choices=names.MODELS, help="long form of --scale")
-    g.add_argument(
-        "--base-weight",
-        type=arguments.path,
-        metavar="FILE",
-        help="the teacher's weights, for --distill and the sweep's plot",
-    )
-    g.add_argument("--drop", type=arguments.SHARE, default=0.0, help="dropout before the classifier")
-    g.add_argument("--drop-path", type=arguments.SHARE, default=0.1, help="stochastic depth at the last block")
+    arguments.add_file(g, "--base-weight", "the teacher's weights, for --distill and the sweep's plot")
+    arguments.add_student(g)
+
+
+def add_regularization_group(parser: Parser) -> None:
     g = parser.add_argument_group("regularization")
     g.add_argument(
         "--reg",
@@ -53,6 +43,9 @@ def build_parser() -> Parser:
         default=None,
         help="the teacher's block outputs besides the labels, in both trainings; default: on with --base-weight",
     )
+
+
+def add_removal_group(parser: Parser) -> None:
     g = parser.add_argument_group("what to remove (one of these)")
     g.add_argument(
         "--sensitivity",
@@ -77,23 +70,50 @@ def build_parser() -> Parser:
         metavar="R",
         help="shrink the MLPs' hidden units to this share too, ranked among themselves; 0.5 if no share is given",
     )
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    arguments.add_run_group(parser)
+    add_model_group(parser)
+    add_regularization_group(parser)
+    add_removal_group(parser)
     arguments.add_data_group(parser)
+    arguments.add_augmentation_group(parser)
     arguments.add_optim_group(parser, "optimisation while regularizing", "", 200, 5e-4, 1e-5)
     arguments.add_optim_group(parser, "optimisation of the fine-tuning", "ft-", 30, 5e-6, 1e-6)
-    parser.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
+    arguments.add_unscale(parser)
     return parser
+
+
+def configure(args: Namespace):
+    """The flags as typed configurations, an `engine.pruning.PruneCommand`."""
+    from engine.configs import FarSource, Rates
+    from engine.pruning import PruneCommand
+    from engine.stages import Optim
+    from utils.run_folder import RunConfig
+
+    return pick(
+        PruneCommand,
+        args,
+        run=pick(RunConfig, args, mode="prune", record=vars(args)),
+        rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),
+        ft_rates=Rates(pick(Optim, args, "ft_"), "--ft-opt", args.unscale_lr),
+        far=FarSource("--model-path", args.model_path, (PRETRAINED_PATH,)),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from engine.pruning import prune
+    from engine.pruning import Pruning
     from models import kernels
     from utils import distributed
 
     with distributed.joined(args.distributed, args.device) as context:
-        context.on_main(lambda: arguments.check_run(args))
+        command = configure(args)
+        context.on_main(command.run.check)
         kernels.check(args.lstm_backend, context.device)
-        prune(args, context, PRETRAINED_PATH)
+        Pruning(command, context).run()
     return 0
 
 

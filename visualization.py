@@ -3,32 +3,24 @@
 import sys
 
 from utils import arguments, names
-from utils.arguments import Parser
+from utils.arguments import Parser, pick
 from utils.errors import run_script
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
+def add_models_group(parser: Parser) -> None:
     g = parser.add_argument_group("models (with none, those of the newest demo run)")
-    g.add_argument(
-        "--base-weight",
-        type=arguments.path,
-        metavar="FILE",
-        help="a teacher: a checkpoint of ours, or timm's or DeiT's layout",
-    )
-    g.add_argument("--far-weight", type=arguments.path, metavar="FILE", help="a FAR model")
-    g.add_argument("--pruned-weight", type=arguments.path, metavar="FILE", help="a pruned FAR model")
+    arguments.add_file(g, "--base-weight", "a teacher: a checkpoint of ours, or timm's or DeiT's layout")
+    arguments.add_file(g, "--far-weight", "a FAR model")
+    arguments.add_file(g, "--pruned-weight", "a pruned FAR model")
     g.add_argument(
         "--base-model", choices=names.MODELS, help="of --base-weight where the file does not say it; else DeiT-Tiny"
     )
     g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
-    g.add_argument(
-        "--lstm-backend",
-        choices=names.BACKENDS,
-        default="auto",
-        help="LSTM kernel; auto: the C++ one on a CPU, else torch",
-    )
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
+    arguments.add_backend(g)
+    arguments.add_device(g)
+
+
+def add_images_group(parser: Parser) -> None:
     g = parser.add_argument_group("images")
     g.add_argument("--images", type=arguments.path, metavar="PATH", help="a file, or a folder of image files")
     g.add_argument(
@@ -41,6 +33,9 @@ def build_parser() -> Parser:
     g.add_argument(
         "--count", type=arguments.SIZE, default=4, help="images taken, spread evenly over the split or folder"
     )
+
+
+def add_figures_group(parser: Parser) -> None:
     g = parser.add_argument_group("figures")
     g.add_argument("--block", type=arguments.COUNT, help="this block alone; default: every replaced one")
     g.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures")
@@ -50,14 +45,21 @@ def build_parser() -> Parser:
         help="where figures and arrays go; default: figures/ beside the newest model",
     )
     g.add_argument("--seed", type=arguments.SEED, default=42, help="seed of the influence matrix's probes")
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add_models_group(parser)
+    add_images_group(parser)
+    add_figures_group(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from engine.pictures import visualize
+    from engine.pictures import PictureConfig, visualize
 
-    visualize(args)
+    visualize(pick(PictureConfig, args))
     return 0
 
 

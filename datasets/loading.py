@@ -28,15 +28,15 @@ from utils.seeding import seeded
 class DataConfig:
     """What the data flags say; see `utils.arguments` for each."""
 
-    name: str
-    root: Path
-    input_size: int
+    dataset: str
+    data_path: Path | None
+    input_size: int | None  # pixels a side; None until the model is known
     download: bool = False
-    subset: float = 1.0
+    train_subset: float = 1.0
     holdout: float = 0.0
     color_jitter: float = 0.3
     aa: str | None = "rand-m9-mstd0.5-inc1"
-    interpolation: str = "bicubic"
+    train_interpolation: str = "bicubic"
     reprob: float = 0.25
     remode: str = "pixel"
     recount: int = 1
@@ -44,6 +44,10 @@ class DataConfig:
     repeated_aug: bool = False
     num_workers: int = 8
     seed: int = 42
+
+    @property
+    def root(self) -> Path:
+        return self.data_path or Path("data") / self.dataset
 
 
 class Transformed(Dataset):
@@ -142,7 +146,7 @@ def train_transform(config: DataConfig, source: Source):
         is_training=True,
         color_jitter=config.color_jitter or None,
         auto_augment=config.aa if config.aa != "none" else None,
-        interpolation=config.interpolation,
+        interpolation=config.train_interpolation,
         re_prob=config.reprob,
         re_mode=config.remode,
         re_count=config.recount,
@@ -152,7 +156,9 @@ def train_transform(config: DataConfig, source: Source):
     )
     if config.input_size <= 32:
         size = config.input_size
-        mode = transforms.InterpolationMode(config.interpolation if config.interpolation != "random" else "bicubic")
+        mode = transforms.InterpolationMode(
+            config.train_interpolation if config.train_interpolation != "random" else "bicubic"
+        )
         crop = transforms.RandomCrop(size, padding=size // 8)
         transform.transforms[0:1] = [transforms.Resize((size, size), mode), crop]
     return transform
@@ -183,12 +189,13 @@ class Data:
     def __init__(self, config: DataConfig, context: Context):
         if config.download:
             if context.main:
-                build_split(config.name, config.root, True, True), build_split(config.name, config.root, False, True)
+                build_split(config.dataset, config.root, True, True)
+                build_split(config.dataset, config.root, False, True)
             context.barrier()
         self.config, self.context = config, context
-        source = SOURCES.get(config.name)
-        train = build_split(config.name, config.root, True)
-        self.num_classes = count_classes(config.name, train)
+        source = SOURCES.get(config.dataset)
+        train = build_split(config.dataset, config.root, True)
+        self.num_classes = count_classes(config.dataset, train)
         train, val = self._split(train)
         self.train = Augmented(train, train_transform(config, source), config.seed)
         self.val = Transformed(val, eval_transform(config, source))
@@ -201,9 +208,9 @@ class Data:
             held = share(len(train), config.holdout, 0)
             rest = np.setdiff1d(np.arange(len(train)), held)
             train, val = Subset(train, rest.tolist()), Subset(train, held.tolist())
-        val = val or build_split(config.name, config.root, False)
-        if config.subset < 1:
-            train = Subset(train, share(len(train), config.subset, config.seed).tolist())
+        val = val or build_split(config.dataset, config.root, False)
+        if config.train_subset < 1:
+            train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):
             if not len(data):
                 where = f"--holdout {config.holdout:g}, --data-path {shown(config.root)}"

@@ -1,14 +1,16 @@
 """What visualization.py does: find the models and images, measure, draw, save."""
 
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from datasets.loading import Data, DataConfig, eval_transform
 from datasets.registry import SOURCES, photographs, read_image
+from engine.configs import ModelName
 from engine.distill import forward_features
 from engine.explain import (
     attention_inputs,
@@ -23,7 +25,7 @@ from engine.explain import (
 from models import kernels
 from models.deit import TEACHERS, create_teacher, load_teacher_weights, teacher_state
 from models.replace import load_model, replaced_blocks, set_backend
-from utils import arguments, checkpoint
+from utils import checkpoint
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
@@ -47,126 +49,153 @@ def newest_demo(root: Path = Path("runs")) -> Path:
     return max(done, key=lambda path: (path / "summary.json").stat().st_mtime)
 
 
-def find_models(args: Namespace) -> tuple[dict, Path]:
+FLAGS = {"teacher": "--base-weight", "FAR": "--far-weight", "pruned FAR": "--pruned-weight"}
+
+
+@dataclass(frozen=True)
+class PictureConfig(ModelName):
+    """What visualization.py asks for. Raises FarError where it contradicts itself."""
+
+    base_weight: Path | None = None
+    far_weight: Path | None = None
+    pruned_weight: Path | None = None
+    lstm_backend: str = "auto"
+    device: str = "auto"
+    images: Path | None = None
+    dataset: str | None = None
+    data_path: Path | None = None
+    count: int = 4
+    block: int | None = None
+    format: str = "png"
+    output_dir: Path | None = None
+    seed: int = 42
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.images and (self.dataset or self.data_path):
+            raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
+
+
+def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], Path]:
     """{name: model} in the order teacher, FAR, pruned FAR, and the folder the figures go to."""
-    named = {"teacher": args.base_weight, "FAR": args.far_weight, "pruned FAR": args.pruned_weight}
-    if not any(named.values()):
-        demo = newest_demo()
-        found = {
-            "teacher": demo / "teacher/best.pth",
-            "FAR": demo / "far/best.pth",
-            "pruned FAR": demo / "prune/best.pth",
-        }
-        named, folder = {name: path for name, path in found.items() if path.exists()}, demo / "figures"
+    named = dict(zip(FLAGS, (asked.base_weight, asked.far_weight, asked.pruned_weight), strict=True))
+    named = {name: path for name, path in named.items() if path}
+    if named:
+        folder = list(named.values())[-1].parent / "figures"
     else:
-        folder = [path for path in named.values() if path][-1].parent / "figures"
-    check_writable(args.output_dir or folder)
-    flags = {"teacher": "--base-weight", "FAR": "--far-weight", "pruned FAR": "--pruned-weight"}
-    models = {name: _load(args, path, flags[name], name == "teacher") for name, path in named.items() if path}
-    _check(models, flags)
-    return models, args.output_dir or folder
+        demo = newest_demo()
+        found = {name: demo / part / "best.pth" for name, part in zip(FLAGS, ("teacher", "far", "prune"), strict=True)}
+        named, folder = {name: path for name, path in found.items() if path.exists()}, demo / "figures"
+    check_writable(asked.output_dir or folder)
+    models = {name: _load(asked, path, FLAGS[name], name == "teacher") for name, path in named.items()}
+    _check(models)
+    return models, asked.output_dir or folder
 
 
-def _load(args: Namespace, path: Path, flag: str, teacher: bool):
+def _load(asked: PictureConfig, path: Path, flag: str, teacher: bool) -> VisionTransformer:
     content = checkpoint.load(path, flag)
     if not teacher or "config" in content:
         model, _ = load_model(path, flag)
     else:
-        name = arguments.choose_model(args)
         head = teacher_state(content, f"{flag} {path}").get("head.weight")
         classes = 1000 if head is None or not head.dim() else len(head)
-        model = create_teacher(name, classes, TEACHERS[name].input_size)
+        model = create_teacher(asked.name, classes, TEACHERS[asked.name].input_size)
         load_teacher_weights(model, path, flag)
     if teacher and replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
     if not teacher and not replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a teacher, not a FAR model; give it as --base-weight")
-    set_backend(model, args.lstm_backend)
+    set_backend(model, asked.lstm_backend)
     return model.eval()
 
 
-def _check(models: dict, flags: dict[str, str]) -> None:
+def _check(models: dict[str, VisionTransformer]) -> None:
+    def shape(model: VisionTransformer) -> dict[str, int]:
+        return {"tokens": model.pos_embed.shape[1], "blocks": len(model.blocks), "classes": model.num_classes}
+
     first = next(iter(models))
-    shapes = (
-        ("tokens", lambda m: m.pos_embed.shape[1]),
-        ("blocks", lambda m: len(m.blocks)),
-        ("classes", lambda m: m.num_classes),
-    )
+    expected = shape(models[first])
     for name, model in models.items():
-        for what, get in shapes:
-            ours, theirs = get(model), get(models[first])
-            if ours != theirs:
+        for what, ours in shape(model).items():
+            if ours != expected[what]:
                 raise FarError(
-                    f"{flags[name]}: has {ours} {what}, {flags[first]} has {theirs}; name models of one kind"
+                    f"{FLAGS[name]}: has {ours} {what}, {FLAGS[first]} has {expected[what]}; name models of one kind"
                 )
 
 
-def find_images(args: Namespace, size: int) -> tuple[Tensor, np.ndarray, list[str]]:
-    """Images as the models read them (B, 3, S, S), as a person sees them (B, S, S, 3) in 0..1, and their names."""
-    name = args.dataset or ("DIGITS" if size <= 32 else "PHOTOS")
-    if args.images:
-        files = (
-            [args.images]
-            if args.images.is_file()
-            else sorted(p for p in args.images.glob("*") if p.suffix.lower() in IMAGES)
-        )
-        if not files:
-            raise FarError(
-                f"--images {args.images}: no such file, or a folder without images ({', '.join(sorted(IMAGES))})"
-            )
-        source = SOURCES["DIGITS" if size <= 32 else "IMNET"]
-        read = {path.name: lambda path=path: read_image(str(path)) for path in files}
-        name = "FOLDER"
+def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> list[int]:
+    """--block, else every block that is replaced in one of the models, else all."""
+    depth = len(next(iter(models.values())).blocks)
+    if block is None:
+        return sorted({i for model in models.values() for i in replaced_blocks(model)}) or list(range(depth))
+    if block >= depth:
+        raise FarError(f"--block {block}: blocks run from 0 to {depth - 1} in this model")
+    return [block]
+
+
+def find_images(asked: PictureConfig, size: int) -> tuple[Tensor, np.ndarray]:
+    """Images as the models read them (B, 3, S, S), and as a person sees them (B, S, S, 3) in 0..1."""
+    small = size <= 32
+    name = asked.dataset or ("DIGITS" if small else "PHOTOS")
+    config = DataConfig(name, asked.data_path, size)
+    if asked.images:
+        files, source = find_files(asked.images), SOURCES["DIGITS" if small else "IMNET"]
+        total, read = len(files), lambda i: read_image(str(files[i]))
     elif name == "PHOTOS":
-        source, read = SOURCES["IMNET"], {key: lambda image=image: image for key, image in photographs().items()}
+        photos, source = list(photographs().values()), SOURCES["IMNET"]
+        total, read = len(photos), photos.__getitem__
     else:
-        config = DataConfig(name, args.data_path or Path("data") / name, size)
-        data = Data(config, Context()).val.data
-        source = SOURCES[name]
-        read = {f"{name} {i}": lambda i=i: data[i][0] for i in range(len(data))}
-    keys = list(read)
-    chosen = [keys[i] for i in np.linspace(0, len(keys) - 1, min(args.count, len(keys))).round().astype(int)]
-    transform = eval_transform(DataConfig(name, Path(), size), source)
-    images = torch.stack([transform(read[key]()) for key in chosen])
+        data, source = Data(config, Context()).val.data, SOURCES[name]
+        total, read = len(data), lambda i: data[i][0]
+    chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()
+    transform = eval_transform(config, source)
+    images = torch.stack([transform(read(i)) for i in chosen])
     mean, std = (torch.tensor(v)[:, None, None] for v in (source.mean, source.std))
-    return images, (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy(), chosen
+    return images, (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def visualize(args: Namespace) -> Path:
+def find_files(path: Path) -> list[Path]:
+    """The file, or a folder's image files by name. Raises FarError where there are none."""
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGES)
+    if not files:
+        raise FarError(f"--images {path}: no such file, or a folder without images ({', '.join(sorted(IMAGES))})")
+    return files
+
+
+def visualize(asked: PictureConfig) -> Path:
     """Both families of figures; returns the folder they are in."""
-    if args.images and (args.dataset or args.data_path):
-        raise FarError(f"--images {args.images}: names the images by itself; leave --dataset and --data-path out")
-    device = pick_device(args.device)
-    kernels.check(args.lstm_backend, device)
-    models, folder = find_models(args)
-    any_model = next(iter(models.values()))
-    images, seen, names = find_images(args, any_model.patch_embed.img_size[0])
-    blocks = sorted({i for model in models.values() for i in replaced_blocks(model)}) or list(
-        range(len(any_model.blocks))
-    )
-    if args.block is not None:
-        if args.block >= len(any_model.blocks):
-            raise FarError(f"--block {args.block}: blocks run from 0 to {len(any_model.blocks) - 1} in this model")
-        blocks = [args.block]
+    device = pick_device(asked.device)
+    kernels.check(asked.lstm_backend, device)
+    models, folder = find_models(asked)
+    images, seen = find_images(asked, next(iter(models.values())).patch_embed.img_size[0])
+    blocks = choose_blocks(models, asked.block)
     for model in models.values():
         model.to(device).requires_grad_(False)
-    images = images.to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    draw = Pictures(models, images, seen, names, blocks, folder, args.format, args.seed)
+    draw = Pictures(models, images.to(device), seen, blocks, folder, asked.format, asked.seed)
     draw.importance()
     draw.similarity()
     draw.influence()
     return folder
 
 
+@dataclass
 class Pictures:
     """The figures of one call: each method measures, prints what it found, and saves a figure and its arrays."""
 
-    def __init__(self, models, images: Tensor, seen: np.ndarray, names, blocks, folder: Path, form: str, seed: int):
-        self.models, self.images, self.seen, self.names, self.blocks = models, images, seen, names, blocks
-        self.folder, self.form, self.seed = folder, form, seed
-        self.first = next(iter(models))
-        self.attends = {n: m for n, m in models.items() if blocks[0] not in replaced_blocks(m)}
+    models: dict[str, VisionTransformer]
+    images: Tensor  # (B, 3, S, S), as the models read them
+    seen: np.ndarray  # (B, S, S, 3), 0 to 1
+    blocks: list[int]
+    folder: Path
+    form: str  # png, pdf or svg
+    seed: int
+
+    def __post_init__(self):
+        self.first = next(iter(self.models))
+        self.attends = {n for n, m in self.models.items() if self.blocks[0] not in replaced_blocks(m)}
 
     def _save(self, figure, name: str, arrays: dict[str, np.ndarray]) -> None:
         save_figure(figure, self.folder / f"{name}.{self.form}")

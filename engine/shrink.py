@@ -4,7 +4,7 @@ Score (`engine.hoyer`), select and shrink are three steps. A selection is {place
 place at least.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.hoyer import Norms, by_block
 from models.parts import BlockPart, Place
-from models.replace import count_parameters, replacements
+from models.replace import count_parameters, mlps, replacements
 from utils.errors import FarError
 
 Kept = dict[Place, Tensor]
@@ -52,10 +52,13 @@ def keep_share(norms: Norms, ratio: float, flag: str = "--keep-ratio") -> Kept:
     return keep_top(norms, count)
 
 
-def keep_within(model: VisionTransformer, norms: Norms, parameters: int) -> Kept:
-    """Keeps as many units, best first, as leave at most `parameters` in the model. Raises FarError where none fit."""
+def keep_within(model: VisionTransformer, norms: Norms, parameters: int, mlp: Kept | None = None) -> Kept:
+    """Keeps as many units, best first, as leave at most `parameters` in the model. Raises FarError where none fit.
+
+    mlp: what the MLPs keep, decided before.
+    """
     low, high = len(norms), sum(map(len, norms.values()))
-    least = parameters_after(model, norms, keep_top(norms, low))
+    least = parameters_after(model, keep_top(norms, low), mlp)
     if least > parameters:
         raise FarError(
             f"--target-params {parameters}: one unit a head and direction leaves {least:,}, the smallest possible; "
@@ -63,21 +66,15 @@ def keep_within(model: VisionTransformer, norms: Norms, parameters: int) -> Kept
         )
     while low < high:  # parameters grow with the count, so bisect for the largest that fits
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high)
-            if parameters_after(model, norms, keep_top(norms, middle)) <= parameters
-            else (low, middle - 1)
-        )
+        fits = parameters_after(model, keep_top(norms, middle), mlp) <= parameters
+        low, high = (middle, high) if fits else (low, middle - 1)
     return keep_top(norms, low)
 
 
-def parameters_after(model: VisionTransformer, norms: Norms, kept: Kept) -> int:
-    """The model's parameters once only the kept units of its replacements are left."""
-    removed, parts = 0, replacements(model)
-    for (block, *place), s in norms.items():
-        count, place = len(kept[(block, *place)]), tuple(place)
-        removed += parts[block].parameters_of(place, len(s)) - parts[block].parameters_of(place, count)
-    return count_parameters(model) - removed
+def parameters_after(model: VisionTransformer, kept: Kept, mlp: Kept | None = None) -> int:
+    """The model's parameters once only the kept units of its replacements, and of its MLPs, are left."""
+    pairs = [*by_part(replacements(model), kept), *by_part(mlps(model), mlp or {})]
+    return count_parameters(model) - sum(part.saved(own) for part, own in pairs)
 
 
 def _first(s: Tensor) -> Tensor:
@@ -85,7 +82,13 @@ def _first(s: Tensor) -> Tensor:
     return torch.arange(len(s), device=s.device) == s.argmax()
 
 
+def by_part(parts: Mapping[int, BlockPart], kept: Kept) -> Iterator[tuple[BlockPart, Kept]]:
+    """Each part and what it keeps, by its own places."""
+    for block, part in parts.items():
+        yield part, {tuple(place): index for (owner, *place), index in kept.items() if owner == block}
+
+
 def shrink(parts: Mapping[int, BlockPart], kept: Kept) -> None:
     """Keeps only the named units of parts by block; their tensors get smaller."""
-    for block, part in parts.items():
-        part.shrink({tuple(place): index for (owner, *place), index in kept.items() if owner == block})
+    for part, own in by_part(parts, kept):
+        part.shrink(own)

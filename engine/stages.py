@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Optim:
-    """Optimiser and schedule of a stage. Rates are final (already scaled); epochs and warm-up in epochs."""
+    """Optimiser and schedule of a stage. A stage's rates are final (already scaled); epochs and warm-up in epochs."""
 
     epochs: int
     batch_size: int  # a process
@@ -80,37 +81,41 @@ def steps(blocks: tuple[int, ...], mode: str, step: int) -> list[tuple[int, ...]
     return [blocks[i : i + step] for i in range(0, len(blocks), step)]
 
 
-def distillation(
-    blocks: tuple[int, ...],
-    mode: str,
-    step: int,
-    attn: Optim | None,
-    attn_loss: str,
-    block: Optim,
-    block_loss: str,
-    block_parts: str,
-    head: Optim | None,
-    all_swapped: bool,
-) -> list[Stage]:
-    """The plan of section 3 of the paper's method: attention level, block level, then the classifier.
+@dataclass(frozen=True)
+class Plan:
+    """What the distillation flags say of its stages; see main.py for each."""
+
+    train_loss: str = "combine"
+    block_ft_train_loss: str = "classification"
+    block_ft_mode: str = "block"
+    train_mode: str = "sequential"
+    step: int = 12
+    skip_train_attn: bool = False
+    attn_weight: Path | None = None
+    finetune_head: bool = False
+
+
+def distillation(blocks: tuple[int, ...], plan: Plan, attn: Optim | None, block: Optim) -> list[Stage]:
+    """The stages of section 3 of the paper's method: attention level, block level, then the classifier.
 
     Args:
-        attn: None skips the attention stage (`--skip-train-attn`).
-        head: None leaves the classifier stage out.
-        all_swapped: start with every block replaced (weights were given), not step by step.
+        blocks: those to replace. With the plan's weights all are from the start, else step by step.
+        attn: of the attention stage; None skips it.
+        block: of the block stage, and of the classifier's.
     """
-    parts = steps(blocks, mode, step)
-    plan: list[Stage] = []
+    groups = steps(blocks, plan.train_mode, plan.step)
+    stages: list[Stage] = []
 
-    def add(kind: str, optim: Optim, which: str, loss: str, target: str, full: bool) -> None:
-        for k, group in enumerate(parts):
-            swapped = blocks if full else tuple(b for g in parts[: k + 1] for b in g)
-            name = kind if len(parts) == 1 else f"{kind} {k + 1}/{len(parts)}"
-            plan.append(Stage(name, swapped, group, which, loss, target, optim))
+    def add(kind: str, optim: Optim, parts: str, loss: str, target: str, all_swapped: bool) -> None:
+        for k, group in enumerate(groups):
+            swapped = blocks if all_swapped else tuple(b for g in groups[: k + 1] for b in g)
+            name = kind if len(groups) == 1 else f"{kind} {k + 1}/{len(groups)}"
+            stages.append(Stage(name, swapped, group, parts, loss, target, optim))
 
+    given = plan.attn_weight is not None
     if attn is not None:
-        add("attn", attn, "mixing", attn_loss, "z", all_swapped)
-    add("block", block, block_parts, block_loss, "output", all_swapped or attn is not None)
-    if head is not None:
-        plan.append(Stage("head", blocks, blocks, "head", "classification", "output", head))
-    return plan
+        add("attn", attn, "mixing", plan.train_loss, "z", given)
+    add("block", block, plan.block_ft_mode, plan.block_ft_train_loss, "output", given or attn is not None)
+    if plan.finetune_head:
+        stages.append(Stage("head", blocks, blocks, "head", "classification", "output", block))
+    return stages

@@ -3,9 +3,9 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -14,11 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets.loading import Data, naming_dead_workers
+from datasets.loading import Data, Loader, naming_dead_workers
 from engine.evaluate import evaluate
 from engine.resume import check, load_optimizer, load_scaler
 from engine.stages import Optim, Stage, select_trainable
@@ -114,42 +114,49 @@ def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
         ) from error
 
 
+class Turn(NamedTuple):
+    """What a step of an epoch does besides adding its batch's gradient."""
+
+    step: int
+    group: int  # batches added up for its update; the last update of an epoch may have fewer
+    updates: bool  # the weights, as the last step of its group
+    looks: bool  # at the losses since the last look
+
+
+def turns(start: int, total: int, accum: int, look_every: int) -> Iterator[Turn]:
+    """The steps `start` to `total` of an epoch; its last one always looks and updates."""
+    for step in range(start, total):
+        last, group = step + 1 == total, min(accum, total - step // accum * accum)
+        yield Turn(step, group, last or (step + 1) % accum == 0, last or (step + 1) % look_every == 0)
+
+
+@dataclass
 class Trainer:
-    """Runs stages on one model.
+    """Runs stages on one model."""
 
-    Args:
-        model: the student; blocks are swapped in it as the stages say.
-        config: its configuration, stored with every checkpoint.
-        make_task: (stage, criterion) to a module whose forward(images, targets) gives (loss, parts).
-        resumed: the content of last.pth, or None.
-    """
+    model: VisionTransformer  # the student; blocks are swapped in it as the stages say
+    config: FarConfig  # stored with every checkpoint
+    stages: list[Stage]
+    make_task: Callable[
+        [Stage, nn.Module], nn.Module
+    ]  # with the criterion; its forward(images, targets): (loss, parts)
+    data: Data
+    run: RunFolder
+    context: Context
+    settings: Settings
+    resumed: dict[str, Any] | None = None  # the content of last.pth
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        config: FarConfig,
-        stages: list[Stage],
-        make_task,
-        data: Data,
-        run: RunFolder,
-        context: Context,
-        settings: Settings,
-        resumed: dict[str, Any] | None = None,
-    ):
-        self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
-        self.data, self.run, self.context, self.settings = data, run, context, settings
-        self.resumed, self.source = resumed, f"--resume {run.path / 'last.pth'}"
-        self.at = Position(**self._resumed_position()) if resumed else Position()
+    def __post_init__(self):
+        self.source = f"--resume {self.run.path / 'last.pth'}"
+        self.at = Position(**self._resumed_position()) if self.resumed else Position()
         self.trace: list[dict[str, float]] = []  # the process's own losses step by step, not yet written
-        if not context.main:
-            self.at.sums = dict.fromkeys(
-                self.at.sums, 0.0
-            )  # a stopped epoch's totals are stored once, for all processes
-        self.autocast = settings.autocast(context.device)
-        self.mixup = settings.mixer(data.num_classes)
-        self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.amp == "fp16")
+        if not self.context.main:  # a stopped epoch's totals are stored once, for all processes
+            self.at.sums = dict.fromkeys(self.at.sums, 0.0)
+        self.autocast = self.settings.autocast(self.context.device)
+        self.mixup = self.settings.mixer(self.data.num_classes)
+        self.scaler = torch.amp.GradScaler(self.context.device.type, enabled=self.settings.amp == "fp16")
         # The CPU pays nothing to look at a loss; on CUDA each look waits for the device, so it looks every 20 steps.
-        self.look_every = 1 if context.device.type == "cpu" else 20
+        self.look_every = 1 if self.context.device.type == "cpu" else 20
 
     def _resumed_position(self) -> dict[str, Any]:
         def batches(stage: Stage) -> int:
@@ -172,6 +179,27 @@ class Trainer:
         self.model.to(self.context.device)
 
     def _stage(self, stage: Stage) -> None:
+        loader, val = self.data.train_loader(stage.optim.batch_size), self.data.val_loader(stage.optim.batch_size)
+        task = self._prepare(stage, len(loader))
+        if self.at.epoch == 0 and self.at.step == 0:
+            self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
+            self._report(stage, {}, self._evaluate(stage, val), 0.0, 0)
+        while self.at.epoch < stage.optim.epochs:
+            started = time.perf_counter()
+            images = self._epoch(task, stage, loader)
+            seconds = time.perf_counter() - started
+            self.at.step = len(loader)  # where a stop during the evaluation goes on
+            result = self._evaluate(stage, val)
+            train = self._totals()
+            seen = train.pop("images")
+            train = {name: value / seen for name, value in train.items()}
+            self.at.epoch, self.at.step, self.at.sums = self.at.epoch + 1, 0, {}
+            self._report(stage, train, result, seconds, images * self.context.world)
+            self._save_last()
+        self._hand_on()
+
+    def _prepare(self, stage: Stage, total: int) -> nn.Module:
+        """Swaps and freezes as the stage says, and makes its optimizer; `total` steps an epoch. Returns its task."""
         if self.at.stage:
             # The first stage's modules follow from the run's seed; a later stage is reached with other generator states
             # where the run was resumed in between.
@@ -183,8 +211,7 @@ class Trainer:
             f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, "
             f"{stage.optim.epochs} epochs"
         )
-        loader = self.data.train_loader(stage.optim.batch_size)
-        self.updates = math.ceil(len(loader) / stage.optim.accum_steps)
+        self.updates, self.trace_every = math.ceil(total / stage.optim.accum_steps), math.ceil(total / 50)
         self.optimizer, self.scheduler = make_optimizer(self.model, stage.optim, self.updates)
         if self.resumed:
             load_optimizer(self.optimizer, self.resumed["optimizer"], self.source)
@@ -194,34 +221,16 @@ class Trainer:
         if self.context.world > 1:
             ids = [self.context.device.index] if self.context.device.type == "cuda" else None
             task = DistributedDataParallel(task, device_ids=ids, forward_sync_buffers=False)
-        val = self.data.val_loader(stage.optim.batch_size)
-        if self.at.epoch == 0 and self.at.step == 0:
-            self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
-            self._report(stage, {}, self._evaluate(stage, val), 0.0, 0)
-        while self.at.epoch < stage.optim.epochs:
-            started = time.perf_counter()
-            images = self._epoch(task, stage, loader)
-            seconds = time.perf_counter() - started
-            self.at.step = len(loader)  # where a stop during the evaluation goes on
-            result = self._evaluate(stage, val)
-            sums = self.context.sum(torch.tensor(list(self.at.sums.values()), dtype=torch.float64)).tolist()
-            train = dict(zip(self.at.sums, sums, strict=True))
-            seen = train.pop("images")
-            self.at.epoch, self.at.step, self.at.sums = self.at.epoch + 1, 0, {}
-            train = {name: value / seen for name, value in train.items()}
-            self._report(stage, train, result, seconds, images * self.context.world)
-            self._save_last()
-        self._hand_on()
+        return task
 
-    def _epoch(self, task: nn.Module, stage: Stage, loader) -> int:
+    def _epoch(self, task: nn.Module, stage: Stage, loader: Loader) -> int:
         """One pass over the training split from the position's step on; returns the images this process saw."""
-        total = len(loader)
         task.train()
         self.data.at(loader, self.at.stage * 10_000 + self.at.epoch, self.at.step)
         with (
             naming_dead_workers(loader.num_workers),
             tqdm(
-                total=total,
+                total=len(loader),
                 initial=self.at.step,
                 desc=f"{stage.name} {self.at.epoch + 1}/{stage.optim.epochs}",
                 unit="step",
@@ -232,49 +241,68 @@ class Trainer:
         ):
             return self._steps(task, stage, loader, bar)
 
-    def _steps(self, task: nn.Module, stage: Stage, loader, bar: tqdm) -> int:
-        device, accum, total = self.context.device, stage.optim.accum_steps, len(loader)
-        self.trace_every = math.ceil(total / 50)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        pending: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+    def _steps(self, task: nn.Module, stage: Stage, loader: Loader, bar: tqdm) -> int:
+        """A look comes before the update: a loss that is not finite must not reach the weights."""
+        pending: list[tuple[int, int, dict[str, Tensor]]] = []
         count, started, shown = 0, time.perf_counter(), math.nan
-        for step, (images, targets) in enumerate(loader, start=self.at.step):
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            seed_all(self.settings.seed, self.context.rank, self.at.stage, self.at.epoch, step)
-            if self.mixup is not None:
-                if len(images) % 2:
-                    images, targets = images[:-1], targets[:-1]  # Mixup pairs images
-                images, targets = self.mixup(images, targets)
-            update = (step + 1) % accum == 0 or step + 1 == total
-            group = min(accum, total - step // accum * accum)  # the last group of an epoch may be smaller
-            joined = contextlib.nullcontext() if update or self.context.world == 1 else task.no_sync()
-            with joined:
-                with self.autocast():
-                    loss, parts = task(images, targets)
-                self.scaler.scale(loss / group).backward()
-            pending.append((step, len(images), {"loss": loss.detach(), **parts}))
+        plan = turns(self.at.step, len(loader), stage.optim.accum_steps, self.look_every)
+        for turn, batch in zip(plan, loader, strict=True):
+            images, targets = self._batch(*batch, turn.step)
+            pending.append((turn.step, len(images), self._accumulate(task, images, targets, turn)))
             count += len(images)
-            if update:
-                self.scheduler.step_update(self.at.epoch * self.updates + step // accum)
-                if stage.optim.clip_grad is not None:
-                    self.scaler.unscale_(self.optimizer)
-                    dispatch_clip_grad(trained, stage.optim.clip_grad)
-            look = step + 1 == total or (step + 1) % self.look_every == 0
-            if look:
+            if turn.updates:
+                self._set_rate_and_clip(stage.optim, turn.step)
+            if turn.looks:
                 shown = self._flush(pending, stage)
-            if update:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            rate = count * self.context.world / (time.perf_counter() - started)
-            lr = self.optimizer.param_groups[0]["lr"]
-            bar.set_postfix(loss=f"{shown:.4f}", lr=f"{lr:.2e}", img_s=f"{rate:.0f}", refresh=False)
-            if update and (number := self.context.most(self.request.number)):
+            if turn.updates:
+                self._update()
+            self._show(bar, shown, count * self.context.world / (time.perf_counter() - started))
+            if turn.updates and (number := self.context.most(self.request.number)):
                 self._flush(pending, stage)  # a loss that is not finite must not be saved
-                self.at.step = step + 1
+                self.at.step = turn.step + 1
                 self._stop(stage, number)
         return count
+
+    def _batch(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A batch on the device, mixed where asked; from here on a step's draws follow from its place."""
+        device = self.context.device
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        seed_all(self.settings.seed, self.context.rank, self.at.stage, self.at.epoch, step)
+        if self.mixup is None:
+            return images, targets
+        even = len(images) // 2 * 2  # Mixup pairs images
+        return self.mixup(images[:even], targets[:even])
+
+    def _accumulate(self, task: nn.Module, images: Tensor, targets: Tensor, turn: Turn) -> dict[str, Tensor]:
+        """Adds the batch's gradient; processes exchange theirs once an update. Returns the loss and its parts."""
+        with contextlib.nullcontext() if turn.updates or self.context.world == 1 else task.no_sync():
+            with self.autocast():
+                loss, parts = task(images, targets)
+            self.scaler.scale(loss / turn.group).backward()
+        return {"loss": loss.detach(), **parts}
+
+    def _set_rate_and_clip(self, optim: Optim, step: int) -> None:
+        self.scheduler.step_update(self.at.epoch * self.updates + step // optim.accum_steps)
+        if optim.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad([p for p in self.model.parameters() if p.requires_grad], optim.clip_grad)
+
+    def _update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _show(self, bar: tqdm, loss: float, rate: float) -> None:
+        lr = self.optimizer.param_groups[0]["lr"]
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{rate:.0f}", refresh=False)
+
+    def _totals(self) -> dict[str, float]:
+        """The epoch's sums over all processes; none before its first step."""
+        if not self.at.sums:
+            return {}
+        values = self.context.sum(torch.tensor(list(self.at.sums.values()), dtype=torch.float64)).tolist()
+        return dict(zip(self.at.sums, values, strict=True))
 
     def _evaluate(self, stage: Stage, loader) -> dict[str, float]:
         """`evaluate`, which a signal interrupts: the epoch's steps are saved, its evaluation comes again."""
@@ -313,10 +341,7 @@ class Trainer:
         return value
 
     def _save_last(self) -> None:
-        sums = self.at.sums
-        if sums and self.context.world > 1:
-            values = self.context.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-            sums = dict(zip(sums, values, strict=True))
+        sums = self._totals()
         # The log first: a kill in between runs its rows again, which then replace themselves.
         self.run.append("steps.jsonl", self.trace)
         self.run.save(

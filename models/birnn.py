@@ -149,10 +149,6 @@ class MultiHeadBiRNN(Replacement):
     def unit_norms(self) -> dict[Place, Tensor]:
         return {place: direction.unit_norms(readout) for place, direction, readout in self._places()}
 
-    def parameters_of(self, place: Place, units: int) -> int:
-        """W_ih, W_hh and two biases; the units' columns of head_proj."""
-        return self.direction.kind.gates * units * (self.width + units + 2) + self.width * units
-
     @torch.no_grad()
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         readouts = {place: readout for place, _, readout in self._places()}
@@ -162,6 +158,13 @@ class MultiHeadBiRNN(Replacement):
         for h, proj in enumerate(self.head_proj):
             proj.weight = shrunk(proj.weight, torch.cat([readouts[h, 0], readouts[h, 1]], dim=1))
             proj.in_features = proj.weight.shape[1]
+
+    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+        def held(units: int) -> int:
+            """By W_ih, W_hh and two biases, and the units' columns of head_proj."""
+            return self.direction.kind.gates * units * (self.width + units + 2) + self.width * units
+
+        return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())
 
     def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
         return FusedBiRNN(self, half, tokens)

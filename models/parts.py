@@ -53,12 +53,12 @@ class BlockPart(abc.ABC):
         """s_j, the norm of the group of every unit j, (u,), by place; differentiable."""
 
     @abc.abstractmethod
-    def parameters_of(self, place: Place, units: int) -> int:
-        """Parameters that die with all groups of a place, were there so many units in it."""
-
-    @abc.abstractmethod
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         """Keeps only the named units (ascending indices) of each place; tensors get smaller."""
+
+    @abc.abstractmethod
+    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+        """The parameters that `shrink(kept)` would take away."""
 
 
 class Unprunable(BlockPart):
@@ -69,12 +69,12 @@ class Unprunable(BlockPart):
     def unit_norms(self) -> dict[Place, Tensor]:
         return {}
 
-    def parameters_of(self, place: Place, units: int) -> int:
-        raise KeyError(place)
-
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         if kept:
             raise KeyError(next(iter(kept)))
+
+    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+        return 0
 
 
 class Mlp(timm.layers.Mlp, BlockPart):
@@ -96,9 +96,6 @@ class Mlp(timm.layers.Mlp, BlockPart):
         squares = self.fc1.weight.square().sum(1) + self.fc1.bias.square() + self.fc2.weight.square().sum(0)
         return {(): safe_root(squares)}
 
-    def parameters_of(self, place: Place, units: int) -> int:
-        return units * (self.fc1.in_features + 1 + self.fc2.out_features)
-
     @torch.no_grad()
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         for index in kept.values():
@@ -106,6 +103,10 @@ class Mlp(timm.layers.Mlp, BlockPart):
             self.fc1.bias = shrunk(self.fc1.bias, self.fc1.bias[index])
             self.fc2.weight = shrunk(self.fc2.weight, self.fc2.weight[:, index])
             self.fc1.out_features = self.fc2.in_features = len(index)
+
+    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+        unit = self.fc1.in_features + 1 + self.fc2.out_features  # fc1's row and bias, fc2's column
+        return unit * sum(self.sizes - len(index) for index in kept.values())
 
     def resize(self, hidden: int) -> None:
         """Fresh weights for so many hidden units."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.distill import Distillation, forward_features, similarity
-from engine.stages import PARTS, Optim, Stage, distillation, select_trainable, steps
+from engine.stages import PARTS, Optim, Plan, Stage, distillation, select_trainable, steps
 from models.deit import create_teacher
 from models.replace import swap_attention
 
@@ -102,7 +102,7 @@ def test_only_the_named_parts_get_gradients(parts):
 def test_sequential_steps_go_front_to_back_and_swap_as_they_go():
     assert steps((0, 1, 2, 3, 4), "sequential", 2) == [(0, 1), (2, 3), (4,)]
     assert steps((0, 1), "parallel", 1) == [(0, 1)]
-    plan = distillation((0, 1, 2), "sequential", 2, OPTIM, "combine", OPTIM, "classification", "block", OPTIM, False)
+    plan = distillation((0, 1, 2), Plan(step=2, finetune_head=True), OPTIM, OPTIM)
     assert [(s.name, s.swapped, s.blocks) for s in plan] == [
         ("attn 1/2", (0, 1), (0, 1)),
         ("attn 2/2", (0, 1, 2), (2,)),

@@ -29,7 +29,7 @@ import main
 import prune
 import visualization
 from datasets import loading, registry
-from engine import jobs, pictures, pruning, speed
+from engine import jobs, pictures, pruning, speed, steps
 from models.deit import create_teacher
 from models.replace import FarConfig, build, pack
 from tests import faults
@@ -38,7 +38,7 @@ from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError, run_script
 from utils.figures import save_figure
-from utils.run_folder import open_run
+from utils.run_folder import RunConfig, open_run
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(undisturbe
 def test_a_kill_before_a_run_has_its_record_leaves_no_file_to_the_next(tmp_path):
     for name in (".args.json.12.tmp", ".last.pth.12.tmp"):  # the second one cannot be ours: nothing was trained here
         (tmp_path / name).write_text("half")
-    with open_run({"output_dir": tmp_path, "resume": "auto"}, "train", Context()):
+    with open_run(RunConfig("train", tmp_path, "auto", {}), Context()):
         assert {p.name for p in tmp_path.iterdir()} == {".lock", ".last.pth.12.tmp", "args.json"}
 
 
@@ -262,7 +262,7 @@ def idle() -> Iterator[None]:
             (demo.Demo, "stage"),
         ):
             patch.setattr(owner, name, begin)
-        for owner in (jobs, pictures):
+        for owner in (jobs, pictures, steps):
             patch.setattr(owner, "create_teacher", small)
         patch.setattr(loading, "build_split", local)
         patch.setattr(registry, "Digits", functools.cache(registry.Digits))

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, w
 from utils import distributed
 from utils.checkpoint import load
 from utils.errors import FarError
-from utils.run_folder import open_run
+from utils.run_folder import RunConfig, open_run
 
 MAIN = str(ROOT / "main.py")
 
@@ -200,36 +200,30 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     )
 
 
-ARGS = {"output_dir": None, "resume": None, "epochs": 1}
+def asked(mode="train", output_dir=None, resume=None):
+    return RunConfig(mode, output_dir, resume, {"output_dir": output_dir, "resume": resume, "epochs": 1})
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
     context = distributed.Context()
-    with (
-        open_run(ARGS, "train", context) as a,
-        open_run(ARGS, "train", context) as b,
-        open_run(ARGS, "train", context) as c,
-    ):
+    with open_run(asked(), context) as a, open_run(asked(), context) as b, open_run(asked(), context) as c:
         assert len({a.path, b.path, c.path}) == 3
 
 
 def test_a_folder_has_one_owner_at_a_time(tmp_path):
-    args, context = {**ARGS, "output_dir": tmp_path / "run"}, distributed.Context()
-    with open_run(args, "train", context), pytest.raises(FarError, match="another run is writing there"):
-        open_run({**args, "resume": "must"}, "train", context).__enter__()
-    with open_run({**args, "resume": "auto"}, "train", context) as run:  # free again
+    folder, context = tmp_path / "run", distributed.Context()
+    with open_run(asked("train", folder), context), pytest.raises(FarError, match="another run is writing there"):
+        open_run(asked("train", folder, "must"), context).__enter__()
+    with open_run(asked("train", folder, "auto"), context) as run:  # free again
         assert run.resumed
 
 
 def test_a_finished_run_is_not_overwritten_where_its_last_checkpoint_was_removed(tmp_path):
     for name in ("args.json", "best.pth", "log.jsonl"):
         (tmp_path / name).write_text("{}")
-    with (
-        pytest.raises(FarError, match="already holds a run"),
-        open_run({**ARGS, "output_dir": tmp_path}, "eval", distributed.Context()),
-    ):
+    with pytest.raises(FarError, match="already holds a run"), open_run(asked("eval", tmp_path), distributed.Context()):
         pass
     assert (tmp_path / "log.jsonl").exists()
 
@@ -241,7 +235,7 @@ def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", no_locks)
     with (
         pytest.raises(FarError, match="cannot be locked .*; name another"),
-        open_run({**ARGS, "output_dir": tmp_path}, "train", distributed.Context()),
+        open_run(asked("train", tmp_path), distributed.Context()),
     ):
         pass
 
@@ -279,9 +273,9 @@ def test_another_number_of_processes_is_refused(short, undisturbed, tmp_path):
 def test_files_of_others_in_a_run_folder_stay(tmp_path):
     for name in ("notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"):
         (tmp_path / name).write_text("mine")
-    args, context = {**ARGS, "output_dir": tmp_path}, distributed.Context()
-    with open_run(args, "train", context):
+    context = distributed.Context()
+    with open_run(asked("train", tmp_path), context):
         pass
     assert {p.name for p in tmp_path.iterdir()} >= {"notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"}
-    with open_run({**args, "resume": "must"}, "train", context):
+    with open_run(asked("train", tmp_path, "must"), context):
         assert not (tmp_path / ".last.pth.12.tmp").exists() and (tmp_path / ".hidden.tmp").exists()

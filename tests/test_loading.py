@@ -28,14 +28,14 @@ def batches(data, epoch=0, size=64, start=0):
 
 
 def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
-    first, again = batches(digits(subset=0.1)), batches(digits(subset=0.1, num_workers=2))
+    first, again = batches(digits(train_subset=0.1)), batches(digits(train_subset=0.1, num_workers=2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
-    data = digits(subset=0.1)
+    data = digits(train_subset=0.1)
     batches(data, epoch=0)
     late = batches(data, epoch=1)
-    assert torch.equal(batches(digits(subset=0.1), epoch=1, start=1)[0][0], late[1][0])
+    assert torch.equal(batches(digits(train_subset=0.1), epoch=1, start=1)[0][0], late[1][0])
     assert not torch.equal(first[0][0], late[0][0])
-    assert not torch.equal(first[0][0], batches(digits(seed=1, subset=0.1))[0][0])
+    assert not torch.equal(first[0][0], batches(digits(seed=1, train_subset=0.1))[0][0])
 
 
 def test_global_batches_are_the_same_whatever_the_world_size():
@@ -53,7 +53,7 @@ def test_evaluation_shares_hold_every_image_once(world):
 
 
 def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_images():
-    data = digits(subset=0.2, repeated_aug=True)
+    data = digits(train_subset=0.2, repeated_aug=True)
     indices = [key[0] for batch in data.train_loader(32).batch_sampler for key in batch]
     assert set(np.unique(indices, return_counts=True)[1]) <= {1, 2, 3} and len(set(indices)) < len(indices)
     key = next(i for i in indices if indices.count(i) > 1)
@@ -62,7 +62,7 @@ def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_ima
 
 
 def test_subset_and_holdout_take_their_shares():
-    data = digits(subset=0.5, holdout=0.2)
+    data = digits(train_subset=0.5, holdout=0.2)
     assert (len(data.train), len(data.val)) == (575, 287)
     held = set(data.val.data.indices)
     assert not held & {data.train.data.dataset.indices[i] for i in data.train.data.indices}
@@ -87,17 +87,17 @@ def views(world, epoch=0, size=12, **kwargs):
 
 @pytest.mark.parametrize("repeated", [True, False])
 def test_no_two_views_of_an_epoch_are_the_same_and_world_size_does_not_change_them(repeated):
-    alone = views(1, subset=0.1, repeated_aug=repeated)  # 144 images: each world's batches hold the same places
+    alone = views(1, train_subset=0.1, repeated_aug=repeated)  # 144 images: each world's batches hold the same places
     assert len(set(sum(alone, []))) == sum(map(len, alone)) == 144
     for world in (2, 3, 4):
-        for mine, theirs in zip(alone, views(world, subset=0.1, repeated_aug=repeated), strict=True):
+        for mine, theirs in zip(alone, views(world, train_subset=0.1, repeated_aug=repeated), strict=True):
             assert sorted(mine) == sorted(theirs)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("repeated", [True, False])
 def test_what_pads_the_last_places_is_a_new_view(world, repeated):
-    every = sum(views(world, subset=0.0995, repeated_aug=repeated), [])  # of 143 images
+    every = sum(views(world, train_subset=0.0995, repeated_aug=repeated), [])  # of 143 images
     assert len(set(every)) == len(every) >= 143 // 12 * 12
 
 
@@ -133,7 +133,7 @@ def test_order_changes_by_epoch_and_seed_and_starts_where_it_is_told(repeated):
 
 @pytest.mark.parametrize("repeated", [True, False])
 def test_batches_do_not_depend_on_the_number_of_workers(repeated):
-    alone, many = (digits(subset=0.05, repeated_aug=repeated, num_workers=n) for n in (0, 2))
+    alone, many = (digits(train_subset=0.05, repeated_aug=repeated, num_workers=n) for n in (0, 2))
     for pair in zip(batches(alone, 2, 8), batches(many, 2, 8), strict=True):
         assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
     for pair in zip(alone.val_loader(50), many.val_loader(50), strict=True):
@@ -154,7 +154,7 @@ def test_loading_leaves_the_process_its_own_random_numbers():
 def test_smallest_batch_is_the_size_of_every_training_batch(world, repeated):
     for size in (1, 7, 24, 48, 71, 72, 500):
         for rank in range(world):
-            data = digits(subset=0.05, repeated_aug=repeated, world=world, rank=rank)
+            data = digits(train_subset=0.05, repeated_aug=repeated, world=world, rank=rank)
             sizes = {len(batch) for batch in data.at(data.train_loader(size), 0).batch_sampler}
             assert sizes == {data.smallest_batch(size)}
 
@@ -224,7 +224,7 @@ def test_small_training_views_are_padded_crops_mirrored_half_the_time(mode, tmp_
     picture(tmp_path, "train"), picture(tmp_path, "val")
     whole = Image.open(tmp_path / "train/only/0.png").resize((32, 32), Image.Resampling[mode.upper()])
     candidates = shifts(normalised(np.asarray(whole)), -MEAN / STD)
-    found = load(tmp_path, 32, True, 24, interpolation=mode, **PLAIN)
+    found = load(tmp_path, 32, True, 24, train_interpolation=mode, **PLAIN)
     straight = [nearest(view, candidates) < 1e-5 for view in found]
     mirrored = [nearest(view[:, :, ::-1], candidates) < 1e-5 for view in found]
     assert all(a != b for a, b in zip(straight, mirrored, strict=True)) and 2 < sum(mirrored) < 22
@@ -270,7 +270,7 @@ def test_a_holdout_that_leaves_no_training_image_is_refused(tmp_path):
         Data(DataConfig("FOLDER", root, 32, holdout=0.9), Context())
     (root / "train/class0/1.jpg").unlink()
     with pytest.raises(FarError, match="--holdout 0.5, --data-path .*: no training images are left"):
-        Data(DataConfig("FOLDER", root, 32, holdout=0.5, subset=0.5), Context())
+        Data(DataConfig("FOLDER", root, 32, holdout=0.5, train_subset=0.5), Context())
 
 
 def test_a_split_without_images_is_refused(monkeypatch):
@@ -284,7 +284,7 @@ def test_a_split_without_images_is_refused(monkeypatch):
 
 def test_more_processes_than_images_are_refused():
     with pytest.raises(FarError, match="--nproc_per_node: 2 processes but 1 training images; start fewer"):
-        digits(subset=0.001, world=2)
+        digits(train_subset=0.001, world=2)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ class Deadly(torch.utils.data.Dataset):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("deed", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)])
 def test_a_loader_process_that_dies_is_one_line(deed, train):
-    data = digits(num_workers=2, subset=0.02)
+    data = digits(num_workers=2, train_subset=0.02)
     part = data.train if train else data.val
     part.data = Deadly(part.data, deed)
     with pytest.raises(FarError, match="--num-workers 2: .* memory"):
@@ -369,7 +369,7 @@ def test_other_errors_of_a_loader_process_stay_as_they_are():
     def deed():
         raise RuntimeError("DataLoader worker of another kind")
 
-    data = digits(num_workers=1, subset=0.02)
+    data = digits(num_workers=1, train_subset=0.02)
     data.train.data = Deadly(data.train.data, deed)
     with pytest.raises(RuntimeError, match="another kind"):
         batches(data, size=4)

@@ -320,7 +320,7 @@ def test_more_processes_than_images_is_refused(teacher):
     from utils.errors import FarError
 
     with pytest.raises(FarError, match="--nproc_per_node"):
-        Data(DataConfig("DIGITS", None, 32, subset=0.001), Context(0, 2))
+        Data(DataConfig("DIGITS", None, 32, train_subset=0.001), Context(0, 2))
 
 
 def test_help_is_grouped_and_shows_defaults(capsys):

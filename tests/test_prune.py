@@ -19,7 +19,7 @@ from models.bigru import DirectionGRU
 from models.bilstm import DirectionLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
-from tests.conftest import QUIET, ROOT, launch
+from tests.conftest import EVAL, QUIET, ROOT, launch
 from utils.checkpoint import load
 
 UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
@@ -172,8 +172,8 @@ def test_target_params_is_met_as_closely_as_one_unit_allows(rep_by):
     norms, target = hoyer.unit_norms(replacements(model)), count_parameters(model) - 20_000
     kept = shrink.keep_within(model, norms, target)
     count = sum(map(len, kept.values()))
-    more = shrink.parameters_after(model, norms, shrink.keep_top(norms, count + 1))
-    predicted = shrink.parameters_after(model, norms, kept)
+    more = shrink.parameters_after(model, shrink.keep_top(norms, count + 1))
+    predicted = shrink.parameters_after(model, kept)
     shrink.shrink(replacements(model), kept)
     assert count_parameters(model) == predicted <= target < more
 
@@ -184,7 +184,7 @@ def test_a_target_that_a_selection_meets_exactly_is_met_by_it():
     places, total = len(norms), sum(map(len, norms.values()))
     for count in (places, *torch.randint(places + 1, total, (3,)).tolist(), total):
         exact = shrink.keep_top(norms, count)
-        assert lists(shrink.keep_within(model, norms, shrink.parameters_after(model, norms, exact))) == lists(exact)
+        assert lists(shrink.keep_within(model, norms, shrink.parameters_after(model, exact))) == lists(exact)
 
 
 def test_macs_of_a_layer_follow_the_formula():
@@ -368,3 +368,20 @@ def test_a_teacher_of_another_kind_is_refused(far, tmp_path, failure):
         tmp_path / "tiny.pth",
     ]
     assert "tiny.pth" in failure(*argv, script=prune.main)
+
+
+def test_a_gru_trains_prunes_fuses_and_is_refused_by_a_kernel_for_lstms(teacher, tmp_path, failure):
+    short = ["--dataset", "DIGITS", "--train-subset", "0.05", *QUIET, "--batch-size", "64", "--epochs", "1"]
+    weight = ["--base-weight", str(teacher), "--scale", "Micro"]
+    train = ["--mode", "train", "--rep-by", "gru", *short, *weight, "--block-ft-epochs", "0"]
+    line = failure(*train, "--lstm-backend", "cpu", "--output-dir", tmp_path / "no")
+    assert "--lstm-backend cpu: computes LSTMs" in line and not (tmp_path / "no").exists()
+    assert main.main([*train, "--output-dir", str(tmp_path / "far")]) == 0
+    far = str(tmp_path / "far/best.pth")
+    flags = [*short, "--ft-epochs", "1", "--ft-batch-size", "64", "--keep-ratio", "0.5", "--prune-mlp"]
+    assert prune.main([*flags, "--model-path", far, "--output-dir", str(tmp_path / "prune")]) == 0
+    model, config = load_model(tmp_path / "prune/best.pth")
+    assert config.rep_by == "gru" and sum(sum(map(sum, sizes)) for sizes in config.units.values()) == 4 * 4 * 32 / 2
+    assert count_parameters(model) < 0.6 * count_parameters(load_model(far)[0])
+    evaluate = ["--mode", "eval", *EVAL, "--far-weight", str(tmp_path / "prune/best.pth"), "--fuse", "float32"]
+    assert main.main(evaluate) == 0

@@ -205,7 +205,7 @@ ALONE, LAST = Context(), Settings(select="last")
 
 
 def digits(images: int = 72) -> Data:
-    return Data(DataConfig("DIGITS", None, 32, subset=images / 1423, holdout=0.01, num_workers=0), ALONE)
+    return Data(DataConfig("DIGITS", None, 32, train_subset=images / 1423, holdout=0.01, num_workers=0), ALONE)
 
 
 def classification(model):

@@ -4,11 +4,12 @@ import argparse
 import math
 import sys
 from collections.abc import Collection
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from utils import names
-from utils.errors import FarError, one_line
-from utils.files import check_writable
+from utils.errors import one_line
 
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
@@ -38,6 +39,24 @@ class Parser(argparse.ArgumentParser):
         for dest, flag in self.given(argv).items():
             if dest in dests:
                 self.error(f"{flag}: {reason}; leave it out")
+
+
+Configuration = TypeVar("Configuration")
+
+
+def pick(kind: type[Configuration], args: argparse.Namespace, prefix: str = "", **given) -> Configuration:
+    """A configuration (a dataclass) out of the flags.
+
+    Each field is given, or a configuration itself, or the flag of its name behind `prefix`; a script that has no such
+    flag leaves the field its default.
+    """
+    flags = vars(args)
+    for field in fields(kind):
+        if field.name not in given and is_dataclass(field.type):
+            given[field.name] = pick(field.type, args)
+        elif field.name not in given and prefix + field.name in flags:
+            given[field.name] = flags[prefix + field.name]
+    return kind(**given)
 
 
 MOST = 2**31 - 1
@@ -84,6 +103,34 @@ def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
 
+def add_file(group, flag: str, meaning: str) -> None:
+    group.add_argument(flag, type=path, metavar="FILE", help=meaning)
+
+
+def add_device(group) -> None:
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one"
+    )
+
+
+def add_backend(group) -> None:
+    group.add_argument(
+        "--lstm-backend",
+        choices=names.BACKENDS,
+        default="auto",
+        help="LSTM kernel; auto: the C++ one on a CPU, else torch",
+    )
+
+
+def add_student(group) -> None:
+    group.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier")
+    group.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
+
+
+def add_unscale(group) -> None:
+    group.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
+
+
 def add_run_group(parser: Parser) -> None:
     g = parser.add_argument_group("run")
     g.add_argument("--output-dir", type=path, help="the run's folder; default runs/<mode>-<time>")
@@ -95,15 +142,10 @@ def add_run_group(parser: Parser) -> None:
         help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet",
     )
     g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA where there is one")
+    add_device(g)
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
     g.add_argument("--amp", choices=names.AMP, default="off", help="mixed precision")
-    g.add_argument(
-        "--lstm-backend",
-        choices=names.BACKENDS,
-        default="auto",
-        help="LSTM kernel; auto: the C++ one on a CPU, else torch",
-    )
+    add_backend(g)
     g.add_argument(
         "--select",
         choices=("best", "last"),
@@ -116,11 +158,8 @@ def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
     g.add_argument("--base-model", choices=names.MODELS, help="the teacher; default by --scale, else DeiT-Tiny")
     g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
-    g.add_argument(
-        "--base-weight",
-        type=path,
-        metavar="FILE",
-        help="teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained",
+    add_file(
+        g, "--base-weight", "teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained"
     )
     g = parser.add_argument_group("replacement")
     g.add_argument("--rep-by", choices=names.REPLACEMENTS, default="multi-lstm", help="what replaces attention")
@@ -131,9 +170,7 @@ def add_model_group(parser: Parser) -> None:
         default="chrono",
         help="value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither",
     )
-    g = parser.add_argument_group("student")
-    g.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier")
-    g.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
+    add_student(parser.add_argument_group("student"))
 
 
 def add_data_group(parser: Parser) -> None:
@@ -152,6 +189,9 @@ def add_data_group(parser: Parser) -> None:
         "--num-workers", type=number(int, 0, 1024), default=8, help="loader processes; results do not depend on it"
     )
     g.add_argument("--eval-crop-ratio", type=number(float, 0.1, 1), default=0.875, help="centre crop over resized side")
+
+
+def add_augmentation_group(parser: Parser) -> None:
     g = parser.add_argument_group("augmentation")
     g.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images used")
     g.add_argument("--color-jitter", type=RATE, default=0.3, help="used where --aa is none")
@@ -194,21 +234,3 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
     add("weight-decay", type=RATE, default=0.05, help="biases and norms never decay")
     add("clip-grad", type=optional_rate, default=None, help="clip the gradient's norm at this value, or none")
     add("accum-steps", type=SIZE, default=1, help="batches added up for one step")
-
-
-def check_run(args) -> None:
-    """What the run's own flags must agree on, told before any work; for rank 0, which alone writes. Raises FarError."""
-    if args.resume and not args.output_dir:
-        raise FarError(f"--resume {args.resume}: needs the run's folder; name it with --output-dir")
-    if args.output_dir:
-        check_writable(args.output_dir)
-
-
-def choose_model(args) -> str:
-    """--base-model and --scale name one model. Raises FarError where they disagree."""
-    by_scale = names.SCALES.get(args.scale)
-    if args.base_model and by_scale and args.base_model != by_scale:
-        raise FarError(
-            f"--scale {args.scale}: means {by_scale}, but --base-model is {args.base_model}; make them agree"
-        )
-    return args.base_model or by_scale or "DeiT-Tiny"

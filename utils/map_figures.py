@@ -31,29 +31,27 @@ def importance_maps(
     axes[0, 0].imshow(image)
     axes[0, 0].set_title("image", fontsize=9)
     if rollout is not None:
-        shown = _overlay(axes[1, 0], image, rollout, AMOUNT, 0, rollout.max())
-        axes[1, 0].set_title("attention rollout", fontsize=8)
-        figure.colorbar(shown, ax=axes[1, 0], shrink=0.7).ax.tick_params(labelsize=6)
+        _overlay(axes[1, 0], image, rollout, (AMOUNT, 0, rollout.max()), "attention rollout")
     for k, name in enumerate(names, start=1):
         for row, block in enumerate(blocks):
-            axis, values = axes[row, k], maps[name][block]
-            top = np.abs(values).max() or 1.0
-            shown = _overlay(axis, image, values, SIGNED, -top, top)
             head = f"{titles[name]}\n" if row == 0 else ""
             against = f", ρ {rho[name][block]:.2f}" if name in rho else ""
-            axis.set_title(f"{head}block {block}{against}", fontsize=8)
-            bar = figure.colorbar(shown, ax=axis, shrink=0.7).ax
-            bar.tick_params(labelsize=6)
-            bar.yaxis.get_offset_text().set_size(6)
+            values = maps[name][block]
+            top = np.abs(values).max() or 1.0
+            _overlay(axes[row, k], image, values, (SIGNED, -top, top), f"{head}block {block}{against}")
     return figure
 
 
-def _overlay(axis, image: np.ndarray, values: np.ndarray, colours: str, low: float, high: float):
-    side = image.shape[0]
-    axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
-    return axis.imshow(
-        values, cmap=colours, vmin=low, vmax=high, alpha=0.65, extent=(0, side, side, 0), interpolation="nearest"
-    )
+def _overlay(axis, image: np.ndarray, values: np.ndarray, colours: tuple[str, float, float], title: str) -> None:
+    """A patch map over the grey image; `colours` are a map and the values at its ends."""
+    side, (name, low, high) = image.shape[0], colours
+    whole = (0, side, side, 0)
+    axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1, extent=whole)
+    shown = axis.imshow(values, cmap=name, vmin=low, vmax=high, alpha=0.65, extent=whole, interpolation="nearest")
+    axis.set_title(title, fontsize=8)
+    bar = axis.figure.colorbar(shown, ax=axis, shrink=0.7).ax
+    bar.tick_params(labelsize=6)
+    bar.yaxis.get_offset_text().set_size(6)
 
 
 def matrix_rows(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,23 @@ def versions() -> dict[str, str]:
         commit = "unknown"
     packages = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {"python": platform.python_version(), "commit": commit, **packages}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run goes. `mode` names a new folder, `record` are all flags, which args.json keeps."""
+
+    mode: str
+    output_dir: Path | None
+    resume: str | None  # "must": a run must be there; "auto": continue one, or begin
+    record: dict[str, Any]
+
+    def check(self) -> None:
+        """Told before any work; for rank 0, which alone writes. Raises FarError."""
+        if self.resume and not self.output_dir:
+            raise FarError(f"--resume {self.resume}: needs the run's folder; name it with --output-dir")
+        if self.output_dir:
+            check_writable(self.output_dir)
 
 
 class RunFolder:
@@ -91,24 +109,22 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(args: dict[str, Any], mode: str, context: Context) -> Iterator[RunFolder]:
+def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
     """Makes a run's folder, or opens an old one as `resume` says, and owns it until the end of the block.
-
-    args: the flags; `resume` is None, "must" (a run must be there) or "auto" (continue one, or begin).
 
     Raises:
         FarError: the folder holds a run and `resume` is None, or a run of other arguments or of another number of
             processes, or none to resume, or another run owns it now.
     """
     lock: list[filelock.BaseFileLock] = []
-    record = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
+    record = {key: str(value) if isinstance(value, Path) else value for key, value in asked.record.items()}
     record = json.loads(json.dumps({**record, "processes": context.world}))
 
     def claim() -> list:
-        path = Path(args["output_dir"]) if args["output_dir"] else _new_folder(mode)
-        if args["resume"] == "must" and not (path / "args.json").is_file():
+        path = asked.output_dir or _new_folder(asked.mode)
+        if asked.resume == "must" and not (path / "args.json").is_file():
             raise FarError(f"--resume: no run in {path}; name its folder with --output-dir, or use --resume auto")
-        resumed = bool(args["resume"]) and (path / "args.json").is_file()
+        resumed = bool(asked.resume) and (path / "args.json").is_file()
         check_writable(path)
         path.mkdir(parents=True, exist_ok=True)
         lock.append(_own(path))

@@ -1,0 +1,89 @@
+"""The steps that the modes of main.py and prune.py share: from what was asked to data, models and stages."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from datasets.loading import Data, DataConfig
+from engine.configs import FarSource, ModelConfig
+from engine.distill import check_reach
+from engine.stages import Stage
+from engine.train import Settings
+from models.deit import create_teacher, load_published_weights, load_teacher_weights
+from models.replace import REPLACEMENTS, FarConfig, load_model, restore
+from utils.distributed import Context
+from utils.errors import FarError
+from utils.run_folder import RunFolder
+
+
+def say(context: Context, text: str) -> None:
+    if context.main:
+        print(text, flush=True)
+
+
+def load_data(asked: DataConfig, input_size: int, context: Context) -> Data:
+    """The data set at the model's image side."""
+    return Data(replace(asked, input_size=input_size), context)
+
+
+def load_teacher(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
+    """The attention model with --base-weight, else timm's pretrained weights."""
+    teacher = create_teacher(config.base_model, config.num_classes, config.img_size)
+    if asked.base_weight:
+        load_teacher_weights(teacher, asked.base_weight)
+    else:
+        load_published_weights(teacher, config.base_model)
+    return teacher
+
+
+def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransformer, FarConfig]:
+    """A FAR checkpoint, which knows its model by itself. Raises FarError where the flags say another one."""
+    path = source.find(asked)
+    model, config = load_model(path, source.flag, asked.drop, asked.drop_path)
+    if asked.asked and asked.asked != config.base_model:
+        flag = "--base-model" if asked.base_model else "--scale"
+        raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
+    if asked.input_size and asked.input_size != config.img_size:
+        raise FarError(f"--input-size {asked.input_size}: {path} was trained at {config.img_size}; leave the flag out")
+    return path, model, config
+
+
+def check_backend(config: FarConfig, settings: Settings, context: Context) -> None:
+    """Raises FarError where --lstm-backend cannot compute what replaces attention."""
+    REPLACEMENTS[config.rep_by].check_backend(settings.lstm_backend, context.device)
+
+
+def check_classes(where: str, config: FarConfig, data: Data, mend: str) -> None:
+    """Raises FarError where the data set has other classes than the model of `where`, a flag and its file."""
+    if data.num_classes != config.num_classes:
+        raise FarError(
+            f"{where}: knows {config.num_classes} classes, --dataset {data.config.dataset} has {data.num_classes}; "
+            f"move it there {mend}"
+        )
+
+
+def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
+    """The stages that train at all. Raises FarError where none does, or one cannot."""
+    kept = [stage for stage in stages if stage.optim.epochs]
+    if not kept:
+        raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
+    check_reach(kept)
+    for stage in kept:
+        if (settings.mixup or settings.cutmix) and (least := data.smallest_batch(stage.optim.batch_size)) < 2:
+            raise FarError(
+                f"--mixup, --cutmix: pair the images of a step, and stage {stage.name} has steps of {least} image; "
+                "raise its batch size, or switch them off"
+            )
+    return kept
+
+
+def resumed(
+    run: RunFolder, model: VisionTransformer, asked: ModelConfig
+) -> tuple[VisionTransformer, dict[str, Any] | None]:
+    """The model of an interrupted run in place of the fresh one, and the content of last.pth, or None."""
+    content = run.load_last()
+    if content is not None:
+        model, _ = restore(content, f"--resume {run.path / 'last.pth'}", asked.drop, asked.drop_path)
+    return model, content
