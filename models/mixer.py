@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.parts import Replacement, Unprunable
@@ -23,6 +24,10 @@ class TokenMixer(Unprunable, Replacement):
     def macs(self, shape: Sequence[int]) -> int:
         b, n, dim = shape
         return b * dim * (self.fc1.weight.numel() + self.fc2.weight.numel()) + b * n * self.post_proj.weight.numel()
+
+    @classmethod
+    def check_backend(cls, backend: str, device: torch.device) -> None:
+        """It has no recurrence that a kernel would compute."""
 
     def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
         """Itself: it has no neighbouring linear maps to merge."""

@@ -140,7 +140,8 @@ class Replacement(nn.Module, BlockPart):
     def mix(self, x: Tensor) -> Tensor: ...
 
     @classmethod
-    def check_backend(cls, backend: str, device: torch.device) -> None:  # noqa: B027  (most need no kernel)
+    @abc.abstractmethod
+    def check_backend(cls, backend: str, device: torch.device) -> None:
         """Raises FarError where a `--lstm-backend` cannot compute it on a device."""
 
     @abc.abstractmethod

@@ -63,10 +63,12 @@ def test_a_gru_is_refused_by_kernels_for_lstms_before_a_run():
         fuse(model_of("gru").float(), torch.bfloat16)
 
 
-@pytest.mark.parametrize("question", ["macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "fused"])
+@pytest.mark.parametrize(
+    "question", ["macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "fused", "check_backend"]
+)
 def test_a_replacement_that_leaves_a_question_open_cannot_be_made(question):
     members = {name: getattr(TokenMixer, name) for name in dir(TokenMixer) if name in ("mix", "forward")}
-    asked = ("macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "fused")
+    asked = ("macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "fused", "check_backend")
     answers = {name: getattr(TokenMixer, name) for name in asked}
     type("Whole", (Replacement,), {**members, **answers})(64, 2, 65)
     answers.pop(question)
