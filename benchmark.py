@@ -1,4 +1,4 @@
-"""FAR's speed against attention's, in one process, interleaved: layers and whole models, by batch, threads, tokens.
+"""FAR's speed against attention's: whole models in the runtimes people deploy, and layers, by batch and tokens.
 
 python3 benchmark.py                 everything, DeiT-Tiny, random weights (speed does not depend on them)
 """
@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from engine import speed
+from engine import rivals, speed
 from engine.count import count_macs
-from models import kernels
 from models.replace import count_parameters
 from utils.arguments import SECONDS, SIZE, Parser, path, pick
 from utils.checkpoint import write_atomic
@@ -41,6 +40,7 @@ class Config:
     seconds: float
     batches: list[int]
     image_size: list[int]
+    runtimes: list[str]
     runs: list[Path]
 
     def __post_init__(self):
@@ -48,13 +48,46 @@ class Config:
             raise FarError("--image-size: DeiT-Tiny needs multiples of its patch size, 16")
 
 
-def count_sizes(models: dict) -> dict[str, dict[str, int]]:
+def count_sizes() -> dict[str, dict[str, int]]:
     """Parameters and MACs of whole models."""
+    models = {name: variant.build(224) for name, variant in rivals.VARIANTS.items()}
     sizes = {name: {"parameters": count_parameters(m), "macs": count_macs(m)} for name, m in models.items()}
     print(f"{'model, 224 px, random weights':<30}{'parameters':>12}{'million MACs':>14}")
     for name, size in sizes.items():
         print(f"  {name:<28}{size['parameters']:>12,}{size['macs'] / 1e6:>14,.0f}")
     return sizes
+
+
+def start_programs(runtimes: list[str], threads: int) -> list[rivals.Worker]:
+    """Those that can run here; the others are named."""
+    found = rivals.programs(runtimes)
+    for program in found:
+        if reason := program.lacks():
+            print(f"  skipped: {program}: {reason}")
+    return [rivals.Worker(program, threads) for program in found if not program.lacks()]
+
+
+def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict[str, dict]]:
+    """Whole models at (batch, size), each runtime in a process of its own, in turns."""
+    found: dict[tuple[int, int], dict[str, dict]] = {}
+    shapes = [(batch, 224) for batch in config.batches] + [(1, size) for size in config.image_size if size != 224]
+    print(f"\nwhole models, {threads} threads, median ms; programs take turns")
+    workers = start_programs(config.runtimes, threads)
+    try:
+        for batch, size in shapes:
+            asked = [w for w in workers if size == 224 or w.program.runtime in (rivals.OPENVINO, rivals.OURS)]
+            found[batch, size] = rivals.compare(asked, batch, size, config.seconds / 4)
+        for worker in workers:
+            if not any(str(worker.program) in times for times in found.values()):
+                print(f"  failed: {worker.program}: {worker.complaint()}")
+    finally:
+        for worker in workers:
+            worker.close()
+    print(f"  {'':<46}" + "".join(f"{f'{b} x {s} px':>13}" for b, s in shapes))
+    for name in dict.fromkeys(name for times in found.values() for name in times):
+        cells = [times.get(name, {}).get("median_ms") for times in found.values()]
+        print(f"  {name:<46}" + "".join(f"{ms:>13.2f}" if ms else f"{'':>13}" for ms in cells), flush=True)
+    return found
 
 
 def by_batch(kind: str, things: dict, shape: tuple[int, ...], config: Config, against: str) -> dict[str, speed.Times]:
@@ -74,7 +107,7 @@ def by_tokens(things: dict, config: Config) -> dict[str, list[dict]]:
     curve: dict[str, list[dict]] = {}
     for size in config.image_size:
         tokens = (size // 16) ** 2 + 1
-        x = torch.randn(1, tokens, speed.DIM)
+        x = torch.randn(1, tokens, rivals.DIM)
         calls = {name: lambda m=things[name], x=x: m(x) for name in ("attention", "FAR fused", *speed.KEEP)}
         times = speed.interleaved(calls, config.seconds / 2, 3)
         show(f"layer, batch 1, {size} px, {tokens} tokens", times, "attention")
@@ -84,24 +117,13 @@ def by_tokens(things: dict, config: Config) -> dict[str, list[dict]]:
     return curve
 
 
-def packing(layer: torch.nn.Module, seconds: float) -> speed.Times:
-    """What preparing the weights costs beside a call."""
-    times = speed.packing(layer, seconds)
-    pack_ms, call_ms = (times[name]["median_ms"] for name in ("packing", "call"))
-    print(f"\npacking the weights of a layer: {pack_ms:.3f} ms, {100 * pack_ms / call_ms:.1f} % of a call at batch 1")
-    return times
-
-
 @torch.inference_mode()
-def forward_times(config: Config, layers: dict, models: dict) -> dict[str, Any]:
-    """Layers on one thread and on all, whole models on all."""
+def layer_times(config: Config, layers: dict) -> dict[str, Any]:
+    """Layers on one thread and on all, and over the number of tokens."""
     out, everyone = {}, torch.get_num_threads()
     for threads in sorted({1, everyone}):
         torch.set_num_threads(threads)
-        out |= by_batch("layer", layers, (197, speed.DIM), config, "attention")
-    if kernels.cpu.available():
-        out["packing"] = packing(layers["FAR"], config.seconds / 2)
-    out |= by_batch("model", models, (3, 224, 224), config, speed.NAME)
+        out |= by_batch("layer", layers, (197, rivals.DIM), config, "attention")
     return out | {"tokens": by_tokens(layers, config)}
 
 
@@ -121,14 +143,13 @@ def trained_models(config: Config) -> list[dict]:
     return rows
 
 
-def targets(out: dict[str, Any], threads: int) -> list[dict]:
+def show_targets(rows: list[dict]) -> None:
     """The ratios worth reaching, of what was measured."""
-    rows = speed.reached(out, threads)
     if rows:
-        print(f"\n{'how many times as fast':<62}{'at least':>9}{'reached':>9}")
+        print(f"\n{'how many times as fast':<86}{'at least':>9}{'aim':>6}{'reached':>9}")
     for row in rows:
-        print(f"  {row['what']:<60}{row['at_least']:>9.2f}{row['reached']:>9.2f}")
-    return rows
+        aim = f"{row['aim']:.2f}" if "aim" in row else ""
+        print(f"  {row['what']:<84}{row['at_least']:>9.2f}{aim:>6}{row['reached']:>9.2f}")
 
 
 def build_parser() -> Parser:
@@ -144,6 +165,13 @@ def build_parser() -> Parser:
         nargs="+",
         default=[224, 384, 512, 768, 1024],
         help="sides in pixels, for cost against tokens",
+    )
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        choices=tuple(rivals.RUNTIMES),
+        default=list(rivals.RUNTIMES),
+        help="what whole models run in; one that is not installed is skipped",
     )
     parser.add_argument(
         "--runs",
@@ -163,17 +191,18 @@ def benchmark(argv: list[str] | None = None) -> int:
     threads = torch.get_num_threads()
     cpu = torch.backends.cpu.get_cpu_capability()
     out = {"torch": torch.__version__, "threads": threads, "cpu": cpu, "weights": "random"}
-    layers, models = speed.layers(197), speed.models(224)
-    out["size"] = count_sizes(models)
-    out |= forward_times(config, layers, models)
+    out["size"] = count_sizes()
+    programs = compare_programs(config, threads)
+    out["models"] = {f"batch {batch}, {size} px": times for (batch, size), times in programs.items()}
+    out |= layer_times(config, speed.layers(197))
     out["training step"] = speed.training_steps(config.seconds)
     show("training step of a layer (forward and backward), batch 8", out["training step"], "attention")
     figures = {"tokens.png": latency_by_tokens(out["tokens"])}
     if rows := trained_models(config):
         out["accuracy"] = rows
         figures["accuracy.png"] = accuracy_by_latency(rows)
-    if rows := targets(out, threads):
-        out["reach"] = rows
+    out["reach"] = rivals.reached(programs) + speed.reached(out, threads)
+    show_targets(out["reach"])
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(config.output_dir / "benchmark.json", lambda f: f.write(json.dumps(out, indent=2).encode()))
     for name, figure in figures.items():

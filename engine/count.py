@@ -25,12 +25,7 @@ def _attention(module: Attention, args, output) -> int:
     return 2 * b * n * n * dim  # queries by keys, weights by values; its projections are Linear
 
 
-def _lstm(module: nn.LSTM, args, output) -> int:
-    b, n, _ = args[0].shape  # batch first
-    return b * n * sum(w.numel() for w in module.parameters() if w.dim() == 2)
-
-
-FOREIGN = {nn.LSTM: _lstm, nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention}
+FOREIGN = {nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention}
 
 
 def counters(module: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:

@@ -12,27 +12,25 @@ from torch import Tensor, nn
 from datasets.loading import Data, DataConfig
 from engine.count import count_macs
 from engine.evaluate import evaluate
+from engine.rivals import BASE, DIM, HEADS
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.fuse import fuse
-from models.replace import FarConfig, build, count_parameters, load_model
+from models.replace import count_parameters, load_model
 from utils.distributed import Context
 
-NAME, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 KEEP = {"FAR pruned 0.5": 0.5, "FAR pruned 0.25": 0.25}
 Times = dict[str, dict[str, float]]
 
 # what, at least, (section, the slower's name, the faster's): ratios of times, at 224 px unless the section says else
-REACH = (
+LAYER_TARGETS = (
     ("layer, batch 1: FAR fused over the published dense shape", 3.5, ("layer, batch 1", "dense BiLSTM", "FAR fused")),
     ("layer, batch 1: FAR fused over attention", 1 / 1.3, ("layer, batch 1", "attention", "FAR fused")),
     ("layer, batch 1: FAR pruned 0.5 over attention", 1.5, ("layer, batch 1", "attention", "FAR pruned 0.5")),
     ("layer, batch 1: FAR pruned 0.25 over attention", 2.2, ("layer, batch 1", "attention", "FAR pruned 0.25")),
     ("layer, batch 8: FAR fused over attention", 1 / 1.4, ("layer, batch 8", "attention", "FAR fused")),
     ("layer, batch 8: FAR pruned 0.5 over attention", 1.2, ("layer, batch 8", "attention", "FAR pruned 0.5")),
-    ("model, batch 1: FAR pruned 0.25 over DeiT-Tiny", 1.25, ("model, batch 1", NAME, "FAR pruned 0.25")),
-    ("model, batch 1: the same with half the MLPs", 1.8, ("model, batch 1", NAME, "FAR pruned 0.25, MLP 0.5")),
     ("layer, 4,097 tokens: FAR fused over attention", 4.0, ("4097 tokens", "attention", "FAR fused")),
 )
 
@@ -55,36 +53,12 @@ def layers(tokens: int) -> dict[str, nn.Module]:
     stock.backend = "torch"
     kept = {name: [(int(DIM // HEADS * keep),) * 2] * HEADS for name, keep in KEEP.items()}
     return {
-        "attention": create_teacher(NAME, 1000, 224).blocks[0].attn,
+        "attention": create_teacher(BASE, 1000, 224).blocks[0].attn,
         "dense BiLSTM": DenseLSTM(far),
         "FAR torch": stock,
         "FAR": far,
         "FAR fused": far.fused(),
-        **({"FAR fused bfloat16": far.fused(half=True)} if kernels.cpu.has_bfloat16() else {}),
         **{name: MultiHeadBiLSTM(DIM, HEADS, tokens, units).fused() for name, units in kept.items()},
-    }
-
-
-def models(size: int) -> dict[str, nn.Module]:
-    """DeiT-Tiny and FAR in its sizes, random weights."""
-    blocks = tuple(range(DEPTH))
-
-    def far(keep: float = 1.0, mlp: float = 1.0) -> nn.Module:
-        units = {str(i): [[int(DIM // HEADS * keep)] * 2] * HEADS for i in blocks}
-        hidden = {str(i): int(4 * DIM * mlp) for i in blocks} if mlp < 1 else {}
-        return build(FarConfig(NAME, 1000, size, replaced=blocks, units=units, mlp=hidden))
-
-    dense = far()
-    for block in dense.blocks:
-        block.attn = DenseLSTM(block.attn)
-    return {
-        NAME: create_teacher(NAME, 1000, size),
-        "dense BiLSTM": dense,
-        "FAR": far(),
-        "FAR fused": fuse(far()),
-        **({"FAR fused bfloat16": fuse(far(), torch.bfloat16)} if kernels.cpu.has_bfloat16() else {}),
-        **{name: fuse(far(keep)) for name, keep in KEEP.items()},
-        "FAR pruned 0.25, MLP 0.5": fuse(far(0.25, 0.5)),
     }
 
 
@@ -104,13 +78,6 @@ def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> T
         low, median, high = statistics.quantiles(t, n=4)
         result[name] = {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(t)}
     return result
-
-
-def packing(layer: MultiHeadBiLSTM, seconds: float) -> Times:
-    """What of a call at batch 1 goes into packing the weights, which the unfused layer does each time."""
-    weights = [w for cell in layer.cells() for w in cell]
-    x = torch.randn(1, 197, layer.dim)
-    return interleaved({"packing": lambda: torch.ops.far.pack(weights), "call": lambda: layer(x)}, seconds, 3)
 
 
 def peak_bytes(call: Callable) -> int:
@@ -138,18 +105,20 @@ def training_steps(seconds: float) -> Times:
     return interleaved(calls, seconds, 3)
 
 
+def ratio(slow: dict[str, float], fast: dict[str, float]) -> float:
+    """How many times as fast."""
+    return slow["median_ms"] / fast["median_ms"]
+
+
 def reached(out: dict, threads: int) -> list[dict]:
-    """The rows of REACH whose sections were measured: what, at_least, reached."""
+    """The rows of LAYER_TARGETS whose sections were measured: what, at_least, reached."""
     sections = {f"layer, batch {b}": out.get(f"layer, batch {b}, threads {threads}") for b in (1, 8)}
-    sections["model, batch 1"] = out.get(f"model, batch 1, threads {threads}")
     sections["4097 tokens"] = {name: p for name, points in out["tokens"].items() for p in points if p["tokens"] == 4097}
-    rows = []
-    for what, least, (section, slow, fast) in REACH:
-        if times := sections[section]:
-            rows.append(
-                {"what": what, "at_least": least, "reached": times[slow]["median_ms"] / times[fast]["median_ms"]}
-            )
-    return rows
+    return [
+        {"what": what, "at_least": least, "reached": ratio(times[slow], times[fast])}
+        for what, least, (section, slow, fast) in LAYER_TARGETS
+        if (times := sections[section])
+    ]
 
 
 def trained(folder: Path) -> dict[str, Path]:
@@ -180,12 +149,13 @@ def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
                 rows.setdefault(
                     label, {"name": label, "parameters": count_parameters(model), "macs": count_macs(model)}
                 )
+                side = config.img_size
                 first.setdefault(label, fuse(model, recurrent))
-                loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(60)
+                loader = Data(DataConfig("DIGITS", Path(), side, num_workers=0), Context()).val_loader(60)
                 accuracy.setdefault(label, []).append(evaluate(model, loader, Context(), torch.no_grad)["acc1"])
     if not rows:
         return []
-    image = torch.randn(1, 3, *next(iter(first.values())).patch_embed.img_size)
+    image = torch.randn(1, 3, side, side)
     times = interleaved({name: lambda m=m: m(image) for name, m in first.items()}, seconds)
     return [
         {**row, "acc1": statistics.mean(accuracy[name]), "seeds": len(accuracy[name]), **times[name]}

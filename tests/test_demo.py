@@ -69,7 +69,11 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     for name, weights in (("teacher", teacher), ("far", far / "best.pth"), ("sweep/keep-0.5", far / "best.pth")):
         (tmp_path / "run" / name).mkdir(parents=True)
         shutil.copy(weights, tmp_path / "run" / name / "best.pth")
-    command = [str(ROOT / "benchmark.py"), *"--seconds 0.01 --batches 1 --image-size 32 224 --runs run".split()]
+    command = [
+        str(ROOT / "benchmark.py"),
+        *"--seconds 0.01 --batches 1 --image-size 32 224 --runs run --runtimes".split(),
+        "timm eager",
+    ]
     done = launch(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())
@@ -78,7 +82,8 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
         "repeats"
     ] >= 3
     assert [p["tokens"] for p in out["tokens"]["FAR fused"]] == [5, 197]
-    assert out["packing"]["packing"]["median_ms"] > 0 and "packing the weights of a layer" in done.stdout
+    assert out["models"]["batch 1, 224 px"]["DeiT-Tiny / timm eager float32"]["repeats"] >= 9
+    assert out["models"]["batch 1, 32 px"] == {}  # other sizes are for the fastest runtime and ours
     assert all(p["peak_bytes"] > 0 for points in out["tokens"].values() for p in points)
     for figure in ("tokens.png", "accuracy.png"):
         assert (tmp_path / "runs/benchmark" / figure).stat().st_size > 5000
@@ -88,10 +93,8 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     assert abs(rows["FAR fused"]["acc1"] - recorded["acc1"]) < 2  # barely trained: ties tip over when maps are merged
     assert (
         out["size"]["DeiT-Tiny"]["parameters"] == 5_717_416
-        and out["size"]["FAR pruned 0.25"]["macs"] < out["size"]["FAR"]["macs"]
+        and out["size"]["FAR 0.25"]["macs"] < out["size"]["FAR"]["macs"]
     )
-    dense, blocks = 2 * 8 * 192**2 + 2 * 192**2, 6 * 8 * 64**2 + 6 * 64**2  # LSTMs and the joining projection, a token
-    assert out["size"]["dense BiLSTM"]["macs"] - out["size"]["FAR"]["macs"] == 12 * 197 * (dense - blocks)
     ratio = layer["dense BiLSTM"]["median_ms"] / layer["FAR fused"]["median_ms"]
     assert any(abs(row["reached"] - ratio) < 1e-9 for row in out["reach"]) and "reached" in done.stdout
     assert "USDT" not in done.stdout + done.stderr

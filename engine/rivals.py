@@ -1,0 +1,268 @@
+"""Whole models in the runtimes that people deploy them with, each in a process of its own, timed in turns.
+
+Thread pools that spin spoil each other's numbers, so one program runs for a while, all rest, and the next one runs.
+`python -m engine.rivals` is such a process: it reads questions, a JSON object a line, and answers with milliseconds.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import kernels
+from models.fuse import fuse
+from models.replace import FarConfig, build
+
+BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
+OPENVINO, OURS = "OpenVINO", "FAR engine"
+ROUNDS, PAUSE_S = 3, 0.2
+ONNX_OPSET = 18
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of random weights. keep: share of the LSTM's units, None is attention; mlp: share of the MLPs' units."""
+
+    keep: float | None = None
+    mlp: float = 1.0
+
+    def build(self, size: int) -> nn.Module:
+        blocks = tuple(range(DEPTH))
+        units = {str(i): [[round(DIM // HEADS * self.keep)] * 2] * HEADS for i in blocks if (self.keep or 1) < 1}
+        hidden = {str(i): int(4 * DIM * self.mlp) for i in blocks} if self.mlp < 1 else {}
+        torch.manual_seed(0)
+        config = FarConfig(BASE, 1000, size, replaced=blocks if self.keep else (), units=units, mlp=hidden)
+        return build(config).eval().requires_grad_(False)
+
+
+VARIANTS = {
+    BASE: Variant(),
+    f"{BASE}, MLP 0.5": Variant(mlp=0.5),
+    "FAR": Variant(1.0),
+    "FAR 0.5": Variant(0.5),
+    "FAR 0.25": Variant(0.25),
+    "FAR 0.25, MLP 0.5": Variant(0.25, 0.5),
+}
+Call = Callable[[torch.Tensor], object]
+
+
+def eager(model: nn.Module, precision: str, threads: int) -> Call:
+    return model
+
+
+def compiled(model: nn.Module, precision: str, threads: int) -> Call:
+    from torch._inductor import config
+
+    config.freezing = True  # weights become constants, laid out once
+    dtype = getattr(torch, precision)
+    module = torch.compile(model.to(dtype))
+    return lambda images: module(images.to(dtype))
+
+
+def export(model: nn.Module, folder: str) -> str:
+    """The model as an ONNX file, batch dynamic."""
+    file, size = str(Path(folder) / "model.onnx"), model.patch_embed.img_size
+    images, batch = torch.randn(2, 3, *size), {0: torch.export.Dim("batch")}
+    program = torch.onnx.export(
+        model, (images,), dynamo=True, opset_version=ONNX_OPSET, dynamic_shapes=(batch,), verbose=False
+    )
+    program.save(file)
+    return file
+
+
+def onnx_runtime(model: nn.Module, precision: str, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        file = export(model, folder)
+        if precision == "int8":
+            from onnxruntime.quantization import quantize_dynamic
+
+            quantize_dynamic(file, file := file.replace("model", "int8"))
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images.numpy()})
+
+
+def openvino(model: nn.Module, precision: str, threads: int) -> Call:
+    import openvino as ov
+
+    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        network = ov.Core().compile_model(export(model, folder), "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
+    request = network.create_infer_request()
+    return lambda images: request.infer([images.numpy()], share_inputs=True)
+
+
+def engine(model: nn.Module, precision: str, threads: int) -> Call:
+    return fuse(model, getattr(torch, precision))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """make: (model, precision, threads) to a function of images. package: what must be installed for it."""
+
+    make: Callable[[nn.Module, str, int], Call]
+    precisions: tuple[str, ...]
+    package: str = "torch"
+
+
+RUNTIMES = {
+    "timm eager": Runtime(eager, ("float32",)),
+    "torch.compile": Runtime(compiled, ("float32", "bfloat16")),
+    "ONNX Runtime": Runtime(onnx_runtime, ("float32", "int8"), "onnxruntime"),
+    OPENVINO: Runtime(openvino, ("float32", "bfloat16"), "openvino"),
+    OURS: Runtime(engine, ("float32", "bfloat16")),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    model: str
+    runtime: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.model} / {self.runtime} {self.precision}"
+
+    def lacks(self) -> str:
+        """Why it cannot run here; empty where it can."""
+        package = RUNTIMES[self.runtime].package
+        if not importlib.util.find_spec(package):
+            return f"{package} is not installed"
+        half = self.precision == "bfloat16" and self.runtime == OURS
+        return "this CPU has no AVX512_BF16" if half and not kernels.cpu.has_bfloat16() else ""
+
+
+def programs(runtimes: Collection[str]) -> list[Program]:
+    """The teacher in every runtime; one with pruned MLPs in the fastest and in ours; FAR in ours."""
+    wanted = {BASE: RUNTIMES, f"{BASE}, MLP 0.5": (OPENVINO, OURS)}
+    chosen = [(model, runtime) for model in VARIANTS for runtime in wanted.get(model, (OURS,)) if runtime in runtimes]
+    return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].precisions]
+
+
+def answer(program: Program, threads: int) -> Iterator[None]:
+    """A process's life: questions (batch, size, seconds) on standard input, times in ms on what was standard output."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(threads)
+    runtime, calls = RUNTIMES[program.runtime], {}
+    with torch.no_grad():
+        for line in sys.stdin:
+            batch, size, seconds = (question := json.loads(line))["batch"], question["size"], question["seconds"]
+            if size not in calls:
+                calls[size] = runtime.make(VARIANTS[program.model].build(size), program.precision, threads)
+            images = torch.randn(batch, 3, size, size)
+            times = measure(lambda: calls[size](images), seconds)  # noqa: B023  (called within the turn)
+            print(json.dumps(times), file=out, flush=True)
+            yield
+
+
+def measure(call: Callable[[], object], seconds: float) -> list[float]:
+    """Milliseconds of repeated calls, at least three, after two to warm up."""
+    for _ in range(2):
+        call()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+# what, at least, aim, precision, (batch, size), the program it is compared with, ours: ratios of times
+TARGETS = (
+    ("FAR unpruned", 0.95, 1.1, "float32", (1, 224), (BASE, OPENVINO), "FAR"),
+    ("FAR 0.25", 1.4, 1.6, "float32", (1, 224), (BASE, OPENVINO), "FAR 0.25"),
+    ("FAR 0.25, half the MLPs", 2.1, 2.4, "float32", (1, 224), (BASE, OPENVINO), "FAR 0.25, MLP 0.5"),
+    ("FAR unpruned", 1.0, 1.2, "bfloat16", (1, 224), (BASE, OPENVINO), "FAR"),
+    ("FAR 0.25", 1.6, 1.9, "bfloat16", (1, 224), (BASE, OPENVINO), "FAR 0.25"),
+    ("FAR 0.25, half the MLPs", 2.2, 2.7, "bfloat16", (1, 224), (BASE, OPENVINO), "FAR 0.25, MLP 0.5"),
+    ("FAR 0.25", 1.5, 1.8, "float32", (8, 224), (BASE, OPENVINO), "FAR 0.25"),
+    ("FAR 0.25", 1.5, 1.8, "float32", (32, 224), (BASE, OPENVINO), "FAR 0.25"),
+    ("FAR 0.25", 1.5, 2.0, "bfloat16", (8, 224), (BASE, OPENVINO), "FAR 0.25"),
+    ("FAR 0.25", 1.5, 2.0, "bfloat16", (32, 224), (BASE, OPENVINO), "FAR 0.25"),
+    ("FAR unpruned", 1.5, 2.0, "float32", (1, 512), (BASE, OPENVINO), "FAR"),
+    ("FAR unpruned", 1.5, 2.0, "bfloat16", (1, 512), (BASE, OPENVINO), "FAR"),
+    ("FAR 0.25", 1.25, 1.45, "float32", (1, 224), (BASE, OURS), "FAR 0.25"),
+    ("FAR 0.25", 1.25, 1.45, "float32", (8, 224), (BASE, OURS), "FAR 0.25"),
+    ("FAR 0.25", 1.25, 1.45, "float32", (32, 224), (BASE, OURS), "FAR 0.25"),
+)
+
+
+def reached(found: dict[tuple[int, int], dict[str, dict]]) -> list[dict]:
+    """The rows of TARGETS whose programs ran, by (batch, size) and program: what, at_least, aim, reached."""
+    rows = []
+    for what, least, aim, precision, shape, (model, runtime), ours in TARGETS:
+        times, (batch, size) = found.get(shape, {}), shape
+        slow, fast = (times.get(str(p)) for p in (Program(model, runtime, precision), Program(ours, OURS, precision)))
+        if slow and fast:
+            text = f"batch {batch}, {size} px, {precision}: {what} over {model} in {runtime}"
+            ratio = slow["median_ms"] / fast["median_ms"]
+            rows.append({"what": text, "at_least": least, "aim": aim, "reached": ratio})
+    return rows
+
+
+class Worker:
+    """A program in a process of its own."""
+
+    def __init__(self, program: Program, threads: int):
+        self.program = program
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close)
+        root = str(Path(__file__).parent.parent)
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "engine.rivals", json.dumps([asdict(program), threads])]
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
+
+    def ask(self, batch: int, size: int, seconds: float) -> list[float]:
+        """Times in ms; empty where the program failed."""
+        try:
+            print(json.dumps({"batch": batch, "size": size, "seconds": seconds}), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline() or "[]")
+        except BrokenPipeError:
+            return []
+
+    def complaint(self) -> str:
+        self.said.seek(0)
+        return (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.said.close()
+
+
+def compare(workers: list[Worker], batch: int, size: int, seconds: float) -> dict[str, dict]:
+    """Median and quartiles of each program at one shape, in ROUNDS rounds of turns."""
+    times: dict[str, list[float]] = {str(worker.program): [] for worker in workers}
+    for _ in range(ROUNDS):
+        for worker in workers:
+            times[str(worker.program)] += worker.ask(batch, size, seconds / ROUNDS)
+            time.sleep(PAUSE_S)
+    result = {}
+    for name, t in times.items():
+        if t:
+            low, median, high = statistics.quantiles(t, n=4)
+            result[name] = {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(t)}
+    return result
+
+
+if __name__ == "__main__":
+    fields, cores = json.loads(sys.argv[1])
+    for _ in answer(Program(**fields), cores):
+        pass

@@ -1,0 +1,50 @@
+"""Whole models in other runtimes: they compute the model, take turns, and a missing or failing one is told."""
+
+import pytest
+import torch
+
+from engine import rivals
+
+PROGRAMS = [p for p in rivals.programs(rivals.RUNTIMES) if p.model == rivals.BASE and "compile" not in p.runtime]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+def test_every_runtime_computes_the_model(program):
+    if reason := program.lacks():
+        pytest.skip(reason)
+    model, images = rivals.VARIANTS[program.model].build(32), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        got = rivals.RUNTIMES[program.runtime].make(model, program.precision, 1)(images)
+    got = torch.as_tensor(got if isinstance(got, torch.Tensor) else got[0])
+    error = (got - expected).norm() / expected.norm()
+    assert error < {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.2}[program.precision], error
+
+
+def test_a_worker_answers_and_a_failing_one_complains(monkeypatch):
+    good = rivals.Worker(rivals.Program(rivals.BASE, "timm eager", "float32"), 1)
+    bad = rivals.Worker(rivals.Program("no model", "timm eager", "float32"), 1)
+    monkeypatch.setattr(rivals, "ROUNDS", 2)
+    try:
+        found = rivals.compare([good, bad], 2, 32, 0.02)
+        assert list(found) == [str(good.program)] and found[str(good.program)]["repeats"] >= 6
+        assert "no model" in bad.complaint()
+    finally:
+        good.close()
+        bad.close()
+
+
+def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
+    program = rivals.Program(rivals.BASE, rivals.OPENVINO, "float32")
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    assert program.lacks() == "openvino is not installed"
+
+
+def test_targets_are_ratios_of_the_medians():
+    slow = {"median_ms": 6.0}
+    found = {(1, 224): {f"{rivals.BASE} / OpenVINO float32": slow, "FAR 0.25 / FAR engine float32": {"median_ms": 4.0}}}
+    (row,) = rivals.reached(found)
+    assert row["reached"] == 1.5 and row["at_least"] == 1.4 and "FAR 0.25" in row["what"]
+    names = {str(p) for p in rivals.programs(rivals.RUNTIMES)}
+    for _, _, _, precision, _, (model, runtime), ours in rivals.TARGETS:
+        assert {f"{model} / {runtime} {precision}", f"{ours} / {rivals.OURS} {precision}"} <= names
