@@ -1,4 +1,4 @@
-"""The fused CPU kernel: lstm_cpu.cpp, compiled on first use and cached. Float32, forward and backward."""
+"""The C++ kernels for a CPU: cpp/, compiled on first use and cached."""
 
 import contextlib
 import functools
@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("lstm_cpu.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 TORCH = Path(torch.__file__).parent
 TUNED, PORTABLE = ("-march=native",), ()
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _workplace(name: str) -> Path:
 
 
 def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
-    """The library for this source, torch, compiler and CPU, out of a cache folder or compiled.
+    """The library for these sources, torch, compiler and CPU, out of a cache folder or compiled.
 
     The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled
     in a folder of its own and moved into place: processes that build at once do not meet.
@@ -88,11 +89,13 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
         "-std=c++20",
         "-O3",
         "-fPIC",
+        "-fvisibility=hidden",  # several builds may be loaded at once
         *flags,
         *["-fopenmp"][:openmp],
     ]
     macros = _call([*compiler, "-dM", "-E", "-x", "c++", "-"], "#include <omp.h>" if openmp else "")
-    parts = [SOURCE.read_text(), torch.__version__, namespace, *compiler, macros]
+    texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts = [*texts, torch.__version__, namespace, *compiler, macros]
     name = f"far_lstm_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
     for folder in cache_folders():
         if _whole(library := folder / name / "lstm.so"):
@@ -101,12 +104,15 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     try:
         includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        _call(
-            [*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c", str(SOURCE), "-o", str(work / "lstm.o")]
-        )
+        units = {path: work / f"{path.stem}.o" for path in sorted(SOURCES.glob("*.cpp"))}
+        with ThreadPoolExecutor() as pool:
+            unit = [*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c"]
+            list(pool.map(_call, [[*unit, str(source), "-o", str(made)] for source, made in units.items()]))
         libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *(_openmp_library() if openmp else [])]
-        _call([*compiler[: -openmp or None], "-shared", str(work / "lstm.o"), *libraries, "-o", str(work / "lstm.so")])
-        (work / "lstm.o").unlink()
+        objects = [str(made) for made in units.values()]
+        _call([*compiler[: -openmp or None], "-shared", *objects, *libraries, "-o", str(work / "lstm.so")])
+        for made in units.values():
+            made.unlink()
         (work / "sha256").write_text(_digest(work / "lstm.so"))
         final = work.with_name(name)
         if not _whole(final / "lstm.so"):
@@ -207,7 +213,10 @@ def _register(namespace: str, v: int) -> None:
     def layer(x, pre_w, pre_b, packed, units, out_w, out_b, tokens):
         return x.new_empty(x.shape[0], torch.sym_min(tokens, x.shape[1]), out_w.shape[0])
 
-    for fake in (forward, train, backward, run_packed, layer):
+    def model(images, plan, vectors, products, classes):
+        return images.new_empty(images.shape[0], classes)
+
+    for fake in (forward, train, backward, run_packed, layer, model):
         torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
     torch.library.register_autograd(
         f"{namespace}::train", _backward(getattr(torch.ops, namespace)), setup_context=_setup
