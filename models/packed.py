@@ -27,7 +27,7 @@ class Packer:
 
     def __init__(self, dim: int, precision: torch.dtype):
         self.v = cpu.load(cpu.TUNED).vector_width()
-        self.panel, self.grain = 4 * self.v, 2 * self.v
+        self.panel, self.grain = 3 * self.v, 2 * self.v
         self.half = precision == torch.bfloat16
         self.products: list[Tensor] = []
         self.vectors: list[Tensor] = []
@@ -53,13 +53,13 @@ class Packer:
         self._put("vectors", norm.weight.new_tensor([norm.eps]), torch.float32)
         return place
 
-    def panels(self, w: Tensor) -> int:
-        """A matrix (n, k), n outputs, to (panels, k, P) or, in bfloat16, (panels, k / 2, P, 2)."""
+    def panels(self, w: Tensor, panel: int) -> int:
+        """A matrix (n, k), n outputs, to (panels, k, panel) or, in bfloat16, (panels, k / 2, panel, 2)."""
         n, k = w.shape
-        if not self.half:
-            return self.matrix(F.pad(w, (0, 0, 0, -n % self.panel)).unflatten(0, (-1, self.panel)).transpose(1, 2))
-        w = F.pad(w, (0, -k % self.grain, 0, -n % self.panel))
-        return self.matrix(w.unflatten(1, (-1, 2)).unflatten(0, (-1, self.panel)).transpose(1, 2))
+        n += -n % self.grain
+        w = F.pad(w, (0, self.depth(k) - k, 0, n + -n % panel - len(w)))
+        w = w.unflatten(1, (-1, 2)) if self.half else w
+        return self.matrix(w.unflatten(0, (-1, panel)).transpose(1, 2))
 
     def depth(self, k: int) -> int:
         return k + -k % self.grain if self.half else k
@@ -67,7 +67,7 @@ class Packer:
     def map(self, w: Tensor, b: Tensor | None) -> list[int]:
         """The record of a linear map (Map in model.h)."""
         b = w.new_zeros(len(w)) if b is None else b
-        return [self.depth(w.shape[1]), len(w), self.panels(w), self.rows(b[None])]
+        return [self.depth(w.shape[1]), len(w), self.panels(w, self.panel), self.rows(b[None])]
 
     def gates(self, w: Tensor) -> Tensor:
         """Rows (4 u, m) in torch's order, gate by gate, to (4 U, m), unit block by unit block."""
@@ -80,12 +80,20 @@ class Packer:
         recurrent = self.gates(w_hh).t()  # (u, 4 U)
         if self.half:
             recurrent = F.pad(recurrent, (0, 0, 0, len(recurrent) % 2)).unflatten(0, (-1, 2)).transpose(1, 2)
-        return [self.panels(self.gates(w_ih)), self.matrix(recurrent), self.rows(self.gates(bias[:, None]).t())]
+        return [
+            self.panels(self.gates(w_ih), 4 * self.v),
+            self.matrix(recurrent),
+            self.rows(self.gates(bias[:, None]).t()),
+        ]
 
 
 def _recurrence(packer: Packer, attn: MultiHeadBiLSTM) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
-    """Of a block with LSTMs: [heads, depth, mixed], cell records, head records, `before` and `out` as one record."""
+    """Of a block with LSTMs: [heads, depth, mixed], cell records, head records, `before` and `out` as one record.
+
+    Packed in the order of use, in which products fetch ahead.
+    """
     fused = FusedBiLSTM(copy.deepcopy(attn).double())  # float64 is not packed: its weights are plain cells
+    before = NONE if fused.merged_pre else packer.map(fused.pre_w, fused.pre_b)
     cells, column = [], 0
     for i, units in enumerate(fused.units):
         w_ih, w_hh, b_ih, b_hh = fused.weights[4 * i : 4 * i + 4]
@@ -96,7 +104,6 @@ def _recurrence(packer: Packer, attn: MultiHeadBiLSTM) -> tuple[list[int], list[
     for h, proj in enumerate(fused.heads):
         heads.append([start, h * proj.out_features, *packer.map(proj.weight, proj.bias)])
         start += proj.in_features
-    before = NONE if fused.merged_pre else packer.map(fused.pre_w, fused.pre_b)
     cells.sort(key=lambda cell: -cell[0])
     depth = packer.depth(fused.depth)
     return [0, depth, column], cells, heads, before + packer.map(fused.out_w, fused.out_b)

@@ -17,7 +17,9 @@ struct Heads {
   int64_t row, tokens, heads, depth;
 };
 
-inline int64_t attention_floats(int64_t tokens, int64_t depth) { return (depth + tokens + 3) * P + M; }
+constexpr int QUERIES = V == 16 ? 6 : 3;  // that share what is read of the values
+
+inline int64_t attention_floats(int64_t tokens, int64_t depth) { return (depth + tokens + 3) * P + QUERIES; }
 
 // exp(score - the column's largest) in place; `sums` takes the columns' sums.
 inline void softmax_columns(float* scores, int64_t tokens, int64_t columns, float* sums) {
@@ -36,35 +38,35 @@ inline void softmax_columns(float* scores, int64_t tokens, int64_t columns, floa
   }
 }
 
-// out[r] = sum over tokens of scores[.][r] v[.], over the column's sum, for `count` queries and up to C vectors of channels.
-template <int C, class X>
+// out[r] = sum over tokens of scores[.][r] v[.], over the column's sum, for `count` queries and up to J vectors of channels.
+template <int R, int J, class X>
 void weigh_values(const float* scores, const Heads& from, const float* v, const float* sums, int64_t count, int64_t channels,
                   X* out, int64_t ldo) {
-  vf acc[M][C] = {};
-  product<M, C>(acc, scores, 1, v, from.row, from.tokens, P);
-  alignas(64) X line[C * V];
+  vf acc[R][J] = {};
+  product<R, J>(acc, scores, 1, v, from.row, from.tokens, P);
+  alignas(64) X line[J * V];
   for (int64_t r = 0; r < count; ++r) {
-    for (int j = 0; j < C; ++j) store(line + j * V, acc[r][j] / sums[r]);
-    std::memcpy(out + r * ldo, line, std::min<int64_t>(channels, C * V) * sizeof(X));
+    for (int j = 0; j < J; ++j) store(line + j * V, acc[r][j] / sums[r]);
+    std::memcpy(out + r * ldo, line, std::min<int64_t>(channels, J * V) * sizeof(X));
   }
 }
 
 // Rows out[first..first + count] of one head, at its channels.
 template <class X>
 void attend(const Heads& from, int64_t head, int64_t first, int64_t count, X* out, int64_t ldo, float* scratch) {
-  const int64_t d = from.depth, dim = from.heads * d;
+  const int64_t d = from.depth, dim = from.heads * d, columns = (count + V - 1) / V * V;
   const float *q = from.qkv + first * from.row + head * d, *k = from.qkv + dim + head * d, *v = k + dim;
   float *queries = scratch, *zeros = queries + d * P, *sums = zeros + P, *scores = sums + P;
   std::memset(queries, 0, (d + 1) * P * sizeof(float));
   for (int64_t j = 0; j < count; ++j)
     for (int64_t i = 0; i < d; ++i) queries[i * P + j] = q[j * from.row + i];
-  multiply<false>(k, from.row, from.tokens, Weights<float>{queries, zeros, d, count, d * P}, scores, P);
-  softmax_columns(scores, from.tokens, padded(count), sums);
-  for (int64_t r = 0; r < count; r += M)
-    for (int64_t i = 0; i < d; i += P) {
-      const auto weigh = d - i > P / 2 ? weigh_values<4, X> : weigh_values<2, X>;
+  multiply<false>(k, from.row, from.tokens, Weights<float>{queries, zeros, d, columns, d * P}, scores, P);
+  softmax_columns(scores, from.tokens, columns, sums);
+  for (int64_t r = 0; r < count; r += QUERIES)
+    for (int64_t i = 0; i < d; i += 4 * V) {
+      const auto weigh = d - i > 2 * V ? weigh_values<QUERIES, 4, X> : weigh_values<QUERIES, 2, X>;
       X* to = out + (first + r) * ldo + head * d + i;
-      weigh(scores + r, from, v + i, sums + r, std::min<int64_t>(M, count - r), d - i, to, ldo);
+      weigh(scores + r, from, v + i, sums + r, std::min<int64_t>(QUERIES, count - r), d - i, to, ldo);
     }
 }
 

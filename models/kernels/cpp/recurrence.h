@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int CHUNK = 24;                // tokens whose input products are made at once
+constexpr int INPUTS = V == 16 ? 6 : 3;  // and how many of them share what is read of W_ih
 constexpr int TILE = V == 16 ? 6 : 3;    // rows of the batch that one task walks
 
 // X: what W_ih is stored in; W_hh in bfloat16 where the caller says HALF.
@@ -125,7 +126,7 @@ struct Walk {
       const X* a = p.x + (b + r) * p.batch_stride + first * p.token_stride + c.from;
       float* to = gates + r * ldg;
       int64_t t = 0;
-      for (; t + M <= count; t += M) input_rows<M>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
+      for (; t + INPUTS <= count; t += INPUTS) input_rows<INPUTS>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
       for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
     }
   }
