@@ -190,7 +190,7 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     parameters = count_parameters(model)
     model.to(context.device)
     if command.fuse:
-        fuse(model, FUSE[command.fuse])
+        model = fuse(model, FUSE[command.fuse])
     loader = data.val_loader(command.rates.asked.batch_size)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
         result = evaluate(model, loader, context, command.settings.autocast(context.device))

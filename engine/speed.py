@@ -57,8 +57,8 @@ def layers(tokens: int) -> dict[str, nn.Module]:
         "dense BiLSTM": DenseLSTM(far),
         "FAR torch": stock,
         "FAR": far,
-        "FAR fused": far.fused(),
-        **{name: MultiHeadBiLSTM(DIM, HEADS, tokens, units).fused() for name, units in kept.items()},
+        "FAR fused": far.merged(),
+        **{name: MultiHeadBiLSTM(DIM, HEADS, tokens, units).merged() for name, units in kept.items()},
     }
 
 
@@ -144,13 +144,13 @@ def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
             variants = {name: torch.float32}
             if name == "FAR fused" and kernels.cpu.has_bfloat16():
                 variants["FAR fused bfloat16"] = torch.bfloat16
-            for label, recurrent in variants.items():
+            for label, precision in variants.items():
                 model, config = load_model(path, f"--runs {folder}")
                 rows.setdefault(
                     label, {"name": label, "parameters": count_parameters(model), "macs": count_macs(model)}
                 )
                 side = config.img_size
-                first.setdefault(label, fuse(model, recurrent))
+                first.setdefault(label, fuse(model, precision))
                 loader = Data(DataConfig("DIGITS", Path(), side, num_workers=0), Context()).val_loader(60)
                 accuracy.setdefault(label, []).append(evaluate(model, loader, Context(), torch.no_grad)["acc1"])
     if not rows:

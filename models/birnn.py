@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import kernels
-from models.fused_birnn import FusedBiRNN
+from models.merged import Merged, MergedBiRNN, merge
 from models.parts import Place, Replacement, safe_root, shrunk
 
 
@@ -166,5 +166,8 @@ class MultiHeadBiRNN(Replacement):
 
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())
 
-    def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
-        return FusedBiRNN(self, half, tokens)
+    def merged(self, tokens: int | None = None) -> nn.Module:
+        return MergedBiRNN(merge(self), tokens)
+
+    def maps(self) -> Merged:
+        return merge(self)

@@ -1,11 +1,18 @@
-"""A FAR model for inference."""
+"""A model for inference: one operator where the engine covers it, else merged block by block."""
+
+import copy
+import logging
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.fused_birnn import refuse_loading
+from models import whole
+from models.merged import refuse_loading
 from models.replace import replacements
+from utils.errors import FarError
+
+log = logging.getLogger(__name__)
 
 
 class LastBlock(nn.Module):
@@ -24,18 +31,33 @@ class LastBlock(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-def fuse(model: VisionTransformer, recurrent: torch.dtype = torch.float32) -> VisionTransformer:
-    """Gives every replacement of the model its fused form, in place, and freezes the model in eval mode.
+def merge_blocks(model: VisionTransformer) -> VisionTransformer:
+    """A frozen copy of the model in eval mode, each replacement in its merged form, on any device, by any kernel.
 
-    Its logits stay the same. Where the last block is replaced, `forward_features` gives the class token alone,
-    (B, 1, D).
+    Where the last block is replaced, `forward_features` gives the class token alone, (B, 1, D).
     """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     last = len(model.blocks) - 1 if model.global_pool == "token" else None
-    for index, attn in (found := replacements(model)).items():
-        tokens = 1 if index == last else None
-        model.blocks[index].attn = attn.fused(recurrent == torch.bfloat16, tokens)
-    if found:
-        model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
+    found = replacements(model)
+    for index, attn in found.items():
+        model.blocks[index].attn = attn.merged(1 if index == last else None)
     if last in found:
         model.blocks[last] = LastBlock(model.blocks[last])
-    return model.eval().requires_grad_(False)
+    model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
+    return model
+
+
+def fuse(model: VisionTransformer, precision: torch.dtype = torch.float32) -> nn.Module:
+    """The function of a FAR model or a teacher without gradients, images (B, 3, S, S) to logits (B, classes).
+
+    One operator (`models.whole`) where that covers the model; else, said in one log line, merged block by block. The
+    model itself stays as it is. precision: of weights and activations in matrix products, float32 or bfloat16 (FarError
+    where the operator does not serve).
+    """
+    reason = whole.why_not(model, precision)
+    if not reason:
+        return whole.WholeModel(model, precision)
+    if precision != torch.float32:
+        raise FarError(f"--fuse bfloat16: {reason}; use --fuse float32")
+    log.warning("fused block by block, not as one operator: %s", reason)
+    return merge_blocks(model)

@@ -29,6 +29,9 @@ class TokenMixer(Unprunable, Replacement):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         """It has no recurrence that a kernel would compute."""
 
-    def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
+    def merged(self, tokens: int | None = None) -> nn.Module:
         """Itself: it has no neighbouring linear maps to merge."""
         return self
+
+    def maps(self) -> None:
+        return None

@@ -8,6 +8,8 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
+from models.merged import Merged
+
 Place = tuple[int, ...]
 MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
 
@@ -145,12 +147,15 @@ class Replacement(nn.Module, BlockPart):
         """Raises FarError where a `--lstm-backend` cannot compute it on a device."""
 
     @abc.abstractmethod
-    def fused(self, half: bool = False, tokens: int | None = None) -> nn.Module:
+    def merged(self, tokens: int | None = None) -> nn.Module:
         """The same function for inference, x (B, N, D) to (B, N, D), of this one's weights as they are now.
 
-        half: recurrent weights in bfloat16. tokens: only so many of the first tokens are read; it may give no more.
-        Raises FarError where it cannot be done.
+        tokens: only so many of the first tokens are read; it may give no more.
         """
+
+    @abc.abstractmethod
+    def maps(self) -> Merged | None:
+        """Its linear maps and cells, for the engine that computes whole models; None where it has others."""
 
     def mixing_parts(self) -> list[nn.Module]:
         """What stage attn trains: every child but post_proj."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.count import count_macs
-from models.fuse import fuse
+from models.fuse import fuse, merge_blocks
 from models.kernels import cpu
+from models.merged import MergedBiRNN
 from models.replace import FarConfig, build, set_backend
 from tests.test_kernels import UNITS, layer
 from utils.errors import FarError
@@ -19,25 +20,25 @@ needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler h
 def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
     with pytest.raises(FarError, match="--fuse float32"):
-        layer(UNITS[0]).fused(half=True)
+        fuse(micro(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
 def test_fuse_keeps_the_function_in_float64(keep):
     for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
         m = layer(units).double()
-        f = m.fused()
+        f = m.merged()
         x = torch.randn(2, 40, 192, dtype=torch.float64)
         expected = m(x)
         assert ((f(x) - expected).norm() / expected.norm()).item() < 1e-12
-        torch.testing.assert_close(m.float().fused()(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(m.float().merged()(x.float()), expected.float(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("patience", [0.0, 100.0])
 def test_fuse_keeps_the_function_whichever_maps_it_merges(patience, monkeypatch):
-    monkeypatch.setattr("models.fused_birnn.PATIENCE", patience)
+    monkeypatch.setattr("models.merged.PATIENCE", patience)
     for m in (layer([(64, 64)] * 12, dim=768), layer(UNITS[1])):
-        f, x = m.fused(), torch.randn(2, 30, m.dim)
+        f, x = m.merged(), torch.randn(2, 30, m.dim)
         torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
         f.tokens = 1
         torch.testing.assert_close(f(x), m(x)[:, :1], rtol=1e-3, atol=1e-4)
@@ -46,7 +47,7 @@ def test_fuse_keeps_the_function_whichever_maps_it_merges(patience, monkeypatch)
 @pytest.mark.parametrize("units", [64, 32, 8])
 def test_a_fused_layers_macs_are_counted_as_merged(units):
     config = FarConfig("DeiT-Tiny", 10, 224, replaced=(0,), units={"0": [[units] * 2] * 3})
-    plain, fused = build(config), fuse(build(config))
+    plain, fused = build(config), merge_blocks(build(config))
     total = 6 * units
     before = 192 * 192 + 4 * total * (64 + units) + 64 * total + 192 * 192  # pre_proj, LSTMs, head_proj, post_proj
     inputs = min(192 * 192 + 4 * total * 64, 4 * total * 192)  # merged where that costs less
@@ -61,8 +62,9 @@ def test_a_fused_model_gives_the_models_logits():
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-3, atol=1e-4)
-    assert sum(hasattr(block.attn, "macs_a_token") for block in model.blocks) == 3
+    for fused in (fuse(model), merge_blocks(model)):
+        torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(block.attn, MergedBiRNN) for block in fused.blocks) == 3
 
 
 @pytest.mark.parametrize("recurrent", [torch.float32, torch.bfloat16])
@@ -95,10 +97,11 @@ def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         expected, plain = model(x), count_macs(model)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-12)
-    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
+    fused = merge_blocks(model)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-12)
+    assert fused.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
     if 3 in replaced:
-        assert plain - count_macs(model) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
+        assert plain - count_macs(fused) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
 
 
 def micro(**kwargs):
@@ -108,7 +111,7 @@ def micro(**kwargs):
 @needs_kernel
 def test_nothing_written_elsewhere_reaches_a_fused_layer_and_all_of_its_own_does():
     m = layer([(64, 64)] * 12, dim=768)
-    f, x = m.fused(), torch.randn(2, 9, 768)
+    f, x = m.merged(), torch.randn(2, 9, 768)
     before = f(x)
     for p in m.parameters():
         p.data.zero_()
@@ -122,7 +125,7 @@ def test_nothing_written_elsewhere_reaches_a_fused_layer_and_all_of_its_own_does
 def test_loading_into_a_fused_model_is_refused_before_anything_is_written(dtype):
     model = micro().to(dtype)
     content = {name: w + 1 for name, w in model.state_dict().items()}
-    fuse(model)
+    model = merge_blocks(model)
     before = {name: w.clone() for name, w in model.state_dict().items()}
     for load in (
         lambda: model.load_state_dict(content),
@@ -134,20 +137,10 @@ def test_loading_into_a_fused_model_is_refused_before_anything_is_written(dtype)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
-@needs_kernel
-@pytest.mark.parametrize("target", [torch.float64, torch.bfloat16, torch.device("meta")])
-def test_a_model_packed_for_the_kernel_stays_where_it_is(target):
-    f, x = layer(UNITS[1]).fused(), torch.randn(2, 9, 192)
-    before = f(x)
-    with pytest.raises(FarError, match="move it first"):
-        f.to(target)
-    assert torch.equal(f.float().cpu()(x), before)
-
-
 def test_a_fused_model_without_the_kernel_moves_freely():
     m = layer(UNITS[1]).double()
     x = torch.randn(2, 9, 192)
-    torch.testing.assert_close(m.fused().float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(m.merged().float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
 
 
 def test_a_fused_model_can_be_copied_and_pickled():
@@ -161,25 +154,9 @@ def test_a_fused_model_can_be_copied_and_pickled():
             again.load_state_dict(model.state_dict())
 
 
-@needs_kernel
-def test_a_model_fused_for_another_cpu_is_refused_and_not_misread(monkeypatch):
-    f, buffer = layer(UNITS[0]).fused(), io.BytesIO()
-    vectors = (
-        f.cells.weights[0].unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1, 2)
-    )  # as a CPU with vectors half as wide packs them
-    f.cells.weights[0], f.cells.weights[2] = (
-        torch.nn.Parameter(w, requires_grad=False)
-        for w in (vectors, f.cells.weights[2].unflatten(-1, (2, -1))[..., 0, :])
-    )
-    torch.save(f, buffer)
-    buffer.seek(0)
-    with pytest.raises(FarError, match="another kind of CPU"):
-        torch.load(buffer, weights_only=False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fused_layer_refuses_to_differentiate(dtype):
-    f = layer(UNITS[0]).to(dtype).fused()
+    f = layer(UNITS[0]).to(dtype).merged()
     x = torch.randn(1, 5, 192, dtype=dtype, requires_grad=True)
     with pytest.raises(FarError, match="no gradients"):
         f(x)
@@ -193,7 +170,7 @@ def test_a_fused_layer_refuses_to_differentiate(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_fused_layer_keeps_its_precision_under_autocast(dtype, wide):
-    f = (layer([(64, 64)] * 12, dim=768) if wide else layer(UNITS[1])).fused()
+    f = (layer([(64, 64)] * 12, dim=768) if wide else layer(UNITS[1])).merged()
     x = torch.randn(2, 30, 768 if wide else 192)
     expected = f(x)
     with torch.autocast("cpu", dtype):

@@ -10,6 +10,7 @@ import torch
 from models.kernels import cpu
 from tests.test_kernels import start
 
+STEPS = len(list(cpu.SOURCES.glob("*.cpp"))) + 1  # compiler calls of a build: each source, then all together
 AVAILABLE = """
 import torch
 from models.kernels import cpu
@@ -95,7 +96,7 @@ def test_a_cpu_with_other_instructions_gets_its_own_build(pretend):
         pretend("#define __AVX512F__ 1"),
         pretend("#define __AVX512F__ 1\n#define __AVX512BF16__ 1"),
     )
-    assert one != other and calls == 2
+    assert one != other and calls == STEPS
     assert pretend("#define __AVX512F__ 1") == (one, 0)
 
 
@@ -106,7 +107,7 @@ def test_a_damaged_build_is_made_again(pretend, damage):
     library, _ = pretend("")
     damage(library)
     assert (
-        pretend("") == (library, 2)
+        pretend("") == (library, STEPS)
         and library.read_text() == "made"
         and len(list(library.parent.parent.iterdir())) == 1
     )

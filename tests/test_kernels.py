@@ -86,25 +86,6 @@ def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
 
 
 @pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 1), (50, 33), (1025, 2)])
-def test_bfloat16_recurrent_weights_round_and_nothing_else(units, tokens, batch):
-    if not cpu.has_bfloat16():
-        pytest.skip("no AVX512_BF16 here")
-    m, x = layer(units), torch.randn(batch, tokens, 3, 64)
-    packed = torch.ops.far.pack([w for cell in cells(m) for w in cell], half=True)
-    got = torch.ops.far.run_packed(x, packed, [u for pair in units for u in pair])
-    rounded = [cell._replace(weight_hh=cell.weight_hh.bfloat16().float()) for cell in cells(m)]
-    with_rounded_weights = cpu.fused(kernels.LSTM, x, rounded)
-    assert error_against_float64(x, m, got) < 5e-3
-    assert (
-        (got - with_rounded_weights).norm() / got.norm()
-    ).item() < 3e-3  # what is left: the hidden state's rounding, 2^-9
-    assert torch.equal(got, cpu.fused(kernels.LSTM, x, cells(m))) == (
-        tokens == 1
-    )  # the first token meets no recurrence
-
-
-@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 8), (50, 33), (1025, 2)])
 def test_the_cpu_kernels_backward_matches_the_reference(operators, units, tokens, batch):
     m = layer(units).requires_grad_()

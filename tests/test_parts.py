@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.count import count_macs
-from models.fuse import fuse
+from models.fuse import fuse, merge_blocks
 from models.kernels import cpu
 from models.mixer import TokenMixer
 from models.parts import Replacement
@@ -38,16 +38,17 @@ def test_macs_are_those_that_torch_counts_product_by_product(rep_by):
 @pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (1,)])
 def test_fuse_keeps_the_logits_in_float64(rep_by, replaced):
     model, x = model_of(rep_by, replaced), torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    expected = model(x)
-    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-10, atol=1e-10)
-    assert model.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
+    expected, fused = model(x), fuse(model)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(model(x), expected)  # the model itself stays as it is
+    assert fused.forward_features(x).shape[1] == (1 if 3 in replaced else 65)
 
 
 @EACH
 def test_a_fused_models_macs_are_those_that_torch_counts(rep_by):
     model = model_of(rep_by, (0, 1, 2, 3))
     set_backend(model, "reference")
-    fuse(model)
+    model = merge_blocks(model)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
     assert count_macs(model) == counter.get_total_flops() // 2
@@ -59,16 +60,16 @@ def test_a_gru_is_refused_by_kernels_for_lstms_before_a_run():
             REPLACEMENTS["gru"].check_backend(backend, CPU)
     for backend in ("auto", "torch", "reference"):
         REPLACEMENTS["gru"].check_backend(backend, CPU)
-    with pytest.raises(FarError, match="--fuse bfloat16: needs LSTMs"):
+    with pytest.raises(FarError, match="--fuse bfloat16: MultiHeadBiGRU in attention's place; use --fuse float32"):
         fuse(model_of("gru").float(), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    "question", ["macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "fused", "check_backend"]
+    "question", ["macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "merged", "maps", "check_backend"]
 )
 def test_a_replacement_that_leaves_a_question_open_cannot_be_made(question):
     members = {name: getattr(TokenMixer, name) for name in dir(TokenMixer) if name in ("mix", "forward")}
-    asked = ("macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "fused", "check_backend")
+    asked = ("macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "merged", "maps", "check_backend")
     answers = {name: getattr(TokenMixer, name) for name in asked}
     type("Whole", (Replacement,), {**members, **answers})(64, 2, 65)
     answers.pop(question)

@@ -64,7 +64,7 @@ def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(monkeypatch):
     x = torch.randn(2, 9, 192, device=DEVICE)
     expected = m(x)
     m.backend = "triton"
-    for got in (m(x), m.fused()(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
+    for got in (m(x), m.merged()(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert len(called) == 3
 

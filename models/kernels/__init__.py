@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import cpu, gpu, packed
+from models.kernels import cpu, gpu
 from models.kernels.cells import LSTM, Cell, CellKind, Task
 from models.kernels.reference import reference
 from models.kernels.stock import stock
@@ -26,26 +26,20 @@ class Kernel(NamedTuple):
 
     run: (kind, x, cells) to hidden, differentiable once.
     refusal: (task) to why it cannot do that, in words; empty where it can.
-    layout: (kind, cells, half) to a module like `packed.Natural`, where the kernel has a layout of its own.
     """
 
     run: Callable[[CellKind, Tensor, Sequence[Cell]], Tensor]
     refusal: Callable[[Task], str]
-    layout: Callable[[CellKind, Sequence[Cell], bool], torch.nn.Module] | None = None
-
-    def pack(self, kind: CellKind, cells: Sequence[Cell], half: bool) -> torch.nn.Module:
-        """The cells frozen for inference."""
-        return self.layout(kind, cells, half) if self.layout else packed.Natural(self.run, kind, cells)
 
 
-def _anywhere(task: Task) -> str:
-    return "keeps all weights in one precision" if task.half else ""
+def _anything(task: Task) -> str:
+    return ""
 
 
 KERNELS: dict[str, Kernel] = {
-    "reference": Kernel(reference, _anywhere),
-    "torch": Kernel(stock, _anywhere),
-    "cpu": Kernel(cpu.fused, cpu.refusal, packed.Packed),
+    "reference": Kernel(reference, _anything),
+    "torch": Kernel(stock, _anything),
+    "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
 }
 AUTO = ("cpu", "torch")  # the first that can; Triton's is checked but not yet timed on a GPU
@@ -57,8 +51,6 @@ def choose(backend: str, task: Task) -> str:
     for name in AUTO if backend == "auto" else (backend,):
         if not (reason := KERNELS[name].refusal(task)):
             return name
-    if task.half:
-        raise FarError("--fuse bfloat16: needs LSTMs in the C++ kernel on a CPU with AVX512_BF16; use --fuse float32")
     raise FarError(f"--lstm-backend {backend}: {reason}; use auto or torch")
 
 

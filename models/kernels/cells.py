@@ -53,10 +53,9 @@ LSTM = CellKind("lstm", 4, 2, _lstm_step, _lstm_stock)
 
 
 class Task(NamedTuple):
-    """What a kernel is asked for; `units`: the most hidden units a cell, `half`: W_hh in bfloat16, for inference."""
+    """What a kernel is asked for; `units`: the most hidden units a cell."""
 
     kind: CellKind
     device: torch.device
     dtype: torch.dtype
     units: int
-    half: bool = False

@@ -1,4 +1,4 @@
-"""The fused CPU kernel: lstm_cpu.cpp, compiled on first use and cached. Float32, forward and backward."""
+"""The C++ kernels for a CPU: cpp/, compiled on first use and cached."""
 
 import contextlib
 import functools
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from models.kernels.cells import LSTM, Cell, CellKind, Task
 
-SOURCE = Path(__file__).with_name("lstm_cpu.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 TORCH = Path(torch.__file__).parent
 TUNED, PORTABLE = ("-march=native",), ()
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def _workplace(name: str) -> Path:
 
 
 def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
-    """The library for this source, torch, compiler and CPU, out of a cache folder or compiled.
+    """The library for these sources, torch, compiler and CPU, out of a cache folder or compiled.
 
     The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled
     in a folder of its own and moved into place: processes that build at once do not meet.
@@ -90,25 +91,20 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
         "-std=c++20",
         "-O3",
         "-fPIC",
+        "-fvisibility=hidden",  # several builds may be loaded at once
         *flags,
         *["-fopenmp"][:openmp],
     ]
     macros = _call([*compiler, "-dM", "-E", "-x", "c++", "-"], "#include <omp.h>" if openmp else "")
-    parts = [SOURCE.read_text(), torch.__version__, namespace, *compiler, macros]
+    texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts = [*texts, torch.__version__, namespace, *compiler, macros]
     name = f"far_lstm_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
     for folder in cache_folders():
         if _whole(library := folder / name / "lstm.so"):
             return library
     work = _workplace(name)
     try:
-        includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        _call(
-            [*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c", str(SOURCE), "-o", str(work / "lstm.o")]
-        )
-        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *(_openmp_library() if openmp else [])]
-        _call([*compiler[: -openmp or None], "-shared", str(work / "lstm.o"), *libraries, "-o", str(work / "lstm.so")])
-        (work / "lstm.o").unlink()
+        _compile(work, compiler, openmp, namespace)
         (work / "sha256").write_text(_digest(work / "lstm.so"))
         final = work.with_name(name)
         if not _whole(final / "lstm.so"):
@@ -118,6 +114,21 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final / "lstm.so"
+
+
+def _compile(work: Path, compiler: list[str], openmp: bool, namespace: str) -> None:
+    """Makes lstm.so in a folder, each source by a compiler of its own."""
+    includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    units = {path: work / f"{path.stem}.o" for path in sorted(SOURCES.glob("*.cpp"))}
+    with ThreadPoolExecutor() as pool:
+        unit = [*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c"]
+        list(pool.map(_call, [[*unit, str(source), "-o", str(made)] for source, made in units.items()]))
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *(_openmp_library() if openmp else [])]
+    objects = [str(made) for made in units.values()]
+    _call([*compiler[: -openmp or None], "-shared", *objects, *libraries, "-o", str(work / "lstm.so")])
+    for made in units.values():
+        made.unlink()
 
 
 @functools.cache
@@ -148,7 +159,7 @@ def available() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether recurrent weights may be bfloat16 here (AVX512_BF16)."""
+    """Whether products may be in bfloat16 here (AVX512_BF16)."""
     return available() and load(TUNED).has_bfloat16()
 
 
@@ -209,7 +220,10 @@ def _register(namespace: str, v: int) -> None:
     def layer(x, pre_w, pre_b, packed, units, out_w, out_b, tokens):
         return x.new_empty(x.shape[0], torch.sym_min(tokens, x.shape[1]), out_w.shape[0])
 
-    for fake in (forward, train, backward, run_packed, layer):
+    def model(images, plan, vectors, products, classes):
+        return images.new_empty(images.shape[0], classes)
+
+    for fake in (forward, train, backward, run_packed, layer, model):
         torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
     torch.library.register_autograd(
         f"{namespace}::train", _backward(getattr(torch.ops, namespace)), setup_context=_setup
@@ -223,9 +237,7 @@ def refusal(task: Task) -> str:
         return "computes LSTMs"
     if task.device.type != "cpu" or task.dtype != torch.float32:
         return "computes float32 on a CPU"
-    if not available():
-        return "cannot be built here (no C++ compiler?)"
-    return "" if not task.half or has_bfloat16() else "has bfloat16 weights on a CPU with AVX512_BF16"
+    return "" if available() else "cannot be built here (no C++ compiler?)"
 
 
 def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell], operators=None) -> Tensor:

@@ -30,7 +30,7 @@ def refusal(task: Task) -> str:
     if task.kind != LSTM:
         return "computes LSTMs"
     device = importlib.util.find_spec("triton") and (task.device.type == "cuda" or interpreting())
-    fits = bool(device) and task.dtype != torch.float64 and task.units <= MOST and not task.half
+    fits = bool(device) and task.dtype != torch.float64 and task.units <= MOST
     return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"
 
 

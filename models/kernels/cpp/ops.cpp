@@ -1,0 +1,71 @@
+// The operators' names and types. Compiled for one namespace a set of compiler flags (models/kernels/cpu.py).
+#include "gradients.h"
+#include "layer.h"
+#include "model.h"
+
+namespace {
+
+// Images (B, channels, height, width) of any strides to logits (B, classes), by a packed model: see model.h.
+at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
+                 int64_t classes) {
+  TORCH_CHECK(plan.scalar_type() == at::kLong && vectors.scalar_type() == at::kFloat && plan.is_contiguous() &&
+                  vectors.is_contiguous() && products.is_contiguous(), "a plan in int64, vectors in float32");
+  const bool half = products.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(half || products.scalar_type() == at::kFloat, "products must be float32 or bfloat16");
+  const int64_t* from = plan.const_data_ptr<int64_t>();
+  const char* fault = far_model::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half);
+  TORCH_CHECK(!fault, fault);
+  const auto& p = *reinterpret_cast<const far_model::Plan*>(from);
+  TORCH_CHECK(images.dim() == 4 && images.scalar_type() == at::kFloat && images.size(1) == p.channels &&
+                  images.size(2) == p.height && images.size(3) == p.width && classes == p.classes,
+              "images must be (B, ", p.channels, ", ", p.height, ", ", p.width, "), float32");
+  at::Tensor logits = at::empty({images.size(0), classes}, images.options(), at::MemoryFormat::Contiguous);
+  if (images.size(0))
+    far_model::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(), images.size(0),
+                   images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads());
+  return logits;
+}
+
+// Whether this CPU has what the compiler was told to use: a library made for another machine then registers nothing.
+bool runs_here() {
+  bool has = true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#ifdef __AVX2__
+  has = has && __builtin_cpu_supports("avx2");
+#endif
+#ifdef __FMA__
+  has = has && __builtin_cpu_supports("fma");
+#endif
+#ifdef __FMA4__
+  has = has && __builtin_cpu_supports("fma4");
+#endif
+#ifdef __AVX512F__
+  has = has && __builtin_cpu_supports("avx512f");
+#endif
+#ifdef __AVX512BF16__
+  has = has && __builtin_cpu_supports("avx512bf16");
+#endif
+#endif
+  return has;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(FAR_NAMESPACE, m) {
+  if (!runs_here()) return;
+  const auto on_cpu = [](auto* function) { return torch::dispatch(c10::DispatchKey::CPU, function); };
+  m.def("forward(Tensor x, Tensor[] weights) -> Tensor", on_cpu(&forward));
+  m.def("train(Tensor x, Tensor[] weights) -> (Tensor, Tensor[], Tensor[])", on_cpu(&train));
+  m.def("backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] wanted) "
+        "-> Tensor[]",
+        on_cpu(&backward));
+  m.def("pack(Tensor[] weights, bool half=False) -> Tensor[]", on_cpu(&pack));
+  m.def("run_packed(Tensor x, Tensor[] packed, int[] units) -> Tensor", on_cpu(&run_packed));
+  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) "
+        "-> Tensor",
+        on_cpu(&layer));
+  m.def("model(Tensor images, Tensor plan, Tensor vectors, Tensor products, int classes) -> Tensor", on_cpu(&model));
+  m.def("vector_width() -> int", []() -> int64_t { return V; });
+  m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });
+}

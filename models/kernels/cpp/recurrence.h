@@ -1,0 +1,168 @@
+// One direction of one head, a cell, over all tokens of a few rows of the batch. The input products of a few tokens go to a
+// buffer that stays in cache, then the recurrence walks over them: accumulators of all four gates live in registers.
+//
+// A cell's u units lie in blocks of V, padded with zeros to U = blocks V. For each unit block the four gates follow one another,
+// so that one step reads memory in order:
+//
+//   gates (token)   | block 0: i[V] f[V] g[V] o[V] | block 1: ... |                      width = 4 U floats
+//   W_hh            (u, width); in bfloat16 pairs of rows side by side, (u / 2 rounded up, width, 2)
+//   W_ih            (depth, width), or in panels of one block each, (blocks, depth, 4 V): see product.h
+#pragma once
+#include <cstring>
+#include <utility>
+
+#include "product.h"
+
+namespace {
+
+constexpr int CHUNK = 24;                // tokens whose input products are made at once
+constexpr int INPUTS = V == 16 ? 6 : 3;  // and how many of them share what is read of W_ih
+constexpr int TILE = V == 16 ? 6 : 3;    // rows of the batch that one task walks
+
+// X: what W_ih is stored in; W_hh in bfloat16 where the caller says HALF.
+template <class X>
+struct Cell {
+  const X* w_ih;
+  const void* w_hh;
+  const float* bias;  // (width)
+  int64_t units, blocks, reverse;
+  int64_t from, column;        // its first input channel and its first column of the output
+  int64_t row, panel;          // elements from one k of W_ih to the next, and from one unit block to the next
+};
+
+// X: what the input is read in and hidden states are written in. Strides in elements.
+template <class X>
+struct Problem {
+  const X* x;
+  X* out;
+  int64_t tokens, depth, batch_stride, token_stride, out_batch, out_token;
+};
+
+// What training keeps of one cell: gates (B, N, 4 U) and cell states (B, N, U), tokens in place. Backward writes the gates'
+// gradients over the gates.
+struct Kept {
+  float *gates, *states;
+};
+
+// The state of R rows between two tokens. h and h_new are what the recurrence reads and writes, bfloat16 in pairs with HALF;
+// out is the new hidden state in float32 (h_new itself without HALF); kept, in training, takes the cell states.
+struct State {
+  float *h, *h_new, *out, *cell, *kept;
+  int64_t ldk;
+  bool last;
+};
+
+// R rows of input products, all unit blocks: out[r] = bias + a[r] W_ih.
+template <int R, class X>
+void input_rows(const Cell<X>& c, const X* a, int64_t lda, int64_t depth, float* out, int64_t ldo) {
+  for (int64_t j = 0; j < c.blocks; ++j) {
+    vf acc[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < 4; ++g) acc[r][g] = load(c.bias + (j * 4 + g) * V);
+    product<R, 4>(acc, a, lda, c.w_ih + j * c.panel, c.row, depth);
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < 4; ++g) store(out + r * ldo + (j * 4 + g) * V, acc[r][g]);
+  }
+}
+
+// One time step of J unit blocks from block j on, for R rows. KEEP: the activated gates take the place of their inputs.
+template <int R, int J, bool KEEP, bool HALF, class X>
+inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const State& s) {
+  const int64_t width = c.blocks * 4 * V, U = c.blocks * V;
+  vf acc[R][J * 4];
+  for (int r = 0; r < R; ++r)
+    for (int g = 0; g < J * 4; ++g) acc[r][g] = load(gates + r * ldg + j * 4 * V + g * V);
+  const float* w = (const float*)c.w_hh + j * 4 * V;  // a pair of bfloat16 is as wide as a float
+  if constexpr (HALF)
+    product<R, J * 4>(acc, (const bf16*)s.h, 2 * U, (const bf16*)w, width, (c.units + 1) / 2 * 2);
+  else if (R == 1 && !KEEP && s.last)  // every other token from the last row to the first: what the cache still holds of W_hh first
+    product<R, J * 4>(acc, s.h + c.units - 1, U, w + (c.units - 1) * width, -width, c.units, -1);
+  else
+    product<R, J * 4>(acc, s.h, U, w, width, c.units);
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < J; ++b) {
+      const int64_t at = r * U + (j + b) * V;
+      const vf gate[4] = {sigmoid(acc[r][b * 4]), sigmoid(acc[r][b * 4 + 1]), tanh_(acc[r][b * 4 + 2]), sigmoid(acc[r][b * 4 + 3])};
+      const vf cell = gate[1] * load(s.cell + at) + gate[0] * gate[2], hidden = gate[3] * tanh_(cell);
+      store(s.cell + at, cell);
+      store(s.out + at, hidden);
+      if constexpr (HALF) store((bf16*)(s.h_new + r * U) + (j + b) * V, hidden);
+      if constexpr (KEEP) {
+        for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
+        store(s.kept + r * s.ldk + (j + b) * V, cell);
+      }
+    }
+}
+
+// Floats of scratch that a walk over R rows needs.
+inline int64_t walk_floats(int64_t rows, int64_t U, bool keep) { return (keep ? 0 : rows * CHUNK * 4 * U) + 4 * rows * U; }
+
+// A walk of one cell over the tokens of R rows of the batch, from row `b` on: `inputs` of a chunk, then its tokens one by one.
+template <int R, bool KEEP, bool HALF, class X>
+struct Walk {
+  static constexpr int J = R == 1 ? (V == 16 ? 4 : 2) : 1;  // unit blocks at once: as many accumulators as the registers hold
+  const Problem<X>& p;
+  const Cell<X>& c;
+  const Kept& kept;
+  const int64_t b, U, width, direction, ldg, hop;
+  float* const buffer;
+  State state;
+  int64_t first = 0;        // the token the chunk starts with
+  float* gates = nullptr;   // its input products
+
+  Walk(const Problem<X>& p, const Cell<X>& c, const Kept& kept, int64_t b, float* scratch)
+      : p(p), c(c), kept(kept), b(b), U(c.blocks * V), width(4 * U), direction(c.reverse ? -1 : 1),
+        ldg((KEEP ? p.tokens : CHUNK) * width), hop(KEEP ? direction * width : width), buffer(scratch) {
+    float* h = scratch + (KEEP ? 0 : R * CHUNK * width);
+    std::memset(h, 0, 4 * R * U * sizeof(float));
+    state = {h, h + R * U, h + 3 * R * U, h + 2 * R * U, nullptr, p.tokens * U, false};
+  }
+
+  void inputs(int64_t start, int64_t count) {
+    first = c.reverse ? p.tokens - 1 - start : start;
+    gates = KEEP ? kept.gates + (b * p.tokens + first) * width : buffer;
+    const int64_t stride = direction * p.token_stride;
+    for (int r = 0; r < R; ++r) {
+      const X* a = p.x + (b + r) * p.batch_stride + first * p.token_stride + c.from;
+      float* to = gates + r * ldg;
+      int64_t t = 0;
+      for (; t + INPUTS <= count; t += INPUTS) input_rows<INPUTS>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
+      for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
+    }
+  }
+
+  void token(int64_t t) {
+    const int64_t token = first + direction * t;
+    float* at = gates + t * hop;
+    if (!HALF) state.out = state.h_new;
+    if (KEEP) state.kept = kept.states + (b * p.tokens + token) * U;
+    int64_t j = 0;
+    for (; j + J <= c.blocks; j += J) step<R, J, KEEP, HALF>(c, j, at, ldg, state);
+    if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1), KEEP, HALF>(c, j, at, ldg, state), j += 2;
+    for (; j < c.blocks; ++j) step<R, 1, KEEP, HALF>(c, j, at, ldg, state);
+    const float* hidden = std::is_same_v<X, float> ? state.out : state.h_new;
+    for (int r = 0; r < R; ++r)
+      std::memcpy(p.out + (b + r) * p.out_batch + token * p.out_token + c.column, hidden + r * U, c.units * sizeof(X));
+    std::swap(state.h, state.h_new);
+    state.last = !state.last;
+  }
+};
+
+// The first `steps` tokens of one cell, in its own direction.
+template <int R, bool KEEP, bool HALF, class X>
+void run(const Problem<X>& p, const Cell<X>& c, const Kept& kept, int64_t b, int64_t steps, float* scratch) {
+  Walk<R, KEEP, HALF, X> walk(p, c, kept, b, scratch);
+  for (int64_t start = 0; start < steps; start += CHUNK) {
+    const int64_t count = std::min<int64_t>(CHUNK, steps - start);
+    walk.inputs(start, count);
+    for (int64_t t = 0; t < count; ++t) walk.token(t);
+  }
+}
+
+template <class X>
+using Runner = void (*)(const Problem<X>&, const Cell<X>&, const Kept&, int64_t, int64_t, float*);
+template <bool KEEP, bool HALF, class X>
+constexpr Runner<X> RUN[] = {nullptr, run<1, KEEP, HALF, X>, run<2, KEEP, HALF, X>, run<3, KEEP, HALF, X>,
+                             run<V == 16 ? 4 : 3, KEEP, HALF, X>, run<V == 16 ? 5 : 3, KEEP, HALF, X>, run<V == 16 ? 6 : 3, KEEP, HALF, X>};
+
+}  // namespace

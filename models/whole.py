@@ -1,0 +1,271 @@
+"""A FAR model or a plain DeiT as one operator on a CPU, images to logits: weights packed for kernels/cpp/model.h."""
+
+import copy
+from collections.abc import Iterator
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from models import kernels
+from models.kernels import cpu
+from models.merged import Merged, refuse_loading
+from models.parts import Mlp, Replacement
+from models.replace import replacements
+from utils.errors import FarError
+
+LAYOUT = 1  # that of kernels/cpp/model.h
+NONE = [0, 0, 0, 0]  # the record of a map that is not there
+
+
+class Packer:
+    """Lays matrices and vectors one behind the other, as kernels/cpp/product.h draws them; gives their places.
+
+    All arithmetic before rounding is in the dtype of what comes in. v: floats in a vector of this CPU.
+    """
+
+    def __init__(self, dim: int, precision: torch.dtype):
+        self.v = cpu.load(cpu.TUNED).vector_width()
+        self.panel, self.grain = 3 * self.v, 2 * self.v
+        self.half = precision == torch.bfloat16
+        self.products: list[Tensor] = []
+        self.vectors: list[Tensor] = []
+        self.lengths = {"products": 0, "vectors": 0}
+        self.rows(torch.zeros(1, dim))  # zeros lie first
+
+    def _put(self, kind: str, piece: Tensor, dtype: torch.dtype) -> int:
+        piece = piece.detach().to(dtype).flatten()
+        getattr(self, kind).append(F.pad(piece, (0, -len(piece) % self.v)))
+        place = self.lengths[kind]
+        self.lengths[kind] += len(getattr(self, kind)[-1])
+        return place
+
+    def matrix(self, w: Tensor) -> int:
+        return self._put("products", w, torch.bfloat16 if self.half else torch.float32)
+
+    def rows(self, w: Tensor) -> int:
+        """Rows (n, width) of floats, each padded with zeros."""
+        return self._put("vectors", F.pad(w, (0, -w.shape[1] % self.grain)), torch.float32)
+
+    def norm(self, norm: nn.LayerNorm) -> int:
+        place = self.rows(torch.stack([norm.weight, norm.bias]))
+        self._put("vectors", norm.weight.new_tensor([norm.eps]), torch.float32)
+        return place
+
+    def panels(self, w: Tensor, panel: int) -> int:
+        """A matrix (n, k), n outputs, to (panels, k, panel) or, in bfloat16, (panels, k / 2, panel, 2)."""
+        n, k = w.shape
+        n += -n % self.grain
+        w = F.pad(w, (0, self.depth(k) - k, 0, n + -n % panel - len(w)))
+        w = w.unflatten(1, (-1, 2)) if self.half else w
+        return self.matrix(w.unflatten(0, (-1, panel)).transpose(1, 2))
+
+    def depth(self, k: int) -> int:
+        return k + -k % self.grain if self.half else k
+
+    def map(self, w: Tensor, b: Tensor | None) -> list[int]:
+        """The record of a linear map (Map in model.h)."""
+        b = w.new_zeros(len(w)) if b is None else b
+        return [self.depth(w.shape[1]), len(w), self.panels(w, self.panel), self.rows(b[None])]
+
+    def gates(self, w: Tensor) -> Tensor:
+        """Rows (4 u, m) in torch's order, gate by gate, to (4 U, m), unit block by unit block."""
+        w = w.unflatten(0, (4, -1))
+        w = F.pad(w, (0, 0, 0, -w.shape[1] % self.v)).unflatten(1, (-1, self.v))
+        return w.transpose(0, 1).flatten(0, 2)
+
+    def cell(self, w_ih: Tensor, w_hh: Tensor, bias: Tensor) -> list[int]:
+        """Places of W_ih, W_hh and the bias of one direction (CellPlan)."""
+        recurrent = self.gates(w_hh).t()  # (u, 4 U)
+        if self.half:
+            recurrent = F.pad(recurrent, (0, 0, 0, len(recurrent) % 2)).unflatten(0, (-1, 2)).transpose(1, 2)
+        return [
+            self.panels(self.gates(w_ih), 4 * self.v),
+            self.matrix(recurrent),
+            self.rows(self.gates(bias[:, None]).t()),
+        ]
+
+
+def _recurrence(packer: Packer, maps: Merged) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
+    """Of a block with LSTMs: [heads, depth, mixed], cell records, head records, `before` and `out` as one record.
+
+    Packed in the order of use, in which products fetch ahead.
+    """
+    before = packer.map(*maps.pre) if maps.pre else NONE
+    depth = maps.cells[0].weight_ih.shape[1]
+    cells, column = [], 0
+    for i, cell in enumerate(maps.cells):
+        start = i // 2 * depth if maps.pre else 0
+        places = packer.cell(cell.weight_ih, cell.weight_hh, cell.bias_ih + cell.bias_hh)
+        cells.append([cell.units, i % 2, start, column, *places])
+        column += cell.units
+    heads, start = [], 0
+    for h, (weight, bias) in enumerate(maps.heads):
+        heads.append([start, h * len(weight), *packer.map(weight, bias)])
+        start += weight.shape[1]
+    cells.sort(key=lambda cell: -cell[0])
+    return [0, packer.depth(depth), column], cells, heads, before + packer.map(*maps.out)
+
+
+def _attention(packer: Packer, attn: Attention) -> tuple[list[int], list, list, list[int]]:
+    """The same of a block with attention; its scale goes into the queries."""
+    w, b = attn.qkv.weight.double(), attn.qkv.bias
+    b = w.new_zeros(len(w)) if b is None else b.double()
+    scale = torch.ones_like(b)
+    scale[: attn.attn_dim] = attn.scale
+    before = packer.map(w * scale[:, None], b * scale)
+    return [attn.num_heads, attn.head_dim, attn.attn_dim], [], [], before + packer.map(attn.proj.weight, attn.proj.bias)
+
+
+def _write_plan(packer: Packer, model: VisionTransformer) -> list[int]:
+    """The plan of model.h: a header, a record a block, then records of cells and head projections."""
+    embed = model.patch_embed
+    bias = model.pos_embed.new_zeros(model.embed_dim) if embed.proj.bias is None else embed.proj.bias
+    tokens = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
+    positions, prefix = model.pos_embed[0], torch.cat(tokens)
+    if not model.no_embed_class:
+        prefix, positions = prefix + positions[: len(prefix)], positions[len(prefix) :]
+    header = [*embed.proj.weight.shape[1:2], *embed.img_size, *embed.patch_size]
+    header += [len(prefix), model.embed_dim, len(model.blocks), model.num_classes]
+    header += [packer.rows(prefix), packer.rows(positions + bias), packer.norm(model.norm)]
+    header += packer.map(embed.proj.weight.flatten(1), None) + packer.map(model.head.weight, model.head.bias)
+    start, records, behind, replaced = 4 + len(header), [], [], replacements(model)
+    for i, block in enumerate(model.blocks):
+        # Merged in float64, so that only what is packed is rounded.
+        maps = copy.deepcopy(replaced[i]).double().maps() if i in replaced else None
+        shape, cells, heads, maps = _recurrence(packer, maps) if maps else _attention(packer, block.attn)
+        tables = []
+        for table in (cells, heads):
+            tables += [len(behind), len(table)]
+            behind += [number for record in table for number in record]
+        records.append([packer.norm(block.norm1), packer.norm(block.norm2), *shape, *tables, *maps])
+        for part in (block.mlp.fc1, block.mlp.fc2):
+            records[-1] += packer.map(part.weight, part.bias)
+    start += sum(map(len, records))
+    for record in records:
+        record[5] += start
+        record[7] += start
+    plan = header + [number for record in records for number in record] + behind
+    return [LAYOUT, packer.v, int(packer.half), 4 + len(plan), *plan]
+
+
+def _plain_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _nothing(*modules: nn.Module) -> bool:
+    return all(isinstance(module, nn.Identity) for module in modules)
+
+
+def _block_faults(block: nn.Module) -> Iterator[str]:
+    if type(block) is not Block or not _nothing(block.ls1, block.ls2):
+        yield "a block that is not timm's plain Block, or has layer scale"
+        return
+    if not (_plain_norm(block.norm1) and _plain_norm(block.norm2)):
+        yield "a norm that is not LayerNorm"
+    mlp = block.mlp
+    plain = type(mlp) in (Mlp, timm.layers.Mlp) and isinstance(mlp.fc1, nn.Linear) and _nothing(mlp.norm)
+    if not plain or not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
+        yield "an MLP that is not Linear, GELU, Linear"
+
+
+def _attention_faults(attn: nn.Module, dim: int) -> Iterator[str]:
+    if type(attn) is not Attention:
+        yield f"{type(attn).__name__} in attention's place"
+    elif attn.gate is not None or attn.attn_dim != dim or not _nothing(attn.q_norm, attn.k_norm, attn.norm):
+        yield "attention with norms or a gate"
+
+
+def _replacement_faults(attn: Replacement) -> Iterator[str]:
+    maps = attn.maps()
+    if maps is None or maps.kind != kernels.LSTM:
+        yield f"{type(attn).__name__} in attention's place"
+    elif maps.backend not in ("auto", "cpu"):
+        yield f"its LSTMs are asked of --lstm-backend {maps.backend}"
+
+
+def _faults(model: nn.Module) -> Iterator[str]:
+    if not isinstance(model, VisionTransformer):
+        yield f"{type(model).__name__} is no VisionTransformer"
+        return
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+        yield "weights that are not float32 on a CPU"
+    embed, conv = model.patch_embed, model.patch_embed.proj
+    if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad or not _nothing(embed.norm):
+        yield "a patch embedding that is not timm's plain PatchEmbed"
+    elif conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1 or not embed.strict_img_size:
+        yield "patches that overlap or images of any size"
+    if model.global_pool != "token" or model.attn_pool is not None or not model.has_class_token:
+        yield "a classifier that does not read the class token"
+    if not _nothing(model.norm_pre, model.fc_norm) or not _plain_norm(model.norm):
+        yield "norms elsewhere than before each half of a block and behind the last"
+    if model.pos_embed is None or model.dynamic_img_size or not isinstance(model.head, nn.Linear):
+        yield "no learned positions or no linear classifier"
+    replaced = replacements(model)
+    for i, block in enumerate(model.blocks):
+        yield from _block_faults(block)
+        yield from _replacement_faults(replaced[i]) if i in replaced else _attention_faults(block.attn, model.embed_dim)
+
+
+def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
+    """Why `WholeModel` cannot serve this model, in words; empty where it can."""
+    if not cpu.available():
+        return "the C++ kernel cannot be built here"
+    if precision not in (torch.float32, torch.bfloat16):
+        return f"{precision} is neither float32 nor bfloat16"
+    if precision == torch.bfloat16 and not cpu.has_bfloat16():
+        return "bfloat16 needs a CPU with AVX512_BF16"
+    return next(_faults(model), "")
+
+
+class WholeModel(nn.Module):
+    """The function of a FAR model or a DeiT without gradients: images (B, C, S, S) to logits (B, classes).
+
+    precision: of weights and activations in matrix products; sums, norms, gates and states stay float32. The model is
+    copied, not changed. Raises FarError where `why_not` names a reason.
+    """
+
+    def __init__(self, model: VisionTransformer, precision: torch.dtype = torch.float32):
+        super().__init__()
+        if reason := why_not(model, precision):
+            raise FarError(f"this model cannot be packed for the CPU: {reason}")
+        packer = Packer(model.embed_dim, precision)
+        with torch.no_grad():
+            plan = _write_plan(packer, model)
+            self.products, self.vectors = (
+                nn.Parameter(torch.cat(pieces), requires_grad=False) for pieces in (packer.products, packer.vectors)
+            )
+        self.register_buffer("plan", torch.tensor(plan))
+        self.num_classes = model.num_classes
+        self.shape = (plan[4], plan[5], plan[6])  # of an image
+        self.register_load_state_dict_pre_hook(refuse_loading)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (images.requires_grad or self.products.requires_grad):
+            raise FarError("a fused model has no gradients: take them before fuse(), or call it under torch.no_grad()")
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.shape or not images.is_floating_point():
+            given = f"{tuple(images.shape)}, {images.dtype}"
+            raise FarError(f"this model reads images (B, {', '.join(map(str, self.shape))}) of floats, not {given}")
+        if images.device != self.products.device:
+            raise FarError(f"this model was fused for the CPU: images on {images.device} must be moved there")
+        return torch.ops.far.model(images.float(), self.plan, self.vectors, self.products, self.num_classes)
+
+    def _apply(self, fn, recurse: bool = True):
+        for weight in (self.products, self.vectors):
+            moved = fn(weight)
+            if (moved.dtype, moved.device.type) != (weight.dtype, "cpu"):
+                raise FarError(
+                    f"a model fused for the CPU kernel cannot become {moved.dtype} on {moved.device}; "
+                    f"move it first, then fuse"
+                )
+        return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if cpu.available() and self.plan[1] != cpu.load(cpu.TUNED).vector_width():
+            raise FarError("this model was fused on another kind of CPU; load the unfused one and fuse() it here")

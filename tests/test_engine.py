@@ -1,0 +1,308 @@
+"""The whole model as one operator: its logits are the unfused model's, whatever the model, the batch and the build."""
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from models.kernels import cpu
+from models.replace import FarConfig, build, swap_attention
+from models.whole import WholeModel, why_not
+from tests.test_kernels import BUILDS
+from utils.errors import FarError
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+needs_bfloat16 = pytest.mark.skipif(not cpu.has_bfloat16(), reason="no AVX512_BF16 here")
+RAGGED = {"1": [[5, 32], [1, 7]]}
+
+
+def randomize(model: VisionTransformer) -> VisionTransformer:
+    """Every part counts: nothing stays zero or one."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+            elif "token" in name or "pos_embed" in name or name == "head.weight":
+                p.normal_(std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def vit(dim: int, heads: int, replaced=(0, 1), units=None, size: int = 32, patch: int = 8, depth: int = 2, **kwargs):
+    """A short vision transformer of any width."""
+    shape = {"img_size": size, "patch_size": patch, "embed_dim": dim, "num_heads": heads, "depth": depth}
+    model = VisionTransformer(**shape, **{"num_classes": 10, **kwargs})
+    swap_attention(model, replaced, "multi-lstm", units=units)
+    return randomize(model)
+
+
+def micro(replaced=(0, 1, 3), **kwargs):
+    return randomize(build(FarConfig("DeiT-Micro", 10, 32, replaced=replaced, **{"units": RAGGED, **kwargs})))
+
+
+def prune_mlps(model: VisionTransformer, *widths: int) -> VisionTransformer:
+    for block, width in zip(model.blocks, widths, strict=False):
+        dim = model.embed_dim
+        block.mlp.fc1, block.mlp.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
+    return randomize(model)
+
+
+def relative_error(model: VisionTransformer, got: torch.Tensor, images: torch.Tensor) -> float:
+    """Against the unfused model in float64."""
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(images.double())
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def images_for(model: VisionTransformer, batch: int) -> torch.Tensor:
+    return torch.randn(batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+
+
+MODELS = {
+    "micro": lambda: micro((0, 1, 2, 3), units={}),
+    "ragged": micro,
+    "plain": lambda: micro((), units={}),
+    "tiny": lambda: vit(192, 3, units={"0": [[64, 1], [17, 40], [3, 64]], "1": [[16, 16]] * 3}),
+    "tiny unpruned": lambda: vit(192, 3, replaced=(0, 1)),
+    "small": lambda: vit(384, 6, replaced=(1,), units={"1": [[24, 24]] * 6}),
+    "base": lambda: vit(768, 12, replaced=(0,), units={"0": [[64, 9]] * 12}),
+    "base unpruned": lambda: vit(768, 12, replaced=(0, 1)),
+    "few units": lambda: vit(192, 3, units={"0": [[2, 1]] * 3, "1": [[1, 3]] * 3}),
+    "pruned MLPs": lambda: prune_mlps(vit(192, 3), 1000, 77),
+    "one hidden unit": lambda: prune_mlps(vit(64, 2, replaced=(0,)), 1, 49),
+    "odd width": lambda: vit(60, 3, replaced=(0,), units={"0": [[20, 7], [3, 1], [19, 20]]}),
+    "one head": lambda: vit(72, 1, replaced=(1,)),
+    "one block": lambda: vit(64, 2, replaced=(0,), depth=1),
+    "one block of attention": lambda: vit(64, 2, replaced=(), depth=1),
+    "oblong": lambda: vit(64, 2, size=(24, 40), patch=(8, 4), num_classes=3, in_chans=1),
+    "registers": lambda: vit(64, 2, reg_tokens=4, no_embed_class=True, qkv_bias=True, class_token=True),
+    "many tokens": lambda: vit(64, 2, replaced=(0,), size=64, patch=4),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_unfused_models(name):
+    model = MODELS[name]()
+    engine = WholeModel(model)
+    for batch in (1, 2, 3, 7):
+        images = images_for(model, batch)
+        assert relative_error(model, engine(images), images) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 12, 13, 33])
+def test_every_batch_and_number_of_threads_gives_the_same(batch, threads):
+    model, before = micro(), torch.get_num_threads()
+    images = images_for(model, batch)
+    try:
+        torch.set_num_threads(threads)
+        got = WholeModel(model)(images)
+    finally:
+        torch.set_num_threads(before)
+    assert relative_error(model, got, images) < 1e-5
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_build_gives_the_same(build, monkeypatch):
+    if build == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("no AVX2 here")
+    operators = cpu.load(BUILDS[build])
+    monkeypatch.setattr(cpu, "load", lambda flags: operators)
+    for model in (micro(), vit(192, 3, replaced=(0,), units={"0": [[64, 1], [17, 40], [3, 64]]})):
+        engine, images = WholeModel(model), images_for(model, 3)
+        got = operators.model(images, engine.plan, engine.vectors, engine.products, engine.num_classes)
+        assert relative_error(model, got, images) < 1e-5
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_rounds_products_and_nothing_else(name):
+    model = MODELS[name]()
+    images = images_for(model, 64)
+    got = WholeModel(model, torch.bfloat16)(images)
+    with torch.no_grad():
+        expected = model(images)
+    assert relative_error(model, got, images) < 0.02
+    top, second = expected.topk(2).values.T
+    clear = top - second > 0.1 * expected.std()
+    assert torch.equal(got.argmax(1)[clear], expected.argmax(1)[clear])
+
+
+def test_images_of_any_layout_and_type_are_read_right():
+    model = micro()
+    engine, images = WholeModel(model), images_for(model, 3)
+    expected = engine(images)
+    wide = torch.randn(3, 4, 40, 70)
+    wide[:, :3, 2:34, 3:67:2] = images
+    for same in (images.to(memory_format=torch.channels_last), wide[:, :3, 2:34, 3:67:2], images.double()):
+        assert torch.equal(engine(same), expected)
+    assert engine(images[:0]).shape == (0, 10)
+    assert torch.equal(engine(images[:1].expand(3, -1, -1, -1)), engine(images[:1].repeat(3, 1, 1, 1)))
+    rounded = images.bfloat16()
+    assert torch.equal(engine(rounded), engine(rounded.float()))
+    engine.to(memory_format=torch.channels_last)
+    assert torch.equal(engine(images), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(images), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 1, 32, 32), (3, 32, 32), (1, 3, 32, 36)])
+def test_images_of_another_shape_are_refused_in_one_line(shape):
+    with pytest.raises(FarError, match=r"reads images \(B, 3, 32, 32\)"):
+        WholeModel(micro())(torch.randn(shape))
+
+
+def test_images_that_are_no_floats_or_lie_elsewhere_are_refused():
+    engine = WholeModel(micro())
+    with pytest.raises(FarError, match="uint8"):
+        engine(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(FarError, match="meta"):
+        engine(torch.zeros(1, 3, 32, 32, device="meta"))
+
+
+@pytest.mark.parametrize("replaced", [(), (0, 1, 2, 3)])
+@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+def test_nan_and_infinity_pass_through_and_stay_in_their_image(replaced, precision):
+    model = micro(replaced, units={})
+    engine, images = WholeModel(model, precision), images_for(model, 3)
+    expected = engine(images)
+    for bad in (float("nan"), float("inf")):
+        broken = images.clone()
+        broken[1, 2, 3, 4] = bad
+        got = engine(broken)
+        assert got[1].isnan().all() and torch.equal(got[[0, 2]], expected[[0, 2]])
+        assert torch.equal(engine(images), expected)  # and nothing of it stays
+
+
+def test_models_share_scratch_memory_without_a_trace():
+    """Large, small and bfloat16 models in turn, each after one that left numbers which are none."""
+    engines = [WholeModel(model()) for model in MODELS.values()]
+    if cpu.has_bfloat16():
+        engines += [WholeModel(model(), torch.bfloat16) for model in MODELS.values()]
+    pairs = [(engine, torch.randn(2, *engine.shape)) for engine in engines]
+    expected = [engine(images) for engine, images in pairs]
+    for (engine, images), logits in zip(pairs, expected, strict=True):
+        for other, given in pairs[:: len(pairs) // 6]:
+            other(given * float("nan"))
+        assert torch.equal(engine(images), logits)
+
+
+def test_threads_may_call_one_model_at_once():
+    engine = WholeModel(micro())
+    batches = [torch.randn(batch, 3, 32, 32) for batch in (1, 3, 8, 2)]
+    expected, wrong = [engine(images) for images in batches], []
+
+    def work(i):
+        for _ in range(20):
+            if not torch.allclose(engine(batches[i]), expected[i], rtol=1e-5, atol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_model_that_was_packed_may_change_or_go():
+    model = micro()
+    engine, images = WholeModel(model), images_for(model, 2)
+    before = engine(images)
+    for p in model.parameters():
+        p.zero_()
+    assert torch.equal(engine(images), before)
+
+
+def test_a_packed_model_can_be_copied_and_pickled_but_not_loaded_into():
+    engine, images, buffer = WholeModel(micro()), torch.randn(2, 3, 32, 32), io.BytesIO()
+    torch.save(engine, buffer)
+    buffer.seek(0)
+    expected = engine(images)
+    for again in (copy.deepcopy(engine), torch.load(buffer, weights_only=False)):
+        assert torch.equal(again(images), expected)
+        with pytest.raises(FarError, match="load_state_dict"):
+            again.load_state_dict(engine.state_dict())
+
+
+@pytest.mark.parametrize("target", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_a_packed_model_stays_where_it_is(target):
+    engine, images = WholeModel(micro()), torch.randn(2, 3, 32, 32)
+    before = engine(images)
+    with pytest.raises(FarError, match="move it first"):
+        engine.to(target)
+    assert torch.equal(engine.float().cpu()(images), before)
+
+
+def test_a_model_packed_for_another_cpu_is_refused_and_not_misread():
+    engine, buffer = WholeModel(micro()), io.BytesIO()
+    engine.plan[1] = 4
+    torch.save(engine, buffer)
+    buffer.seek(0)
+    with pytest.raises(FarError, match="another kind of CPU"):
+        torch.load(buffer, weights_only=False)
+
+
+def test_a_damaged_plan_is_refused_and_never_followed():
+    engine, images = WholeModel(micro()), torch.randn(1, 3, 32, 32)
+    sound = engine.plan.clone()
+    for place in range(len(sound)):
+        for value in (-1, 2**40):
+            engine.plan.copy_(sound)
+            engine.plan[place] = value
+            with pytest.raises((RuntimeError, FarError), match="fuse|images|bfloat16"):
+                engine(images)
+
+
+def test_gradients_are_refused():
+    engine, images = WholeModel(micro()), torch.randn(1, 3, 32, 32, requires_grad=True)
+    with pytest.raises(FarError, match="no gradients"):
+        engine(images)
+    with torch.no_grad():
+        assert torch.equal(engine(images), engine(images.detach()))
+
+
+REFUSED = {
+    "token mixer": lambda: build(FarConfig("DeiT-Micro", 10, 32, rep_by="mixer", replaced=(0,))),
+    "float64": lambda: micro().double(),
+    "layer scale": lambda: vit(64, 2, init_values=0.1),
+    "average pooling": lambda: vit(64, 2, global_pool="avg", class_token=False),
+    "no classifier": lambda: vit(64, 2, num_classes=0),
+    "norm before the blocks": lambda: vit(64, 2, pre_norm=True),
+    "norm of queries": lambda: vit(64, 2, replaced=(), qk_norm=True),
+    "another norm": lambda: vit(64, 2, norm_layer="rmsnorm"),
+    "another activation": lambda: vit(64, 2, act_layer="relu"),
+    "images of any size": lambda: vit(64, 2, dynamic_img_size=True),
+    "no positions": lambda: vit(64, 2, pos_embed="none"),
+    "no transformer": lambda: nn.Linear(3, 3),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_engine_does_not_cover_is_refused_with_a_reason(name):
+    model = REFUSED[name]()
+    assert (reason := why_not(model))
+    with pytest.raises(FarError) as caught:
+        WholeModel(model)
+    assert reason in str(caught.value)
+
+
+def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    assert "AVX512_BF16" in why_not(micro(), torch.bfloat16) and not why_not(micro())
+    assert "float16" in why_not(micro(), torch.float16)
+
+
+def test_it_compiles_and_exports_as_one_graph():
+    engine, images = WholeModel(micro()), torch.randn(2, 3, 32, 32)
+    expected = engine(images)
+    torch.library.opcheck(
+        torch.ops.far.model.default, (images, engine.plan, engine.vectors, engine.products, engine.num_classes)
+    )
+    compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), expected)
+    exported = torch.export.export(engine, (images,)).module()
+    assert torch.equal(exported(images), expected)
