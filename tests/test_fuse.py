@@ -9,7 +9,7 @@ import torch
 from engine.count import count_macs
 from models.fuse import fuse
 from models.kernels import cpu
-from models.replace import FarConfig, build
+from models.replace import FarConfig, build, set_backend
 from tests.test_kernels import UNITS, layer
 from utils.errors import FarError
 
@@ -78,6 +78,14 @@ def test_a_fused_model_takes_any_memory_format_and_an_empty_batch(kept, recurren
     assert model(x[:0]).shape == (0, 10)
     model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
+def test_a_model_fused_for_any_kernel_takes_an_empty_batch(rep_by, backend):
+    model = build(FarConfig("DeiT-Micro", 10, 32, rep_by, replaced=(0, 3)))
+    set_backend(model, backend)
+    assert fuse(model)(torch.randn(0, 3, 32, 32)).shape == (0, 10)
 
 
 @pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])

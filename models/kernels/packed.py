@@ -18,7 +18,9 @@ def frozen(w: Tensor) -> nn.Parameter:
 def head_inputs(x: Tensor, pre: Sequence[Tensor], heads: int) -> Tensor:
     """(B, N, D) to what each head reads (B, N, H, d); with an empty `pre` projection all of x, which is not copied."""
     b, n, dim = x.shape
-    return F.linear(x, *pre).view(b, n, heads, -1) if pre[0].numel() else x.unsqueeze(2).expand(b, n, heads, dim)
+    if not pre[0].numel():
+        return x.unsqueeze(2).expand(b, n, heads, dim)
+    return F.linear(x, *pre).view(b, n, heads, dim // heads)
 
 
 class Natural(nn.Module):
