@@ -247,6 +247,11 @@ def test_auto_takes_the_cpu_kernel_only_where_it_fits():
             kernels.choose("cpu", other)
 
 
+def test_a_run_that_leaves_the_kernel_open_builds_none_before_it_needs_one(monkeypatch):
+    monkeypatch.setattr(cpu, "load", lambda flags: pytest.fail("built"))
+    kernels.check("auto", torch.device("cpu"))
+
+
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
     called = []

@@ -63,8 +63,12 @@ def choose(backend: str, task: Task) -> str:
 
 
 def check(backend: str, device: torch.device, kind: CellKind = LSTM) -> None:
-    """Raises FarError where a `--lstm-backend` cannot run on this device at all: told before a run begins."""
-    choose(backend, Task(kind, device, torch.float32, 1))
+    """Raises FarError where a `--lstm-backend` cannot run on this device at all: told before a run begins.
+
+    `auto` always finds one. It is not asked: the C++ kernel would be built for runs that may never need it.
+    """
+    if backend != "auto":
+        choose(backend, Task(kind, device, torch.float32, 1))
 
 
 def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
