@@ -249,7 +249,7 @@ def demo(argv: list[str] | None = None) -> int:
     write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
     print(
         f"\nwritten to {root}: summary.json, similarity.png, figures/, and a folder of curves and "
-        f"weights for each stage"
+        "weights for each stage"
     )
     return 0
 

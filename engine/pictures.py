@@ -24,7 +24,7 @@ from engine.explain import (
 )
 from models import kernels
 from models.deit import TEACHERS, create_teacher, load_teacher_weights, teacher_state
-from models.replace import load_model, replaced_blocks, set_backend
+from models.replace import load_model, replaced_blocks, replacements, set_backend
 from utils import checkpoint
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
@@ -44,7 +44,7 @@ def newest_demo(root: Path = Path("runs")) -> Path:
     if not done:
         raise FarError(
             f"no demo run found in {root}/: make one with `make demo`, or name models with "
-            f"--base-weight and --far-weight"
+            "--base-weight and --far-weight"
         )
     return max(done, key=lambda path: (path / "summary.json").stat().st_mtime)
 
@@ -169,6 +169,9 @@ def visualize(asked: PictureConfig) -> Path:
     device = pick_device(asked.device)
     kernels.check(asked.lstm_backend, device)
     models, folder = find_models(asked)
+    for model in models.values():
+        for attn in replacements(model).values():
+            attn.check_backend(asked.lstm_backend, device)
     images, seen = find_images(asked, next(iter(models.values())).patch_embed.img_size[0])
     blocks = choose_blocks(models, asked.block)
     for model in models.values():

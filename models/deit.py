@@ -144,9 +144,8 @@ def load_published_weights(model: VisionTransformer, base_model: str) -> None:
             f"--base-weight: the published {base_model} knows 1000 classes, --dataset has {model.num_classes}; "
             "train a teacher on it with --mode teacher and name its best.pth"
         )
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it tells each of its retries; the error below tells the end
+    # It tells each of its retries; the error below tells the end.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         published = TEACHERS[base_model].build(pretrained=True)
     except Exception as error:  # noqa: BLE001  (the hub's client raises a dozen unrelated types; each means the same here)

@@ -41,9 +41,10 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
     found = replacements(model)
     for index, attn in found.items():
         model.blocks[index].attn = attn.merged(1 if index == last else None)
+    if any(model.blocks[index].attn is not attn for index, attn in found.items()):
+        model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
     if last in found:
         model.blocks[last] = LastBlock(model.blocks[last])
-    model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
     return model
 
 

@@ -37,7 +37,12 @@ class Merged:
 
 @torch.no_grad()
 def merge(attn: nn.Module) -> Merged:
-    """The maps of a MultiHeadBiRNN, in its own precision."""
+    """The maps of a MultiHeadBiRNN, in its own precision, autocast or not."""
+    with torch.autocast(attn.post_proj.weight.device.type, enabled=False):
+        return _merge(attn)
+
+
+def _merge(attn: nn.Module) -> Merged:
     cells, kind, dim, width = attn.cells(), attn.direction.kind, attn.dim, attn.width
     pre, out = (tuple(proj.parameters()) for proj in (attn.pre_proj, attn.post_proj))
     heads, total = [tuple(proj.parameters()) for proj in attn.head_proj], sum(cell.units for cell in cells)

@@ -261,7 +261,7 @@ class WholeModel(nn.Module):
             if (moved.dtype, moved.device.type) != (weight.dtype, "cpu"):
                 raise FarError(
                     f"a model fused for the CPU kernel cannot become {moved.dtype} on {moved.device}; "
-                    f"move it first, then fuse"
+                    "move it first, then fuse"
                 )
         return super()._apply(fn, recurse)
 

@@ -11,7 +11,7 @@ from engine.distill import forward_features
 from engine.explain import attention_rollout, attention_weights, influence, rank_correlation, token_importance, z_of
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
-from models.replace import swap_attention
+from models.replace import FarConfig, build, pack, swap_attention
 from tests.conftest import image_folder
 
 
@@ -144,6 +144,14 @@ def test_mistakes_are_one_line(flags, said, far, tmp_path, failure):
     assert said in failure(
         "--far-weight", far / "best.pth", "--output-dir", tmp_path / "o", *flags.split(), script=visualization.main
     )
+
+
+def test_a_kernel_that_cannot_compute_a_model_is_told_before_a_folder_is_made(tmp_path, failure):
+    config = FarConfig("DeiT-Micro", 10, 32, "gru", replaced=(1,))
+    torch.save(pack(build(config), config), tmp_path / "gru.pth")
+    argv = ["--far-weight", tmp_path / "gru.pth", "--output-dir", tmp_path / "o", "--lstm-backend", "cpu"]
+    said = failure(*argv, script=visualization.main)
+    assert "--lstm-backend cpu" in said and not (tmp_path / "o").exists()
 
 
 def test_an_undecodable_image_is_named(far, tmp_path, failure):

@@ -4,21 +4,10 @@ MODELS = ("DeiT-Tiny", "DeiT-Small", "DeiT-Base", "DeiT-Micro")  # models.deit.T
 SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
 REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
-DATASETS = (
-    "IMNET",
-    "CIFAR10",
-    "CIFAR100",
-    "FLOWER",
-    "CAR",
-    "INAT18",
-    "INAT19",
-    "FOLDER",
-    "DIGITS",
-)  # datasets.registry.SOURCES
+# datasets.registry.SOURCES
+DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "DIGITS")
 LOSSES = ("similarity", "classification", "combine")  # engine.distill.LOSSES
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
-SENSITIVITY = (
-    1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's units (README)
-)
+SENSITIVITY = 1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's (README)

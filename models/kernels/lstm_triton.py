@@ -3,8 +3,8 @@
 One program is one head, one direction and BT rows of the batch; it walks over all N tokens and holds W_hh on chip
 meanwhile. U is the padded number of hidden units. Shapes in memory, all contiguous float32:
 
-    inputs, gates   (H, B, N, 2, 4, U)   gates' inputs, activated gates, and their gradients; gates in the order i,
-    f, g, o weight          (H, 2, 4, U, U)      W_hh[g, j, k]: from hidden unit k to gate g of unit j
+    inputs, gates   (H, B, N, 2, 4, U)   gates' inputs, activated gates, and their gradients; in the order i, f, g, o
+    weight          (H, 2, 4, U, U)      W_hh[g, j, k]: from hidden unit k to gate g of unit j
     hidden, states  (B, N, 2 H, U)
 """
 

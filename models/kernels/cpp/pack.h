@@ -39,7 +39,7 @@ void pack_rows(const float* w, int64_t units, float* to) {
 
 // The inverse, for gradients: rows (4 U, m) in the kernel's order back to (4 u, m).
 at::Tensor natural_rows(const at::Tensor& w, int64_t units) {
-  return w.unflatten(0, {-1, 4, V}).transpose(0, 1).flatten(1, 2).slice(1, 0, units).flatten(0, 1);
+  return w.unflatten(0, {-1, 4, V}).transpose(0, 1).flatten(1, 2).slice(1, 0, units).flatten(0, 1).contiguous();
 }
 
 // Four weights a cell, checked, contiguous.
