@@ -177,6 +177,14 @@ def test_nan_and_infinity_pass_through_and_stay_in_their_image(replaced, precisi
         assert torch.equal(engine(images), expected)  # and nothing of it stays
 
 
+def test_attention_far_beyond_what_exp_can_hold_is_right():
+    model = micro((), units={})
+    for block in model.blocks:
+        block.attn.qkv.weight[:128] *= 40  # scores of some hundreds
+    images = images_for(model, 2)
+    assert relative_error(model, PackedModel(model)(images), images) < 1e-3
+
+
 def test_models_share_scratch_memory_without_a_trace():
     """Large, small and bfloat16 models in turn, each after one that left numbers which are none."""
     engines = [WholeModel(model()) for model in MODELS.values()]
