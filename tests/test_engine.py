@@ -182,7 +182,7 @@ def test_attention_far_beyond_what_exp_can_hold_is_right():
     for block in model.blocks:
         block.attn.qkv.weight[:128] *= 40  # scores of some hundreds
     images = images_for(model, 2)
-    assert relative_error(model, PackedModel(model)(images), images) < 1e-3
+    assert relative_error(model, WholeModel(model)(images), images) < 1e-3
 
 
 def test_models_share_scratch_memory_without_a_trace():
