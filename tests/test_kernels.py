@@ -305,10 +305,6 @@ def test_the_operators_keep_what_torch_asks_of_operators(operators):
             plain = [w.detach() for w in weights]
             arguments = (torch.randn_like(hidden), x.detach(), plain, hidden, gates, states, wanted)
             torch.library.opcheck(operators.backward.default, arguments)
-        packed, units = [w.clone() for w in operators.pack(weights)], [17, 1, 16, 3]
-        torch.library.opcheck(operators.run_packed.default, (x.detach(), packed, units))
-        maps = [torch.randn(32, 32), torch.randn(32)], [torch.randn(10, 37), torch.randn(10)]
-        torch.library.opcheck(operators.layer.default, (torch.randn(2, 7, 32), *maps[0], packed, units, *maps[1], 3))
 
 
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")

@@ -214,16 +214,10 @@ def _register(namespace: str, v: int) -> None:
             shapes += [w_ih.shape, w_hh.shape, bias.shape]
         return [grad.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)]
 
-    def run_packed(x, packed, units):
-        return x.new_empty(*x.shape[:2], sum(units))
-
-    def layer(x, pre_w, pre_b, packed, units, out_w, out_b, tokens):
-        return x.new_empty(x.shape[0], torch.sym_min(tokens, x.shape[1]), out_w.shape[0])
-
     def model(images, plan, vectors, products, classes):
         return images.new_empty(images.shape[0], classes)
 
-    for fake in (forward, train, backward, run_packed, layer, model):
+    for fake in (forward, train, backward, model):
         torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
     torch.library.register_autograd(
         f"{namespace}::train", _backward(getattr(torch.ops, namespace)), setup_context=_setup

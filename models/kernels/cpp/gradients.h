@@ -45,7 +45,7 @@ Tensors backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList wei
     w_hh.push_back(natural[4 * k + 1]);
   }
   walk_back(grad.contiguous(), kept, states, w_hh, marked);
-  const Tensors packed = wanted[0] ? pack(weights, false) : Tensors{};
+  const Tensors packed = wanted[0] ? pack(weights) : Tensors{};
   const Tensors by_cell = hidden.split_with_sizes(units, 2);
   for (size_t k = 0; k < units.size(); ++k) {
     const at::Tensor d_gates = kept[k].flatten(0, 1);  // (B N, 4 U)

@@ -45,17 +45,15 @@ Cell<float> cell(size_t k, int64_t units, int64_t column) {
 }
 
 // The cells of packed weights, three tensors each, for an input with strides of `x`.
-std::vector<Cell<float>> cells_of(const Tensors& packed, at::IntArrayRef units, const at::Tensor& x, bool half) {
+std::vector<Cell<float>> cells_of(const Tensors& packed, at::IntArrayRef units, const at::Tensor& x) {
   std::vector<Cell<float>> cells;
   int64_t total = 0;
   for (size_t k = 0; k < units.size(); ++k) {
     Cell<float> c = cell(k, units[k], total);
-    const int64_t width = 4 * V * c.blocks, rows = half ? (units[k] + 1) / 2 * 2 : units[k];
-    TORCH_CHECK(packed[3 * k + 2].size(-1) == V, "weights packed for vectors of another width");
-    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width && packed[3 * k + 1].numel() == rows * width &&
-                    packed[3 * k + 2].numel() == width, "weights of another size");
+    const int64_t width = 4 * V * c.blocks;
+    TORCH_CHECK(packed[3 * k].numel() == x.size(3) * width, "weights for heads of another width");
     c.w_ih = packed[3 * k].const_data_ptr<float>();
-    c.w_hh = packed[3 * k + 1].const_data_ptr();
+    c.w_hh = packed[3 * k + 1].const_data_ptr<float>();
     c.bias = packed[3 * k + 2].const_data_ptr<float>();
     c.from = k / 2 * x.stride(2);
     c.row = width;
@@ -66,18 +64,15 @@ std::vector<Cell<float>> cells_of(const Tensors& packed, at::IntArrayRef units, 
   return cells;
 }
 
-// x (B, N, H, d); packed weights, three a cell; units of each cell. Returns (B, N, sum u). In training, `gates` and `states`
-// take of each cell the activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
-at::Tensor compute(const at::Tensor& input, at::TensorList weights, at::IntArrayRef units, Tensors* gates, Tensors* states) {
+// x (B, N, H, d); natural weights, four a cell. Returns (B, N, sum u). In training, `gates` and `states` take of each cell the
+// activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
+at::Tensor compute(const at::Tensor& input, at::TensorList weights, Tensors* gates, Tensors* states) {
   TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat, "x must be (B, N, H, d), float32");
-  TORCH_CHECK((int64_t)units.size() == 2 * input.size(2) && weights.size() == 3 * units.size(),
-              "three packed tensors a cell, 2 H cells");
-  Tensors packed;  // a model's `.to(memory_format=...)` reorders whatever has four dimensions
-  for (const at::Tensor& w : weights) packed.push_back(w.contiguous());
+  TORCH_CHECK((int64_t)weights.size() == 8 * input.size(2), "four weights a cell, 2 H cells");
+  const Tensors packed = pack(weights);
+  const std::vector<int64_t> units = units_of(weights);
   const at::Tensor x = input.stride(3) == 1 ? input : input.contiguous();
-  const bool half = packed[1].scalar_type() == at::kBFloat16;
-  TORCH_CHECK(!half || (FAR_BFLOAT16 && !gates), "bfloat16 weights need AVX512_BF16, and do not train");
-  const std::vector<Cell<float>> cells = cells_of(packed, units, x, half);
+  const std::vector<Cell<float>> cells = cells_of(packed, units, x);
   std::vector<Kept> kept;
   for (size_t k = 0; gates && k < cells.size(); ++k) {
     gates->push_back(at::empty({x.size(0), x.size(1), 4 * V * cells[k].blocks}, x.options()));
@@ -88,33 +83,19 @@ at::Tensor compute(const at::Tensor& input, at::TensorList weights, at::IntArray
   at::Tensor out = at::empty({x.size(0), x.size(1), total}, x.options());
   const Problem<float> p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1), x.size(3),
                          x.stride(0), x.stride(1), x.size(1) * total, total};
-  const Runner<float>* runners = gates ? RUN<true, false, float> : half ? RUN<false, true, float> : RUN<false, false, float>;
+  const Runner<float>* runners = gates ? RUN<true, false, float> : RUN<false, false, float>;
   share_out(runners, p, cells, kept, x.size(0));
   return out;
 }
 
-at::Tensor run_packed(const at::Tensor& x, at::TensorList packed, at::IntArrayRef units) {
-  return compute(x, packed, units, nullptr, nullptr);
-}
-
 at::Tensor forward(const at::Tensor& x, at::TensorList weights) {
-  return run_packed(x, pack(weights, false), units_of(weights));
+  return compute(x, weights, nullptr, nullptr);
 }
 
 std::tuple<at::Tensor, Tensors, Tensors> train(const at::Tensor& x, at::TensorList weights) {
   Tensors gates, states;
-  at::Tensor out = compute(x, pack(weights, false), units_of(weights), &gates, &states);
+  at::Tensor out = compute(x, weights, &gates, &states);
   return {out, gates, states};
-}
-
-// A whole layer: x (B, N, D) to the first `tokens` of (B, N, D), with the two projections around the LSTMs as torch's own matrix
-// products. An empty pre_w means that it was merged into the input weights; then every head reads all D channels.
-at::Tensor layer(const at::Tensor& x, const at::Tensor& pre_w, const at::Tensor& pre_b, at::TensorList packed, at::IntArrayRef units,
-                 const at::Tensor& out_w, const at::Tensor& out_b, int64_t tokens) {
-  const int64_t heads = units.size() / 2, b = x.size(0), n = x.size(1);
-  at::Tensor p = pre_w.numel() ? at::linear(x, pre_w, pre_b).view({b, n, heads, pre_w.size(0) / heads})
-                               : x.contiguous().unsqueeze(2).expand({b, n, heads, x.size(2)});
-  return at::linear(run_packed(p, packed, units).narrow(1, 0, std::min(tokens, n)), out_w, out_b);
 }
 
 }  // namespace

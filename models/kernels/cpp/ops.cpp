@@ -60,11 +60,6 @@ TORCH_LIBRARY_FRAGMENT(FAR_NAMESPACE, m) {
   m.def("backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] wanted) "
         "-> Tensor[]",
         on_cpu(&backward));
-  m.def("pack(Tensor[] weights, bool half=False) -> Tensor[]", on_cpu(&pack));
-  m.def("run_packed(Tensor x, Tensor[] packed, int[] units) -> Tensor", on_cpu(&run_packed));
-  m.def("layer(Tensor x, Tensor pre_w, Tensor pre_b, Tensor[] packed, int[] units, Tensor out_w, Tensor out_b, int tokens) "
-        "-> Tensor",
-        on_cpu(&layer));
   m.def("model(Tensor images, Tensor plan, Tensor vectors, Tensor products, int classes) -> Tensor", on_cpu(&model));
   m.def("vector_width() -> int", []() -> int64_t { return V; });
   m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });

@@ -62,10 +62,8 @@ std::vector<int64_t> units_of(at::TensorList weights) {
   return units;
 }
 
-// Three packed tensors a cell: W_ih (d, blocks, 4, V), W_hh (u, blocks, 4, V), bias (1, blocks, 4, V). half: W_hh in
-// bfloat16, pairs of rows side by side, (u / 2 rounded up, 4 U, 2).
-Tensors pack(at::TensorList weights, bool half) {
-  TORCH_CHECK(!half || FAR_BFLOAT16, "bfloat16 weights need AVX512_BF16");
+// Three packed tensors a cell: W_ih (d, blocks, 4, V), W_hh (u, blocks, 4, V), bias (1, blocks, 4, V).
+Tensors pack(at::TensorList weights) {
   const Tensors from = checked(weights);
   std::vector<std::vector<int64_t>> shapes;
   std::vector<int64_t> sizes;
@@ -93,10 +91,6 @@ Tensors pack(at::TensorList weights, bool half) {
       pack_columns(bias.data(), units, 1, packed[3 * k + 2].mutable_data_ptr<float>());
     }
   });
-  for (size_t k = 1; half && k < packed.size(); k += 3) {
-    const at::Tensor rows = at::constant_pad_nd(packed[k].flatten(1), {0, 0, 0, packed[k].size(0) % 2});
-    packed[k] = rows.to(at::kBFloat16).unflatten(0, {-1, 2}).transpose(1, 2).contiguous();
-  }
   return packed;
 }
 
