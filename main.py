@@ -37,7 +37,7 @@ MODES = {
     ),
     "teacher": Mode("train the attention model itself", "teacher", _TRAINING | {"optimisation"}),
     "eval": Mode(
-        "evaluate a FAR model, or a teacher",
+        "evaluate a FAR model, against its teacher where --base-weight names one, or a teacher alone",
         "eval_mode",
         frozenset({"run", "model", "data", "FAR model"}),
         frozenset({"resume", "select", "ds_mode"}),
@@ -114,8 +114,6 @@ def parse(argv: list[str] | None) -> Namespace:
     mode = MODES[args.mode]
     read = parser.titled(mode.groups) - mode.ignores | mode.reads | {"mode", "help"}
     parser.refuse(argv, {action.dest for action in parser._actions} - read, f"--mode {args.mode} does not use it")
-    if args.mode == "eval" and args.base_weight:
-        parser.refuse(argv, ("far_weight", "ds_pruned"), "--base-weight names the model already")
     return args
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,7 @@ from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
+from engine.fidelity import fidelity
 from engine.hoyer import Regularized, unit_norms
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Optim, Stage
@@ -18,7 +20,7 @@ from models.replace import describe, load_model, mlps, pack, replacements, set_b
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import kept_units, pruning_curves, sweep_curve
+from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
 from utils.run_folder import RunFolder, open_run
 
 
@@ -78,6 +80,8 @@ class Pruning:
         with open_run(self.command.run, self.context) as top:
             report = self._steps(top)
             top.write_json("prune_report.json", report)
+            if self.teacher is not None:
+                top.figure(fidelity_by_block({row["when"]: row for row in report["rows"]}), "fidelity.png")
         say(self.context, "\n" + table(report))
         say(self.context, f"\nwritten to {top.path}")
         return report
@@ -170,12 +174,36 @@ class Pruning:
         return model, [*rows, self._measure("fine-tuned", model)]
 
     def _evaluate(self, model) -> dict[str, float]:
-        autocast = self.settings.autocast(self.context.device)
+        return evaluate(model, *self._evaluation())
+
+    def _evaluation(self) -> tuple:
+        """What `evaluate` and `fidelity` need besides models."""
         loader = self.data.val_loader(self.command.rates.asked.batch_size)
-        return evaluate(model, loader, self.context, autocast)
+        return loader, self.context, self.settings.autocast(self.context.device)
 
     def _measure(self, when: str, model) -> dict:
-        return {"when": when, **self._evaluate(model), **count_all(model, describe(model, self.config))}
+        row = {"when": when, **self._evaluate(model), **count_all(model, describe(model, self.config))}
+        if self.teacher is not None:
+            row |= fidelity(model, self.teacher, *self._evaluation())
+        return row
+
+
+class Column(NamedTuple):
+    title: str
+    key: str
+    width: int
+    form: str
+    scale: float = 1
+
+
+BASIC = [Column("top-1 %", "acc1", 9, ".2f"), Column("top-5 %", "acc5", 9, ".2f")]
+TAUGHT = [Column("agrees %", "agreement", 10, ".2f"), Column("KL", "kl", 8, ".4f")]  # where there is a teacher
+SIZES = [
+    Column("units", "units", 8, ""),
+    Column("parameters", "parameters", 13, ","),
+    Column("M MACs", "macs", 9, ".1f", 1e-6),
+    Column("kB", "bytes", 9, ".0f", 1e-3),
+]
 
 
 def table(report: dict) -> str:
@@ -183,10 +211,9 @@ def table(report: dict) -> str:
     rows = [*report["rows"], *({**r, "when": f"keep {r['keep_ratio']:g}"} for r in report.get("sweep", []))]
     if "teacher" in report:
         rows = [report["teacher"], *rows]
-    lines = [f"{'':<13}{'top-1 %':>9}{'top-5 %':>9}{'units':>8}{'parameters':>13}{'M MACs':>9}{'kB':>9}"]
-    for r in rows:
-        lines.append(
-            f"{r['when']:<13}{r['acc1']:>9.2f}{r['acc5']:>9.2f}{r['units']:>8}"
-            f"{r['parameters']:>13,}{r['macs'] / 1e6:>9.1f}{r['bytes'] / 1e3:>9.0f}"
-        )
+    columns = [*BASIC, *(TAUGHT if "teacher" in report else []), *SIZES]
+    lines = [" " * 13 + "".join(f"{c.title:>{c.width}}" for c in columns)]
+    for row in rows:
+        values = (f"{row[c.key] * c.scale:>{c.width}{c.form}}" for c in columns)
+        lines.append(f"{row['when']:<13}" + "".join(values))
     return "\n".join(lines)

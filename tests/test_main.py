@@ -238,10 +238,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, i
             "--scale",
         ),
         (["--mode", "eval", *EVAL, "--far-weight", teacher], "holds a teacher"),
-        (
-            ["--mode", "eval", *EVAL, "--far-weight", far / "best.pth", *weight],
-            "--far-weight: --base-weight names the model",
-        ),
+        (["--mode", "eval", *EVAL, "--far-weight", far / "best.pth", "--base-weight", "tiny.pth"], "tiny.pth"),
         (["--mode", "downstream", *DIGITS, "--rep-by", "mixer"], "--rep-by: --mode downstream does not use it"),
         (["--mode", "eval", *EVAL, "--lr", "1"], "--lr: --mode eval does not use it"),
         (["--mode", "teacher", *DIGITS, "--step=2"], "--step: --mode teacher does not use it"),

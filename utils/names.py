@@ -15,7 +15,7 @@ DATASETS = (
     "FOLDER",
     "DIGITS",
 )  # datasets.registry.SOURCES
-LOSSES = ("similarity", "classification", "combine")  # engine.distill.LOSSES
+LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
