@@ -14,9 +14,20 @@ from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.stages import Plan, Stage, distillation
-from engine.steps import check_backend, check_classes, load_data, load_far, load_teacher, planned, resumed, say
+from engine.steps import (
+    answer_by,
+    check_backend,
+    check_classes,
+    load_data,
+    load_far,
+    load_labelled,
+    load_teacher,
+    planned,
+    resumed,
+    say,
+)
 from engine.train import Trainer
-from models.deit import create_teacher, load_teacher_weights
+from models.deit import count_answers, create_teacher, load_teacher_weights
 from models.fuse import fuse
 from models.replace import (
     FarConfig,
@@ -47,12 +58,13 @@ class ModeCommand(Command):
     fuse: str | None
 
 
-def start(command: ModeCommand, context: Context) -> tuple[Data, FarConfig]:
-    """Data first (its class count shapes the model), then the configuration the flags describe."""
+def start(command: ModeCommand, context: Context, load=load_data) -> tuple[Data, FarConfig]:
+    """Data first (its class count shapes the model, else the teacher's), then the configuration the flags describe."""
     torch.manual_seed(command.settings.seed)
     asked = command.model
-    data = load_data(command.data, asked.size, context)
-    return data, FarConfig(asked.name, data.num_classes, asked.size, asked.rep_by)
+    data = load(command.data, asked.size, context)
+    classes = data.num_classes or count_answers(asked.base_weight)
+    return data, FarConfig(asked.name, classes, asked.size, asked.rep_by)
 
 
 def fresh(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
@@ -83,7 +95,7 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
 
 def teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
-    data, config = start(command, context)
+    data, config = start(command, context, load_labelled)
     model, weight = fresh(command.model, config), command.model.base_weight
     if weight and not load_teacher_weights(model, weight, head=False):
         say(context, f"--base-weight {weight}: its classifier has another class count; a fresh one is trained")
@@ -96,6 +108,7 @@ def train(command: ModeCommand, context: Context) -> None:
     data, config = start(command, context)
     check_backend(config, command.settings, context)
     reference = load_teacher(command.model, config)
+    answer_by(reference, data, command.settings, context)
     blocks = parse_blocks(command.replace, len(reference.blocks))
     model, config = student(command, context, reference, config, blocks)
     block = command.block_rates.optim(context)
@@ -166,7 +179,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     """--mode downstream: a FAR model on another label set, with a fresh classifier where the class count differs."""
     torch.manual_seed(command.settings.seed)
     _, model, config = load_start(command, context)
-    data = load_data(command.data, config.img_size, context)
+    data = load_labelled(command.data, config.img_size, context)
     if data.num_classes != config.num_classes:
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
         config = replace(config, num_classes=data.num_classes)
@@ -181,7 +194,7 @@ def load_evaluated(command: ModeCommand, context: Context):
     """What eval reads: (the weights' file, the model, the teacher that it is compared with or None, the data)."""
     asked = command.model
     if not (command.far.path or command.ds_pruned) and asked.base_weight:
-        data, config = start(command, context)
+        data, config = start(command, context, load_labelled)
         return asked.base_weight, load_teacher(asked, config), None, data
     path, model, config = load_start(command, context)
     data = load_data(command.data, config.img_size, context)
@@ -192,6 +205,7 @@ def load_evaluated(command: ModeCommand, context: Context):
 def eval_mode(command: ModeCommand, context: Context) -> None:
     """--mode eval: a FAR checkpoint, compared with the teacher where --base-weight names one; or a teacher alone."""
     path, model, reference, data = load_evaluated(command, context)
+    answer_by(reference, data, command.settings, context)
     set_backend(model, command.settings.lstm_backend)
     parameters = count_parameters(model)
     model.to(context.device)

@@ -14,7 +14,17 @@ from engine.fidelity import fidelity
 from engine.hoyer import Regularized, unit_norms
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Optim, Stage
-from engine.steps import check_backend, check_classes, load_data, load_far, load_teacher, planned, resumed, say
+from engine.steps import (
+    answer_by,
+    check_backend,
+    check_classes,
+    load_data,
+    load_far,
+    load_teacher,
+    planned,
+    resumed,
+    say,
+)
 from engine.train import Trainer
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from utils import names
@@ -67,6 +77,7 @@ class Pruning:
         self.teacher = None
         if command.model.base_weight:
             self.teacher = load_teacher(command.model, self.config).to(context.device)
+        answer_by(self.teacher, self.data, command.settings, context)
         self.distill = self.teacher is not None and command.distill is not False
         self.regularize, self.fine_tune = command.rates.optim(context), command.ft_rates.optim(context)
         if self.regularize.epochs or self.fine_tune.epochs:

@@ -14,9 +14,9 @@ from engine import jobs
 from engine.distill import LOSSES
 from engine.hoyer import REGULARIZERS
 from engine.train import AMP
-from models.bilstm import REPLACEMENTS
 from models.deit import TEACHERS, create_teacher
 from models.kernels import BACKENDS
+from models.replace import REPLACEMENTS
 from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
 from utils import names
 from utils.checkpoint import load

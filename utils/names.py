@@ -13,6 +13,7 @@ DATASETS = (
     "INAT18",
     "INAT19",
     "FOLDER",
+    "IMAGES",
     "DIGITS",
 )  # datasets.registry.SOURCES
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
