@@ -48,9 +48,13 @@ MODES = {
 
 def add_distillation_group(parser: Parser) -> None:
     g = parser.add_argument_group("distillation")
-    g.add_argument("--train-loss", choices=names.LOSSES, default="combine", help="loss of the attention stage")
+    kinds = f"{', '.join(names.LOSSES)}, or a sum like similarity+0.5*kl of {', '.join(names.TERMS)}"
+    g.add_argument("--train-loss", type=arguments.loss, default="combine", help=f"loss of the attention stage: {kinds}")
     g.add_argument(
-        "--block-ft-train-loss", choices=names.LOSSES, default="classification", help="loss of the block stage"
+        "--block-ft-train-loss",
+        type=arguments.loss,
+        default="classification",
+        help="loss of the block stage, alike; preserve is the sum of the first three and needs no label",
     )
     g.add_argument(
         "--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.stages import PARTS, Stage
 from utils.errors import FarError
+from utils.names import loss_terms
 
 
 class Features(NamedTuple):
@@ -132,10 +133,15 @@ LOSSES = {
 }
 
 
+def find_loss(text: str) -> Loss:
+    """By its name, or from its terms, `similarity+0.5*kl`."""
+    return LOSSES.get(text) or Loss(loss_terms(text))
+
+
 def check_reach(stages: Iterable[Stage]) -> None:
     """Raises FarError where a stage would train what its loss does not reach."""
     for stage in stages:
-        if PARTS[stage.parts].behind and "logits" not in LOSSES[stage.loss].reads:
+        if PARTS[stage.parts].behind and "logits" not in find_loss(stage.loss).reads:
             useful = " or ".join(name for name, loss in LOSSES.items() if "logits" in loss.reads)
             raise FarError(
                 f"stage {stage.name}: trains {stage.parts}, but the loss {stage.loss} does not reach the classifier; "
@@ -158,7 +164,7 @@ class Distillation(nn.Module):
 
     def __init__(self, student, teacher, stage: Stage, criterion: nn.Module, distill_input: str = "student"):
         super().__init__()
-        self.student, self.loss, self.stage = student, LOSSES[stage.loss], stage
+        self.student, self.loss, self.stage = student, find_loss(stage.loss), stage
         self.teacher = teacher if self.loss.reads & {"goals", "answers"} else None
         self.criterion, self.distill_input = criterion, distill_input
         if self.teacher is not None:

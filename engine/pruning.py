@@ -1,17 +1,19 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from engine.activations import Grams, carried, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity
-from engine.hoyer import Regularized, unit_norms
+from engine.hoyer import Norms, Regularized, unit_norms
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Optim, Stage
 from engine.steps import (
@@ -26,12 +28,21 @@ from engine.steps import (
     say,
 )
 from engine.train import Trainer
+from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
 from utils.run_folder import RunFolder, open_run
+
+Parts = Mapping[int, BlockPart]  # by block
+
+# What ranks units, largest first: from parts, and from what is seen of them on images where that is asked for.
+SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
+    "norm": lambda parts, seen: unit_norms(parts),
+    "carried": lambda parts, seen: carried(parts, seen()),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,9 @@ class PruneCommand(Command):
     reg: int
     decay: float
     distill: bool | None  # None: where there is a teacher
+    distill_loss: str
+    score: str
+    refit: bool
     sensitivity: float | None
     keep_ratio: float | None
     target_params: int | None
@@ -84,7 +98,9 @@ class Pruning:
             stages = [self._stage("regularize", self.regularize), self._stage("fine-tune", self.fine_tune)]
             planned(stages, self.data, self.settings)
         for ratio in command.sweep or [command.keep_ratio]:
-            self._select(self.model, ratio)  # a selection that cannot be met is told before hours of training
+            self._select(
+                self.model, ratio, unit_norms
+            )  # a selection that cannot be met is told before hours of training
 
     def run(self) -> dict:
         """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
@@ -149,7 +165,11 @@ class Pruning:
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
         select = "last" if name == "regularize" else ""
         stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
-        return replace(stage, loss="combine", blocks=tuple(self.config.replaced)) if self.distill else stage
+        return (
+            replace(stage, loss=self.command.distill_loss, blocks=tuple(self.config.replaced))
+            if self.distill
+            else stage
+        )
 
     def _task(self, model, regularizing: bool, stage: Stage, criterion):
         task, command = Distillation(model, self.teacher, stage, criterion), self.command
@@ -157,11 +177,19 @@ class Pruning:
             return task
         return Regularized(task, model, command.reg, command.decay, command.prune_mlp is not None, command.threshold)
 
-    def _select(self, model, ratio: float | None) -> tuple[Kept, Kept]:
+    def _seen(self, model, parts: Parts) -> Grams:
+        """What the units of parts carry on training images."""
+        images = first_batches(self.data, self.regularize.batch_size, self.context)
+        return unit_grams(model, parts, images, self.context, self.settings.autocast(self.context.device))
+
+    def _scores(self, model, parts: Parts) -> Norms:
+        return SCORES[self.command.score](parts, partial(self._seen, model, parts))
+
+    def _select(self, model, ratio: float | None, scores: Callable[[Parts], Norms]) -> tuple[Kept, Kept]:
         """What the flags keep: (of LSTM units, this share where one is given; of MLP units)."""
-        command, norms, mlp = self.command, unit_norms(replacements(model)), {}
+        command, norms, mlp = self.command, scores(replacements(model)), {}
         if command.prune_mlp:
-            mlp = keep_share(unit_norms(mlps(model)), command.prune_mlp, "--prune-mlp")
+            mlp = keep_share(scores(mlps(model)), command.prune_mlp, "--prune-mlp")
         if ratio:
             return keep_share(norms, ratio, "--sweep" if command.sweep else "--keep-ratio"), mlp
         if command.target_params:
@@ -170,9 +198,11 @@ class Pruning:
 
     def _prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
         """Shrinks and fine-tunes. Returns the model and what was measured after each."""
-        kept, mlp = self._select(model, ratio)
-        shrink(replacements(model), kept)
-        shrink(mlps(model), mlp)
+        kept, mlp = self._select(model, ratio, partial(self._scores, model))
+        for parts, units in ((replacements(model), kept), (mlps(model), mlp)):
+            if self.command.refit and units:
+                refit(parts, units, self._seen(model, parts))
+            shrink(parts, units)
         rows = [self._measure("pruned", model)]
         model = self._train(run, model, self.fine_tune, "fine-tune")
         if self.context.main:

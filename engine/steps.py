@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data, DataConfig
 from engine.configs import FarSource, ModelConfig
-from engine.distill import LOSSES, check_reach
+from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
 from models.deit import create_teacher, load_published_weights, load_teacher_weights
@@ -93,7 +93,7 @@ def check_classes(where: str, config: FarConfig, data: Data, mend: str) -> None:
 def check_labels(stages: list[Stage], data: Data) -> None:
     """Raises FarError where a stage would learn from labels that the data set does not have."""
     for stage in stages:
-        if not data.labelled and "labels" in LOSSES[stage.loss].reads:
+        if not data.labelled and "labels" in find_loss(stage.loss).reads:
             useful = " or ".join(name for name, loss in LOSSES.items() if "labels" not in loss.reads)
             raise FarError(
                 f"stage {stage.name}: the loss {stage.loss} reads labels, and --dataset {data.config.dataset} has "

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.distill import LOSSES, Distillation, forward_features, similarity
+from engine.distill import Distillation, forward_features, similarity
 from engine.stages import PARTS, Optim, Plan, Stage, distillation, select_trainable, steps
 from models.deit import create_teacher
 from models.replace import swap_attention
@@ -66,12 +66,14 @@ TERMS = {
     "classification": {"classification"},
     "combine": {"similarity", "classification"},
     "preserve": {"similarity", "squared_error", "kl"},
+    "kl": {"kl"},
+    "squared_error+classification": {"squared_error", "classification"},
 }
 
 
 @pytest.mark.parametrize("source", ["teacher", "student"])
 @pytest.mark.parametrize("target", ["z", "output"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TERMS)
 def test_losses_are_the_sums_their_names_say(loss, target, source):
     student, teacher = pair()
     student.eval()
@@ -91,6 +93,14 @@ def test_losses_are_the_sums_their_names_say(loss, target, source):
     for name in parts:
         assert parts[name].item() == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-6), name
     assert value.item() == pytest.approx(sum(v.item() for v in expected.values()), rel=1e-3)
+
+
+def test_weights_of_a_sum_count():
+    student, teacher = pair()
+    x, y = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
+    task = Distillation(student.eval(), teacher, stage("0.25*squared_error+30*kl"), nn.CrossEntropyLoss())
+    value, parts = task(x, y)
+    assert value.item() == pytest.approx(0.25 * parts["squared_error"].item() + 30 * parts["kl"].item(), rel=1e-5)
 
 
 def test_the_teacher_stays_frozen_and_in_eval_mode():

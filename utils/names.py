@@ -17,9 +17,23 @@ DATASETS = (
     "DIGITS",
 )  # datasets.registry.SOURCES
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
+TERMS = ("similarity", "squared_error", "kl", "classification")  # engine.distill.TERMS: what a loss is a sum of
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
+SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
 SENSITIVITY = (
     1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's units (README)
 )
+
+
+def loss_terms(text: str) -> dict[str, float]:
+    """`similarity+0.5*kl` as {term: weight}. Raises ValueError."""
+    terms: dict[str, float] = {}
+    for word in text.split("+"):
+        weight, _, name = word.rpartition("*")
+        value = float(weight or 1)
+        if name not in TERMS or name in terms or not 0 < value < 1e6:
+            raise ValueError(word)
+        terms[name] = value
+    return terms
