@@ -99,9 +99,9 @@ class Demo:
         """One call of main.py into root/name; returns its result.json."""
         return self._call(name, "main.py", main.main, self._shrunk(argv), "result.json")
 
-    def prune(self, *argv: str) -> dict:
-        """One call of prune.py into root/prune; returns its report."""
-        return self._call("prune", "prune.py", prune.main, self._shrunk(argv), "prune_report.json")
+    def prune(self, *argv: str, name: str = "prune") -> dict:
+        """One call of prune.py into root/name; returns its report."""
+        return self._call(name, "prune.py", prune.main, self._shrunk(argv), "prune_report.json")
 
     def _call(self, name: str, script: str, call, argv: list[str], result: str) -> dict:
         run, started = self.root / name, time.perf_counter()
