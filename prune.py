@@ -46,8 +46,8 @@ def add_regularization_group(parser: Parser) -> None:
     g.add_argument(
         "--distill-loss",
         type=arguments.loss,
-        default="combine",
-        help="one of main.py's --train-loss; preserve learns from its block outputs and answers, without labels",
+        help="one of main.py's --train-loss, default combine; preserve learns from its block outputs and answers, "
+        "without labels",
     )
 
 
@@ -57,7 +57,7 @@ def add_removal_group(parser: Parser) -> None:
         "--sensitivity",
         type=arguments.RATE,
         default=None,
-        help=f"units whose group norm is below this share of their block's mean; default {names.SENSITIVITY}, "
+        help=f"units whose --score is below this share of their block's mean; default {names.SENSITIVITY}, "
         "the units weaker than average: about two fifths of the digits model's",
     )
     g.add_argument(

@@ -145,7 +145,7 @@ def check_reach(stages: Iterable[Stage]) -> None:
             useful = " or ".join(name for name, loss in LOSSES.items() if "logits" in loss.reads)
             raise FarError(
                 f"stage {stage.name}: trains {stage.parts}, but the loss {stage.loss} does not reach the classifier; "
-                f"take {useful} for it (--block-ft-train-loss), or leave the classifier out (--block-ft-mode)"
+                f"take {useful} for it, or leave the classifier out (--block-ft-mode)"
             )
 
 

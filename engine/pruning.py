@@ -53,7 +53,7 @@ class PruneCommand(Command):
     reg: int
     decay: float
     distill: bool | None  # None: where there is a teacher
-    distill_loss: str
+    distill_loss: str | None  # None: combine
     score: str
     refit: bool
     sensitivity: float | None
@@ -69,6 +69,8 @@ class PruneCommand(Command):
             raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
         if self.distill and not self.model.base_weight:
             raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
+        if self.distill_loss and (self.distill is False or not self.model.base_weight):
+            raise FarError("--distill-loss: needs a teacher; name its weights with --base-weight, without --no-distill")
 
     @property
     def threshold(self) -> float:
@@ -165,11 +167,9 @@ class Pruning:
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
         select = "last" if name == "regularize" else ""
         stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
-        return (
-            replace(stage, loss=self.command.distill_loss, blocks=tuple(self.config.replaced))
-            if self.distill
-            else stage
-        )
+        if not self.distill:
+            return stage
+        return replace(stage, loss=self.command.distill_loss or "combine", blocks=tuple(self.config.replaced))
 
     def _task(self, model, regularizing: bool, stage: Stage, criterion):
         task, command = Distillation(model, self.teacher, stage, criterion), self.command

@@ -348,6 +348,8 @@ def test_the_lines_of_section_7_parse_as_written(line):
         ("--keep-ratio 0.01", "smallest possible is 0.03125"),
         ("--target-params 1000", "smallest possible"),
         ("--distill", "--base-weight"),
+        ("--distill-loss preserve", "--distill-loss: needs a teacher"),
+        ("--distill-loss nope", "nor a sum like"),
         ("--base-weight nowhere.pth", "nowhere.pth"),
         ("--scale Tiny", "--scale"),
         ("--model-path none.pth", "none.pth"),

@@ -64,7 +64,7 @@ def fidelity_by_block(reports: dict[str, dict[str, Any]]) -> Figure:
     for axis, key, label in zip(
         figure.subplots(1, 2),
         ("z_similarity", "output_error"),
-        ("cosine similarity of z", "relative error of the block's output"),
+        ("cosine similarity of z", "relative error of outputs"),
         strict=True,
     ):
         for k, (name, report) in enumerate(reports.items()):
