@@ -76,9 +76,14 @@ def by_hand(student, teacher, images, labels):
 
 
 def test_fidelity_equals_loops_over_images_tokens_and_classes():
-    student, teacher = pair()
-    images = 3 * torch.randn(23, 3, 32, 32) + torch.randn(23, 3, 1, 1)
-    labels = torch.randint(4, (23,))
+    images, same = 3 * torch.randn(23, 3, 32, 32) + torch.randn(23, 3, 1, 1), 0
+    while not 5 < same < 18:  # some pairs agree on nearly all images, or none
+        student, teacher = pair()
+        answers = [model.eval()(images).argmax(1) for model in (student, teacher)]
+        same = (answers[0] == answers[1]).sum()
+    labels = torch.cat([answers[1][:9], torch.randint(4, (14,))])
+    labels[(answers[0] == answers[1]).nonzero()[0]] = 4  # nobody's answer: an error that is repeated
+    labels[(answers[0] != answers[1]).nonzero()[0]] = 4  # one that is not
     student.train()
     found = fidelity(student, teacher, DataLoader(TensorDataset(images, labels), 5), Context(), PLAIN)
     assert student.training
@@ -86,7 +91,7 @@ def test_fidelity_equals_loops_over_images_tokens_and_classes():
     assert found.keys() == KEYS == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-4), key
-    assert 0 < expected["repeated_errors"] < expected["teacher_errors"] < 23 and 0 < expected["agreement"] < 100
+    assert 0 < expected["repeated_errors"] < expected["teacher_errors"] < 23
 
 
 def test_a_model_keeps_all_of_itself():
