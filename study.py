@@ -31,6 +31,7 @@ DISTILLING: dict[str, tuple[list[str] | None, list[str]]] = {
     "squared_error+kl": both("squared_error+kl"),
     "preserve with kl times 3": both("similarity+squared_error+3*kl"),
     "preserve with kl times 10": both("similarity+squared_error+10*kl"),
+    "preserve, kl at temperature 4": both("similarity+squared_error+soft_kl"),
     "preserve, images mixed": both("preserve", "--mixup", "0.8"),
     "preserve, then combine": (["--train-loss", "preserve"], []),
     "preserve, teacher's inputs first": (

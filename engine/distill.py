@@ -103,11 +103,22 @@ class Term(NamedTuple):
     reads: frozenset[str]
 
 
+TEMPERATURE = (
+    4.0  # divides logits in soft_kl: the teacher is nearly certain, and what it thinks of other classes counts
+)
+
+
+def soft_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """`divergence` at TEMPERATURE, times its square, so that gradients stay as large (Hinton et al., 2015)."""
+    return TEMPERATURE**2 * divergence(student / TEMPERATURE, teacher / TEMPERATURE)
+
+
 MAPS, LOGITS = frozenset({"maps", "goals"}), frozenset({"logits"})
 TERMS = {
     "similarity": Term(_over_blocks(similarity), MAPS),
     "squared_error": Term(_over_blocks(squared_error), MAPS),
     "kl": Term(lambda view: divergence(view.logits, view.answers), LOGITS | {"answers"}),
+    "soft_kl": Term(lambda view: soft_divergence(view.logits, view.answers), LOGITS | {"answers"}),
     "classification": Term(lambda view: view.criterion(view.logits.float(), view.labels), LOGITS | {"labels"}),
 }
 

@@ -56,6 +56,8 @@ def by_hand(name, ours, theirs, logits, answers, labels):
             sum((x - y).norm() ** 2 / y.norm() ** 2 for x, y in zip(a, b, strict=True)) / len(a) for a, b in pairs
         )
     p, q = answers.double().softmax(1), logits.double().softmax(1)
+    if name == "soft_kl":
+        return 16 * by_hand("kl", ours, theirs, logits / 4, answers / 4, labels)
     if name == "kl":
         return sum(p[n, c] * (p[n, c] / q[n, c]).log() for n in range(len(p)) for c in range(p.shape[1])) / len(p)
     return -sum(q[n, label].log() for n, label in enumerate(labels)) / len(p)
@@ -67,6 +69,7 @@ TERMS = {
     "combine": {"similarity", "classification"},
     "preserve": {"similarity", "squared_error", "kl"},
     "kl": {"kl"},
+    "soft_kl": {"soft_kl"},
     "squared_error+classification": {"squared_error", "classification"},
 }
 

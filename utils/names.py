@@ -17,7 +17,13 @@ DATASETS = (
     "DIGITS",
 )  # datasets.registry.SOURCES
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
-TERMS = ("similarity", "squared_error", "kl", "classification")  # engine.distill.TERMS: what a loss is a sum of
+TERMS = (
+    "similarity",
+    "squared_error",
+    "kl",
+    "soft_kl",
+    "classification",
+)  # engine.distill.TERMS: what a loss is a sum of
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 SCORES = ("norm", "carried")  # engine.pruning.SCORES
