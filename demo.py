@@ -19,13 +19,14 @@ import prune
 import visualization
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
-from engine.distill import mean_similarity_of_z
+from engine.fidelity import fidelity
+from engine.train import Settings
 from models.replace import load_model, swap_attention
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.distributed import Context
 from utils.errors import FarError, run_script
-from utils.figures import save_figure, similarity_bars
+from utils.figures import fidelity_by_block, save_figure
 from utils.files import check_writable
 
 RUN = "--scale Micro --num-workers 0".split()
@@ -55,7 +56,7 @@ OWN = (
     "prune",
     "figures",
     "data/parity",
-    "similarity.png",
+    "fidelity.png",
     "summary.json",
     "*.seconds",
     "seed*",
@@ -84,6 +85,9 @@ def claim(root: Path) -> None:
     (root / MARK).touch()
 
 
+INSIDE = ("agreement", "kl", "z_similarity", "output_error")
+
+
 class Demo:
     """Runs the scripts one after the other in a folder; an interrupted demo goes on where it stopped."""
 
@@ -95,9 +99,9 @@ class Demo:
         """One call of main.py into root/name; returns its result.json."""
         return self._call(name, "main.py", main.main, self._shrunk(argv), "result.json")
 
-    def prune(self, *argv: str) -> dict:
-        """One call of prune.py into root/prune; returns its report."""
-        return self._call("prune", "prune.py", prune.main, self._shrunk(argv), "prune_report.json")
+    def prune(self, *argv: str, name: str = "prune") -> dict:
+        """One call of prune.py into root/name; returns its report."""
+        return self._call(name, "prune.py", prune.main, self._shrunk(argv), "prune_report.json")
 
     def _call(self, name: str, script: str, call, argv: list[str], result: str) -> dict:
         run, started = self.root / name, time.perf_counter()
@@ -132,11 +136,8 @@ class Demo:
         downstream = self.stage("downstream", *DOWNSTREAM, *moved)
         pruned = self.prune(*PRUNE, *weight, "--model-path", self.best("far"))
         last = pruned["rows"][-1]
-        before = self.z_before()
-        after = [attn["z_similarity"][str(i)] for i in range(len(before))]
-        save_figure(
-            similarity_bars({"before training": before, "after stage attn": after}), self.root / "similarity.png"
-        )
+        inside = {"before training": self.before(), "after stage attn": attn, "after stage block": far, "pruned": last}
+        save_figure(fidelity_by_block(inside), self.root / "fidelity.png")
         return {
             "seed": self.seed,
             "teacher_acc1": teacher["acc1"],
@@ -148,34 +149,37 @@ class Demo:
             "pruned_acc1": last["acc1"],
             "pruned_params": last["parameters"],
             "kept_units": last["units"],
-            "z_before": before,
-            "z_after_attn": after,
+            "attn_agreement": attn["agreement"],
+            "far_agreement": far["agreement"],
+            "pruned_agreement": last["agreement"],
+            "fidelity": {when: {key: report[key] for key in INSIDE} for when, report in inside.items()},
             "seconds": self.seconds,
             "total_seconds": sum(self.seconds.values()),
         }
 
-    def z_before(self) -> list[float]:
-        """Mean cosine similarity of z per block, fresh modules against the teacher, on the evaluation split."""
+    def before(self) -> dict:
+        """How the teacher with fresh modules compares with the teacher, on the evaluation split."""
         teacher, config = load_model(self.best("teacher"), "--base-weight")
         student, _ = load_model(self.best("teacher"), "--base-weight")
         torch.manual_seed(self.seed)
-        blocks = range(len(student.blocks))
-        swap_attention(student, blocks, "multi-lstm")
+        swap_attention(student, range(len(student.blocks)), "multi-lstm")
         loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(64)
-        return list(mean_similarity_of_z(student, teacher, loader, blocks, Context()).values())
+        return fidelity(student, teacher, loader, Context(), Settings().autocast(Context().device))
 
 
 def table(summary: dict) -> str:
-    lines = [f"{'model':<30}{'top-1 %':>9}{'parameters':>12}{'seconds':>9}"]
+    lines = [f"{'model':<30}{'top-1 %':>9}{'agrees %':>10}{'parameters':>12}{'seconds':>9}"]
     seconds = summary["seconds"]
-    for label, acc, params, time_s in (
-        ("teacher (attention)", "teacher_acc1", "teacher_params", seconds["teacher"]),
-        ("FAR after stage attn", "attn_acc1", "far_params", seconds["attn"]),
-        ("FAR after stage block", "far_acc1", "far_params", seconds["far"]),
-        ("FAR pruned to half its units", "pruned_acc1", "pruned_params", seconds["prune"]),
-        ("FAR downstream (even/odd)", "downstream_acc1", "far_params", seconds["downstream"]),
+    for label, model, params, time_s in (
+        ("teacher (attention)", "teacher", "teacher_params", seconds["teacher"]),
+        ("FAR after stage attn", "attn", "far_params", seconds["attn"]),
+        ("FAR after stage block", "far", "far_params", seconds["far"]),
+        ("FAR pruned to half its units", "pruned", "pruned_params", seconds["prune"]),
+        ("FAR downstream (even/odd)", "downstream", "far_params", seconds["downstream"]),
     ):
-        lines.append(f"{label:<30}{summary[acc]:>9.2f}{summary[params]:>12,}{time_s:>9.1f}")
+        agrees = f"{summary[f'{model}_agreement']:.2f}" if f"{model}_agreement" in summary else ""
+        accuracy = summary[f"{model}_acc1"]
+        lines.append(f"{label:<30}{accuracy:>9.2f}{agrees:>10}{summary[params]:>12,}{time_s:>9.1f}")
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ MODES = {
     ),
     "teacher": Mode("train the attention model itself", "teacher", _TRAINING | {"optimisation"}),
     "eval": Mode(
-        "evaluate a FAR model, or a teacher",
+        "evaluate a FAR model, against its teacher where --base-weight names one, or a teacher alone",
         "eval_mode",
         frozenset({"run", "model", "data", "FAR model"}),
         frozenset({"resume", "select", "ds_mode"}),
@@ -48,9 +48,13 @@ MODES = {
 
 def add_distillation_group(parser: Parser) -> None:
     g = parser.add_argument_group("distillation")
-    g.add_argument("--train-loss", choices=names.LOSSES, default="combine", help="loss of the attention stage")
+    kinds = f"{', '.join(names.LOSSES)}, or a sum like similarity+0.5*kl of {', '.join(names.TERMS)}"
+    g.add_argument("--train-loss", type=arguments.loss, default="combine", help=f"loss of the attention stage: {kinds}")
     g.add_argument(
-        "--block-ft-train-loss", choices=names.LOSSES, default="classification", help="loss of the block stage"
+        "--block-ft-train-loss",
+        type=arguments.loss,
+        default="classification",
+        help="loss of the block stage, alike; preserve is the sum of the first three and needs no label",
     )
     g.add_argument(
         "--block-ft-mode", choices=("block", "FC", "FC+head"), default="block", help="what the block stage trains"
@@ -114,8 +118,6 @@ def parse(argv: list[str] | None) -> Namespace:
     mode = MODES[args.mode]
     read = parser.titled(mode.groups) - mode.ignores | mode.reads | {"mode", "help"}
     parser.refuse(argv, {action.dest for action in parser._actions} - read, f"--mode {args.mode} does not use it")
-    if args.mode == "eval" and args.base_weight:
-        parser.refuse(argv, ("far_weight", "ds_pruned"), "--base-weight names the model already")
     return args
 
 

@@ -41,7 +41,13 @@ def add_regularization_group(parser: Parser) -> None:
         "--distill",
         action=arguments.OnOff,
         default=None,
-        help="the teacher's block outputs besides the labels, in both trainings; default: on with --base-weight",
+        help="learn from the teacher in both trainings, on --distill-loss; default: on with --base-weight",
+    )
+    g.add_argument(
+        "--distill-loss",
+        type=arguments.loss,
+        help="one of main.py's --train-loss, default combine; preserve learns from its block outputs and answers, "
+        "without labels",
     )
 
 
@@ -51,8 +57,22 @@ def add_removal_group(parser: Parser) -> None:
         "--sensitivity",
         type=arguments.RATE,
         default=None,
-        help=f"units whose group norm is below this share of their block's mean; default {names.SENSITIVITY}, "
+        help=f"units whose --score is below this share of their block's mean; default {names.SENSITIVITY}, "
         "the units weaker than average: about two fifths of the digits model's",
+    )
+    g.add_argument(
+        "--score",
+        choices=names.SCORES,
+        default="norm",
+        help="how units are ranked. norm: of all weights that die with one; carried: how far its value varies on "
+        "training images, times the norm of the weights that carry it on",
+    )
+    g.add_argument(
+        "--refit",
+        action=arguments.OnOff,
+        default=False,
+        help="what reads removed units reads their best linear guess from the kept ones instead (least squares on "
+        "training images, in closed form)",
     )
     g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
     g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,19 @@ class Transformed(Dataset):
     def __getitem__(self, index: int):
         image, label = self.data[index]
         return self.transform(image), label
+
+
+class Answered(Dataset):
+    """A split whose labels are a model's answers, {index: class}."""
+
+    def __init__(self, data: Dataset, answers: dict[int, int]):
+        self.data, self.answers = data, answers
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        return self.data[index][0], self.answers[index]
 
 
 class Augmented(Transformed):
@@ -195,7 +208,7 @@ class Data:
         self.config, self.context = config, context
         source = SOURCES.get(config.dataset)
         train = build_split(config.dataset, config.root, True)
-        self.num_classes = count_classes(config.dataset, train)
+        self.labelled, self.num_classes = source.labelled, count_classes(config.dataset, train)
         train, val = self._split(train)
         self.train = Augmented(train, train_transform(config, source), config.seed)
         self.val = Transformed(val, eval_transform(config, source))
@@ -251,7 +264,14 @@ class Data:
         self.train.epoch = epoch
         return loader
 
+    def answer(self, answers: Iterable[int], num_classes: int) -> None:
+        """Evaluates this process's share by a model's answers, in `val_loader`'s order, from here on."""
+        self.num_classes = num_classes
+        self.val = Answered(self.val, dict(zip(self._share(), answers, strict=True)))
+
+    def _share(self) -> range:
+        return range(self.context.rank, len(self.val), self.context.world)
+
     def val_loader(self, batch_size: int) -> Loader:
         """This process's share of the evaluation split: every image once over all processes, none twice."""
-        mine = range(self.context.rank, len(self.val), self.context.world)
-        return self._loader(Subset(self.val, mine), batch_size=batch_size)
+        return self._loader(Subset(self.val, self._share()), batch_size=batch_size)

@@ -21,7 +21,8 @@ Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data
 
 @dataclass(frozen=True)
 class Source:
-    """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same."""
+    """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same;
+    `labelled`: its labels mean something."""
 
     build: Build
     num_classes: int | None
@@ -29,6 +30,7 @@ class Source:
     get: str
     flip: bool = True
     can_download: bool = False
+    labelled: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -89,6 +91,20 @@ class Folder(tv.ImageFolder):
                 raise FarError(f"--data-path {shown(folder)}: an empty class folder; add images or remove it")
             samples += [(str(Path(below) / file), label) for below, file in found]
         return samples
+
+
+class Pictures(Dataset):
+    """Pictures without classes, at or below a folder. By name, every tenth evaluates and the others train."""
+
+    def __init__(self, root: Path, train: bool):
+        files = sorted(Path(below) / name for below, name in image_files(root))
+        self.files = [file for k, file in enumerate(files) if (k % 10 > 0) == train]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        return read_image(self.files[index]), 0  # where others have a label
 
 
 def _folder(root: Path, train: bool, download: bool) -> Dataset:
@@ -179,6 +195,13 @@ SOURCES: dict[str, Source] = {
     "INAT18": _inat_source("2018", 8142),
     "INAT19": _inat_source("2019", 1010),
     "FOLDER": _folder_source(None, "make one folder of images a class"),
+    "IMAGES": Source(
+        lambda root, train, download: Pictures(root, train),
+        None,
+        "*.jpg, at any depth",
+        "put pictures there, as many as there are",
+        labelled=False,
+    ),
     "DIGITS": Source(
         lambda root, train, download: Digits(train),
         10,
@@ -214,6 +237,6 @@ def build_split(name: str, root: Path, train: bool, download: bool = False) -> D
     return data
 
 
-def count_classes(name: str, data: Dataset) -> int:
-    """The table's class count, or for FOLDER the number of class folders."""
-    return SOURCES[name].num_classes or len(data.classes)
+def count_classes(name: str, data: Dataset) -> int | None:
+    """The table's class count, or for FOLDER the number of class folders; None where there are no labels."""
+    return SOURCES[name].num_classes or (len(data.classes) if SOURCES[name].labelled else None)

@@ -1,7 +1,7 @@
 """Teacher and student side by side: their features, and the losses between them (arXiv 2505.21535, section 3)."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.stages import PARTS, Stage
 from utils.errors import FarError
+from utils.names import loss_terms
 
 
 class Features(NamedTuple):
@@ -64,37 +65,98 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(a.float(), b.float(), dim=-1)).mean()
 
 
-def _sum_similarity(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
-    return torch.stack([similarity(student[i], teacher[i].detach()) for i in student]).sum()
+def squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over B of |a - b|^2 / |b|^2, norms over N and C, for token maps (B, N, C): 0 is equal, in length too."""
+    a, b = a.float().flatten(1), b.float().flatten(1)
+    return ((a - b).square().sum(1) / b.square().sum(1).clamp_min(torch.finfo(b.dtype).tiny)).mean()
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over B of KL(teacher || student) in nats, for logits (B, classes): 0 is the same answer, as surely given."""
+    log_ours, log_theirs = student.float().log_softmax(1), teacher.float().log_softmax(1)
+    return F.kl_div(log_ours, log_theirs, reduction="batchmean", log_target=True)
 
 
 Parts = dict[str, Tensor]
 
 
-class LossKind(NamedTuple):
-    """A loss by name: does it read features, does it read the student's logits, which map the features are."""
+class View(NamedTuple):
+    """What the terms of a loss read; what none of a loss's terms reads is None."""
 
-    features: bool
-    logits: bool
-    always_output: bool = False
+    maps: dict[int, Tensor] | None  # the student's, by block: what the stage compares
+    goals: dict[int, Tensor] | None  # the teacher's
+    logits: Tensor | None  # (B, classes), the student's on its own running state
+    answers: Tensor | None  # (B, classes), the teacher's logits
+    labels: Tensor
+    criterion: nn.Module  # (logits, labels) to a scalar
 
 
-# `combine` compares block outputs in every stage; `similarity` compares what the stage targets.
-LOSSES = {
-    "similarity": LossKind(True, False),
-    "classification": LossKind(False, True),
-    "combine": LossKind(True, True, always_output=True),
+def _over_blocks(distance: Callable[[Tensor, Tensor], Tensor]) -> Callable[[View], Tensor]:
+    """The sum over blocks of a distance between the student's map and the teacher's."""
+    return lambda view: torch.stack([distance(view.maps[i], view.goals[i].detach()) for i in view.maps]).sum()
+
+
+class Term(NamedTuple):
+    """A summand of a loss: from a view to a scalar, reading these of its fields."""
+
+    value: Callable[[View], Tensor]
+    reads: frozenset[str]
+
+
+TEMPERATURE = (
+    4.0  # divides logits in soft_kl: the teacher is nearly certain, and what it thinks of other classes counts
+)
+
+
+def soft_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """`divergence` at TEMPERATURE, times its square, so that gradients stay as large (Hinton et al., 2015)."""
+    return TEMPERATURE**2 * divergence(student / TEMPERATURE, teacher / TEMPERATURE)
+
+
+MAPS, LOGITS = frozenset({"maps", "goals"}), frozenset({"logits"})
+TERMS = {
+    "similarity": Term(_over_blocks(similarity), MAPS),
+    "squared_error": Term(_over_blocks(squared_error), MAPS),
+    "kl": Term(lambda view: divergence(view.logits, view.answers), LOGITS | {"answers"}),
+    "soft_kl": Term(lambda view: soft_divergence(view.logits, view.answers), LOGITS | {"answers"}),
+    "classification": Term(lambda view: view.criterion(view.logits.float(), view.labels), LOGITS | {"labels"}),
 }
+
+
+class Loss(NamedTuple):
+    """A loss by name: the weights of its terms, and the map it compares where that is not what the stage targets."""
+
+    terms: dict[str, float]
+    compares: str = ""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset().union(*(TERMS[name].reads for name in self.terms))
+
+
+# `combine` compares block outputs in every stage; the others compare what the stage targets. Only the last reads no
+# label and yet reaches the classifier.
+LOSSES = {
+    "similarity": Loss({"similarity": 1.0}),
+    "classification": Loss({"classification": 1.0}),
+    "combine": Loss({"similarity": 1.0, "classification": 1.0}, compares="output"),
+    "preserve": Loss({"similarity": 1.0, "squared_error": 1.0, "kl": 1.0}),
+}
+
+
+def find_loss(text: str) -> Loss:
+    """By its name, or from its terms, `similarity+0.5*kl`."""
+    return LOSSES.get(text) or Loss(loss_terms(text))
 
 
 def check_reach(stages: Iterable[Stage]) -> None:
     """Raises FarError where a stage would train what its loss does not reach."""
     for stage in stages:
-        if PARTS[stage.parts].behind and not LOSSES[stage.loss].logits:
-            useful = " or ".join(name for name, kind in LOSSES.items() if kind.logits)
+        if PARTS[stage.parts].behind and "logits" not in find_loss(stage.loss).reads:
+            useful = " or ".join(name for name, loss in LOSSES.items() if "logits" in loss.reads)
             raise FarError(
                 f"stage {stage.name}: trains {stage.parts}, but the loss {stage.loss} does not reach the classifier; "
-                f"take {useful} for it (--block-ft-train-loss), or leave the classifier out (--block-ft-mode)"
+                f"take {useful} for it, or leave the classifier out (--block-ft-mode)"
             )
 
 
@@ -113,8 +175,8 @@ class Distillation(nn.Module):
 
     def __init__(self, student, teacher, stage: Stage, criterion: nn.Module, distill_input: str = "student"):
         super().__init__()
-        self.student, self.kind, self.stage = student, LOSSES[stage.loss], stage
-        self.teacher = teacher if self.kind.features else None
+        self.student, self.loss, self.stage = student, find_loss(stage.loss), stage
+        self.teacher = teacher if self.loss.reads & {"goals", "answers"} else None
         self.criterion, self.distill_input = criterion, distill_input
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
@@ -126,30 +188,22 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Parts]:
-        blocks, parts, own = self.stage.blocks, {}, None
-        if self.kind.logits or self.distill_input == "student":
+        view = self._view(images, targets)
+        parts = {name: TERMS[name].value(view) for name in self.loss.terms}
+        loss = sum(weight * parts[name] for name, weight in self.loss.terms.items())
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _view(self, images: Tensor, targets: Tensor) -> View:
+        blocks, reads = self.stage.blocks, self.loss.reads
+        own = teacher = seen = None
+        if "logits" in reads or self.distill_input == "student":
             own = forward_features(self.student, images, blocks)
-        if self.kind.features:
+        if self.teacher is not None:
             with torch.no_grad():
                 teacher = forward_features(self.teacher, images, blocks)
             seen = own if self.distill_input == "student" else forward_blocks(self.student, teacher.inputs)
-            target = "output" if self.kind.always_output else self.stage.target
-            parts["similarity"] = _sum_similarity(getattr(seen, target), getattr(teacher, target))
-        if self.kind.logits:
-            parts["classification"] = self.criterion(own.logits.float(), targets)
-        return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
-
-
-@torch.no_grad()
-def mean_similarity_of_z(student, teacher, loader, blocks: Iterable[int], context) -> dict[int, float]:
-    """Mean cosine similarity of z between student and teacher, each on its own running state, by block."""
-    blocks = tuple(blocks)
-    student.eval(), teacher.eval()
-    totals = torch.zeros(len(blocks) + 1, dtype=torch.float64, device=context.device)
-    for images, _ in loader:
-        images = images.to(context.device)
-        ours, theirs = (forward_features(m, images, blocks).z for m in (student, teacher))
-        cos = [F.cosine_similarity(ours[i], theirs[i], dim=-1).mean(1).sum().double() for i in blocks]
-        totals += torch.stack([*cos, totals.new_tensor(len(images))])
-    *sums, count = context.sum(totals).tolist()
-    return {i: s / count for i, s in zip(blocks, sums, strict=True)}
+        compares = self.loss.compares or self.stage.target
+        maps, goals = (getattr(features, compares, None) for features in (seen, teacher))
+        return View(
+            maps, goals, getattr(own, "logits", None), getattr(teacher, "logits", None), targets, self.criterion
+        )

@@ -3,18 +3,31 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data
 from engine.configs import Command, ModelConfig, Rates
-from engine.distill import Distillation, mean_similarity_of_z
+from engine.distill import Distillation
 from engine.evaluate import evaluate
+from engine.fidelity import fidelity, summary
 from engine.stages import Plan, Stage, distillation
-from engine.steps import check_backend, check_classes, load_data, load_far, load_teacher, planned, resumed, say
+from engine.steps import (
+    answer_by,
+    check_backend,
+    check_classes,
+    load_data,
+    load_far,
+    load_labelled,
+    load_teacher,
+    planned,
+    resumed,
+    say,
+)
 from engine.train import Trainer
-from models.deit import create_teacher, load_teacher_weights
+from models.deit import count_answers, create_teacher, load_teacher_weights
 from models.fuse import fuse
 from models.replace import (
     FarConfig,
@@ -45,20 +58,21 @@ class ModeCommand(Command):
     fuse: str | None
 
 
-def start(command: ModeCommand, context: Context) -> tuple[Data, FarConfig]:
-    """Data first (its class count shapes the model), then the configuration the flags describe."""
+def start(command: ModeCommand, context: Context, load=load_data) -> tuple[Data, FarConfig]:
+    """Data first (its class count shapes the model, else the teacher's), then the configuration the flags describe."""
     torch.manual_seed(command.settings.seed)
     asked = command.model
-    data = load_data(command.data, asked.size, context)
-    return data, FarConfig(asked.name, data.num_classes, asked.size, asked.rep_by)
+    data = load(command.data, asked.size, context)
+    classes = data.num_classes or count_answers(asked.base_weight)
+    return data, FarConfig(asked.name, classes, asked.size, asked.rep_by)
 
 
 def fresh(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
     return create_teacher(config.base_model, config.num_classes, config.img_size, asked.drop, asked.drop_path)
 
 
-def finish(run: RunFolder, model, result: dict[str, float], context: Context, **more) -> None:
-    run.write_json("result.json", {**result, "parameters": count_parameters(model), **more})
+def finish(run: RunFolder, model, result: dict[str, Any], context: Context) -> None:
+    run.write_json("result.json", {**result, "parameters": count_parameters(model)})
     say(
         context,
         f"top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
@@ -81,7 +95,7 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
 
 def teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
-    data, config = start(command, context)
+    data, config = start(command, context, load_labelled)
     model, weight = fresh(command.model, config), command.model.base_weight
     if weight and not load_teacher_weights(model, weight, head=False):
         say(context, f"--base-weight {weight}: its classifier has another class count; a fresh one is trained")
@@ -94,6 +108,7 @@ def train(command: ModeCommand, context: Context) -> None:
     data, config = start(command, context)
     check_backend(config, command.settings, context)
     reference = load_teacher(command.model, config)
+    answer_by(reference, data, command.settings, context)
     blocks = parse_blocks(command.replace, len(reference.blocks))
     model, config = student(command, context, reference, config, blocks)
     block = command.block_rates.optim(context)
@@ -109,10 +124,9 @@ def train(command: ModeCommand, context: Context) -> None:
 
         result = Trainer(model, config, stages, task, data, run, context, settings, last).fit()
         loader = data.val_loader(block.batch_size)
-        z = mean_similarity_of_z(model, reference, loader, blocks, context)
-        expected = evaluate(reference, loader, context, settings.autocast(context.device))
-        finish(run, model, result, context, teacher_acc1=expected["acc1"], z_similarity=z)
-    say(context, f"its teacher: top-1 {expected['acc1']:.2f}")
+        kept = fidelity(model, reference, loader, context, settings.autocast(context.device))
+        finish(run, model, {**result, **kept}, context)
+    say(context, f"its teacher: top-1 {kept['teacher_acc1']:.2f}; the student {summary(kept)}")
 
 
 def student(
@@ -165,7 +179,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     """--mode downstream: a FAR model on another label set, with a fresh classifier where the class count differs."""
     torch.manual_seed(command.settings.seed)
     _, model, config = load_start(command, context)
-    data = load_data(command.data, config.img_size, context)
+    data = load_labelled(command.data, config.img_size, context)
     if data.num_classes != config.num_classes:
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
         config = replace(config, num_classes=data.num_classes)
@@ -176,25 +190,33 @@ def downstream(command: ModeCommand, context: Context) -> None:
     train_on_labels(command, context, model, config, stage, data)
 
 
+def load_evaluated(command: ModeCommand, context: Context):
+    """What eval reads: (the weights' file, the model, the teacher that it is compared with or None, the data)."""
+    asked = command.model
+    if not (command.far.path or command.ds_pruned) and asked.base_weight:
+        data, config = start(command, context, load_labelled)
+        return asked.base_weight, load_teacher(asked, config), None, data
+    path, model, config = load_start(command, context)
+    data = load_data(command.data, config.img_size, context)
+    check_classes(f"--far-weight {path}", config, data, "with --mode downstream")
+    return path, model, load_teacher(asked, config) if asked.base_weight else None, data
+
+
 def eval_mode(command: ModeCommand, context: Context) -> None:
-    """--mode eval: a FAR checkpoint, or with --base-weight a teacher."""
-    path = command.model.base_weight
-    if path:
-        data, config = start(command, context)
-        model = load_teacher(command.model, config)
-    else:
-        path, model, config = load_start(command, context)
-        data = load_data(command.data, config.img_size, context)
-        check_classes(f"--far-weight {path}", config, data, "with --mode downstream")
+    """--mode eval: a FAR checkpoint, compared with the teacher where --base-weight names one; or a teacher alone."""
+    path, model, reference, data = load_evaluated(command, context)
+    answer_by(reference, data, command.settings, context)
     set_backend(model, command.settings.lstm_backend)
     parameters = count_parameters(model)
     model.to(context.device)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
-    loader = data.val_loader(command.rates.asked.batch_size)
+    loader, autocast = data.val_loader(command.rates.asked.batch_size), command.settings.autocast(context.device)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
-        result = evaluate(model, loader, context, command.settings.autocast(context.device))
-        result["parameters"] = parameters
+        result = {**evaluate(model, loader, context, autocast), "parameters": parameters}
+        if reference is not None:
+            inside = () if command.fuse else None
+            result |= fidelity(model, reference.to(context.device), loader, context, autocast, inside)
         if run:
             run.write_json("result.json", result)
     say(
@@ -202,3 +224,5 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
         f"{path}: top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
         f"on {result['images']} images, {result['parameters']:,} parameters",
     )
+    if reference is not None:
+        say(context, f"it {summary(result)}")

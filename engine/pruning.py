@@ -1,25 +1,48 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
+from engine.activations import Grams, carried, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.hoyer import Regularized, unit_norms
+from engine.fidelity import fidelity
+from engine.hoyer import Norms, Regularized, unit_norms
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Optim, Stage
-from engine.steps import check_backend, check_classes, load_data, load_far, load_teacher, planned, resumed, say
+from engine.steps import (
+    answer_by,
+    check_backend,
+    check_classes,
+    load_data,
+    load_far,
+    load_teacher,
+    planned,
+    resumed,
+    say,
+)
 from engine.train import Trainer
+from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import kept_units, pruning_curves, sweep_curve
+from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
 from utils.run_folder import RunFolder, open_run
+
+Parts = Mapping[int, BlockPart]  # by block
+
+# What ranks units, largest first: from parts, and from what is seen of them on images where that is asked for.
+SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
+    "norm": lambda parts, seen: unit_norms(parts),
+    "carried": lambda parts, seen: carried(parts, seen()),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +53,9 @@ class PruneCommand(Command):
     reg: int
     decay: float
     distill: bool | None  # None: where there is a teacher
+    distill_loss: str | None  # None: combine
+    score: str
+    refit: bool
     sensitivity: float | None
     keep_ratio: float | None
     target_params: int | None
@@ -43,6 +69,8 @@ class PruneCommand(Command):
             raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
         if self.distill and not self.model.base_weight:
             raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
+        if self.distill_loss and (self.distill is False or not self.model.base_weight):
+            raise FarError("--distill-loss: needs a teacher; name its weights with --base-weight, without --no-distill")
 
     @property
     def threshold(self) -> float:
@@ -65,19 +93,24 @@ class Pruning:
         self.teacher = None
         if command.model.base_weight:
             self.teacher = load_teacher(command.model, self.config).to(context.device)
+        answer_by(self.teacher, self.data, command.settings, context)
         self.distill = self.teacher is not None and command.distill is not False
         self.regularize, self.fine_tune = command.rates.optim(context), command.ft_rates.optim(context)
         if self.regularize.epochs or self.fine_tune.epochs:
             stages = [self._stage("regularize", self.regularize), self._stage("fine-tune", self.fine_tune)]
             planned(stages, self.data, self.settings)
         for ratio in command.sweep or [command.keep_ratio]:
-            self._select(self.model, ratio)  # a selection that cannot be met is told before hours of training
+            self._select(
+                self.model, ratio, unit_norms
+            )  # a selection that cannot be met is told before hours of training
 
     def run(self) -> dict:
         """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
         with open_run(self.command.run, self.context) as top:
             report = self._steps(top)
             top.write_json("prune_report.json", report)
+            if self.teacher is not None:
+                top.figure(fidelity_by_block({row["when"]: row for row in report["rows"]}), "fidelity.png")
         say(self.context, "\n" + table(report))
         say(self.context, f"\nwritten to {top.path}")
         return report
@@ -134,7 +167,9 @@ class Pruning:
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
         select = "last" if name == "regularize" else ""
         stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
-        return replace(stage, loss="combine", blocks=tuple(self.config.replaced)) if self.distill else stage
+        if not self.distill:
+            return stage
+        return replace(stage, loss=self.command.distill_loss or "combine", blocks=tuple(self.config.replaced))
 
     def _task(self, model, regularizing: bool, stage: Stage, criterion):
         task, command = Distillation(model, self.teacher, stage, criterion), self.command
@@ -142,11 +177,19 @@ class Pruning:
             return task
         return Regularized(task, model, command.reg, command.decay, command.prune_mlp is not None, command.threshold)
 
-    def _select(self, model, ratio: float | None) -> tuple[Kept, Kept]:
+    def _seen(self, model, parts: Parts) -> Grams:
+        """What the units of parts carry on training images."""
+        images = first_batches(self.data, self.regularize.batch_size, self.context)
+        return unit_grams(model, parts, images, self.context, self.settings.autocast(self.context.device))
+
+    def _scores(self, model, parts: Parts) -> Norms:
+        return SCORES[self.command.score](parts, partial(self._seen, model, parts))
+
+    def _select(self, model, ratio: float | None, scores: Callable[[Parts], Norms]) -> tuple[Kept, Kept]:
         """What the flags keep: (of LSTM units, this share where one is given; of MLP units)."""
-        command, norms, mlp = self.command, unit_norms(replacements(model)), {}
+        command, norms, mlp = self.command, scores(replacements(model)), {}
         if command.prune_mlp:
-            mlp = keep_share(unit_norms(mlps(model)), command.prune_mlp, "--prune-mlp")
+            mlp = keep_share(scores(mlps(model)), command.prune_mlp, "--prune-mlp")
         if ratio:
             return keep_share(norms, ratio, "--sweep" if command.sweep else "--keep-ratio"), mlp
         if command.target_params:
@@ -155,9 +198,11 @@ class Pruning:
 
     def _prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
         """Shrinks and fine-tunes. Returns the model and what was measured after each."""
-        kept, mlp = self._select(model, ratio)
-        shrink(replacements(model), kept)
-        shrink(mlps(model), mlp)
+        kept, mlp = self._select(model, ratio, partial(self._scores, model))
+        for parts, units in ((replacements(model), kept), (mlps(model), mlp)):
+            if self.command.refit and units:
+                refit(parts, units, self._seen(model, parts))
+            shrink(parts, units)
         rows = [self._measure("pruned", model)]
         model = self._train(run, model, self.fine_tune, "fine-tune")
         if self.context.main:
@@ -170,12 +215,36 @@ class Pruning:
         return model, [*rows, self._measure("fine-tuned", model)]
 
     def _evaluate(self, model) -> dict[str, float]:
-        autocast = self.settings.autocast(self.context.device)
+        return evaluate(model, *self._evaluation())
+
+    def _evaluation(self) -> tuple:
+        """What `evaluate` and `fidelity` need besides models."""
         loader = self.data.val_loader(self.command.rates.asked.batch_size)
-        return evaluate(model, loader, self.context, autocast)
+        return loader, self.context, self.settings.autocast(self.context.device)
 
     def _measure(self, when: str, model) -> dict:
-        return {"when": when, **self._evaluate(model), **count_all(model, describe(model, self.config))}
+        row = {"when": when, **self._evaluate(model), **count_all(model, describe(model, self.config))}
+        if self.teacher is not None:
+            row |= fidelity(model, self.teacher, *self._evaluation())
+        return row
+
+
+class Column(NamedTuple):
+    title: str
+    key: str
+    width: int
+    form: str
+    scale: float = 1
+
+
+BASIC = [Column("top-1 %", "acc1", 9, ".2f"), Column("top-5 %", "acc5", 9, ".2f")]
+TAUGHT = [Column("agrees %", "agreement", 10, ".2f"), Column("KL", "kl", 8, ".4f")]  # where there is a teacher
+SIZES = [
+    Column("units", "units", 8, ""),
+    Column("parameters", "parameters", 13, ","),
+    Column("M MACs", "macs", 9, ".1f", 1e-6),
+    Column("kB", "bytes", 9, ".0f", 1e-3),
+]
 
 
 def table(report: dict) -> str:
@@ -183,10 +252,9 @@ def table(report: dict) -> str:
     rows = [*report["rows"], *({**r, "when": f"keep {r['keep_ratio']:g}"} for r in report.get("sweep", []))]
     if "teacher" in report:
         rows = [report["teacher"], *rows]
-    lines = [f"{'':<13}{'top-1 %':>9}{'top-5 %':>9}{'units':>8}{'parameters':>13}{'M MACs':>9}{'kB':>9}"]
-    for r in rows:
-        lines.append(
-            f"{r['when']:<13}{r['acc1']:>9.2f}{r['acc5']:>9.2f}{r['units']:>8}"
-            f"{r['parameters']:>13,}{r['macs'] / 1e6:>9.1f}{r['bytes'] / 1e3:>9.0f}"
-        )
+    columns = [*BASIC, *(TAUGHT if "teacher" in report else []), *SIZES]
+    lines = [" " * 13 + "".join(f"{c.title:>{c.width}}" for c in columns)]
+    for row in rows:
+        values = (f"{row[c.key] * c.scale:>{c.width}{c.form}}" for c in columns)
+        lines.append(f"{row['when']:<13}" + "".join(values))
     return "\n".join(lines)

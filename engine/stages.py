@@ -31,7 +31,7 @@ class Optim:
 class Stage:
     """`swapped`: blocks replaced when the stage begins; `blocks`: those it trains; `parts`: a key of PARTS.
 
-    `loss`: a key of engine.distill.LOSSES; `target`: what its similarity compares, `z` or `output`;
+    `loss`: what engine.distill.find_loss finds; `target`: what its similarity compares, `z` or `output`;
     `select`: the weights it hands on, `best` or `last`; empty is what the settings say.
     """
 

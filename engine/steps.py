@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data, DataConfig
 from engine.configs import FarSource, ModelConfig
-from engine.distill import check_reach
+from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
 from models.deit import create_teacher, load_published_weights, load_teacher_weights
@@ -26,6 +27,31 @@ def say(context: Context, text: str) -> None:
 def load_data(asked: DataConfig, input_size: int, context: Context) -> Data:
     """The data set at the model's image side."""
     return Data(replace(asked, input_size=input_size), context)
+
+
+def load_labelled(asked: DataConfig, input_size: int, context: Context) -> Data:
+    """The same, for what learns from labels. Raises FarError where the data set has none."""
+    data = load_data(asked, input_size, context)
+    if not data.labelled:
+        raise FarError(f"--dataset {asked.dataset}: has no labels to learn from; name a data set with classes")
+    return data
+
+
+@torch.no_grad()
+def answer_by(teacher: VisionTransformer | None, data: Data, settings: Settings, context: Context) -> None:
+    """Where there are no labels, evaluates by the teacher's answers. Raises FarError where there is no teacher."""
+    if data.labelled:
+        return
+    if teacher is None:
+        raise FarError(
+            f"--dataset {data.config.dataset}: has no labels, so a teacher must answer; name its weights with "
+            "--base-weight FILE"
+        )
+    autocast, answers = settings.autocast(context.device), []
+    for images, _ in data.val_loader(64):
+        with autocast():
+            answers += teacher.eval().to(context.device)(images.to(context.device)).argmax(1).tolist()
+    data.answer(answers, teacher.num_classes)
 
 
 def load_teacher(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
@@ -57,11 +83,22 @@ def check_backend(config: FarConfig, settings: Settings, context: Context) -> No
 
 def check_classes(where: str, config: FarConfig, data: Data, mend: str) -> None:
     """Raises FarError where the data set has other classes than the model of `where`, a flag and its file."""
-    if data.num_classes != config.num_classes:
+    if data.num_classes not in (None, config.num_classes):
         raise FarError(
             f"{where}: knows {config.num_classes} classes, --dataset {data.config.dataset} has {data.num_classes}; "
             f"move it there {mend}"
         )
+
+
+def check_labels(stages: list[Stage], data: Data) -> None:
+    """Raises FarError where a stage would learn from labels that the data set does not have."""
+    for stage in stages:
+        if not data.labelled and "labels" in find_loss(stage.loss).reads:
+            useful = " or ".join(name for name, loss in LOSSES.items() if "labels" not in loss.reads)
+            raise FarError(
+                f"stage {stage.name}: the loss {stage.loss} reads labels, and --dataset {data.config.dataset} has "
+                f"none; take {useful}"
+            )
 
 
 def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
@@ -70,6 +107,7 @@ def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
     if not kept:
         raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
     check_reach(kept)
+    check_labels(kept, data)
     for stage in kept:
         if (settings.mixup or settings.cutmix) and (least := data.smallest_batch(stage.optim.batch_size)) < 2:
             raise FarError(

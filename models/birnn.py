@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.merged import Merged, MergedBiRNN, merge
-from models.parts import Place, Replacement, safe_root, shrunk
+from models.parts import Bundle, Place, Replacement, safe_root, shrunk
 
 
 class Direction(nn.Module):
@@ -158,6 +158,14 @@ class MultiHeadBiRNN(Replacement):
         for h, proj in enumerate(self.head_proj):
             proj.weight = shrunk(proj.weight, torch.cat([readouts[h, 0], readouts[h, 1]], dim=1))
             proj.in_features = proj.weight.shape[1]
+
+    def bundles(self) -> list[Bundle]:
+        """A head's units: head_proj reads both directions, the gates their own, a step later."""
+        found = []
+        for h, (pair, proj) in enumerate(zip(self.lstm, self.head_proj, strict=True)):
+            gates = [(cell.weight_hh, cell.bias_hh, [(h, r)]) for r, cell in enumerate(pair)]
+            found.append(Bundle([(h, 0), (h, 1)], proj, [(proj.weight, proj.bias, [(h, 0), (h, 1)]), *gates]))
+        return found
 
     def saved(self, kept: Mapping[Place, Tensor]) -> int:
         def held(units: int) -> int:

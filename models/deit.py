@@ -133,6 +133,16 @@ def load_teacher_weights(model: VisionTransformer, path: str | Path, flag: str =
     return fits
 
 
+def count_answers(path: str | Path | None, flag: str = "--base-weight") -> int:
+    """The classes that a file of teacher weights knows; without a file, those of timm's."""
+    if path is None:
+        return 1000
+    head = teacher_state(load(path, flag), f"{flag} {path}").get("head.weight")
+    if head is None or head.ndim != 2:
+        raise FarError(f"{flag} {path}: holds no classifier; give a teacher's weights with one")
+    return len(head)
+
+
 def load_published_weights(model: VisionTransformer, base_model: str) -> None:
     """timm's pretrained weights by name, from its cache or the network; one clear error where neither has them."""
     if not TEACHERS[base_model].published:

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm.layers
 import torch
@@ -12,6 +12,14 @@ from models.merged import Merged
 
 Place = tuple[int, ...]
 MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
+
+
+class Bundle(NamedTuple):
+    """Hidden units whose values are seen together, and what reads them."""
+
+    places: list[Place]
+    seen: nn.Linear  # its inputs are the units of these places, in this order
+    readers: list[tuple[nn.Parameter, nn.Parameter, list[Place]]]  # weight, a column a unit of these places; bias
 
 
 def safe_root(squares: Tensor) -> Tensor:
@@ -59,6 +67,10 @@ class BlockPart(abc.ABC):
         """Keeps only the named units (ascending indices) of each place; tensors get smaller."""
 
     @abc.abstractmethod
+    def bundles(self) -> list[Bundle]:
+        """Every hidden unit, in one bundle each."""
+
+    @abc.abstractmethod
     def saved(self, kept: Mapping[Place, Tensor]) -> int:
         """The parameters that `shrink(kept)` would take away."""
 
@@ -74,6 +86,9 @@ class Unprunable(BlockPart):
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         if kept:
             raise KeyError(next(iter(kept)))
+
+    def bundles(self) -> list[Bundle]:
+        return []
 
     def saved(self, kept: Mapping[Place, Tensor]) -> int:
         return 0
@@ -105,6 +120,9 @@ class Mlp(timm.layers.Mlp, BlockPart):
             self.fc1.bias = shrunk(self.fc1.bias, self.fc1.bias[index])
             self.fc2.weight = shrunk(self.fc2.weight, self.fc2.weight[:, index])
             self.fc1.out_features = self.fc2.in_features = len(index)
+
+    def bundles(self) -> list[Bundle]:
+        return [Bundle([()], self.fc2, [(self.fc2.weight, self.fc2.bias, [()])])]
 
     def saved(self, kept: Mapping[Place, Tensor]) -> int:
         unit = self.fc1.in_features + 1 + self.fc2.out_features  # fc1's row and bias, fc2's column

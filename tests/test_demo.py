@@ -23,7 +23,10 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
             "pruned_acc1",
             "pruned_params",
             "kept_units",
+            "far_agreement",
+            "pruned_agreement",
         } <= summary.keys()
+        assert [len(r["output_error"]) for r in summary["fidelity"].values()] == [4] * 4
         assert set(summary["seconds"]) == {"teacher", "attn", "far", "downstream", "prune"}
     (tmp_path / "runs/demo/summary.json").rename(tmp_path / "kept.json")  # as if stopped before its end
     done = launch(*command, "--seeds", "1", cwd=tmp_path)
@@ -33,8 +36,8 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
     again = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     clocks = ("seconds", "total_seconds")
     assert {k: v for k, v in again.items() if k not in clocks} == {k: v for k, v in summary.items() if k not in clocks}
-    assert (tmp_path / "runs/demo/similarity.png").stat().st_size > 5000
-    assert "FAR after stage block" in done.stdout
+    assert (tmp_path / "runs/demo/fidelity.png").stat().st_size > 5000
+    assert "FAR after stage block" in done.stdout and "agrees %" in done.stdout
     assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6
     done = launch(
         str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path

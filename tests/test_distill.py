@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.distill import Distillation, forward_features, similarity
@@ -43,30 +42,68 @@ def test_features_are_those_of_an_ordinary_forward_and_z_precedes_the_projection
         torch.testing.assert_close(seen.output[1], model.blocks[1](seen.inputs[1]))
 
 
+def by_hand(name, ours, theirs, logits, answers, labels):
+    """A term of a loss over images, tokens and classes one by one, in float64."""
+    pairs = [(ours[i].detach().double(), theirs[i].double()) for i in ours]
+    if name == "similarity":
+        cosines = [
+            [[x @ y / x.norm() / y.norm() for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)]
+            for a, b in pairs
+        ]
+        return sum(1 - torch.tensor(c).mean() for c in cosines)
+    if name == "squared_error":
+        return sum(
+            sum((x - y).norm() ** 2 / y.norm() ** 2 for x, y in zip(a, b, strict=True)) / len(a) for a, b in pairs
+        )
+    p, q = answers.double().softmax(1), logits.double().softmax(1)
+    if name == "soft_kl":
+        return 16 * by_hand("kl", ours, theirs, logits / 4, answers / 4, labels)
+    if name == "kl":
+        return sum(p[n, c] * (p[n, c] / q[n, c]).log() for n in range(len(p)) for c in range(p.shape[1])) / len(p)
+    return -sum(q[n, label].log() for n, label in enumerate(labels)) / len(p)
+
+
+TERMS = {
+    "similarity": {"similarity"},
+    "classification": {"classification"},
+    "combine": {"similarity", "classification"},
+    "preserve": {"similarity", "squared_error", "kl"},
+    "kl": {"kl"},
+    "soft_kl": {"soft_kl"},
+    "squared_error+classification": {"squared_error", "classification"},
+}
+
+
 @pytest.mark.parametrize("source", ["teacher", "student"])
-@pytest.mark.parametrize("loss", ["similarity", "classification", "combine"])
-def test_losses_are_the_sums_their_names_say(loss, source):
+@pytest.mark.parametrize("target", ["z", "output"])
+@pytest.mark.parametrize("loss", TERMS)
+def test_losses_are_the_sums_their_names_say(loss, target, source):
     student, teacher = pair()
     student.eval()
+    with torch.no_grad():
+        student.head.bias.normal_()  # else both give nearly the same answers
     x, y = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
-    value, parts = Distillation(student, teacher, stage(loss), nn.CrossEntropyLoss(), source)(x, y)
+    value, parts = Distillation(student, teacher, stage(loss, target), nn.CrossEntropyLoss(), source)(x, y)
     own, theirs = (forward_features(m, x, (1, 2)) for m in (student, teacher))
-    expected = {}
-    if loss != "classification":
-        target = "z" if loss == "similarity" else "output"
-        read = own.inputs if source == "student" else theirs.inputs
-        total = 0
-        for i in (1, 2):
-            block = student.blocks[i]
-            mine = block.attn.mix(block.norm1(read[i])) if target == "z" else block(read[i])
-            total += (1 - F.cosine_similarity(mine, getattr(theirs, target)[i], dim=-1)).mean()
-        expected["similarity"] = total
-    if loss != "similarity":
-        expected["classification"] = F.cross_entropy(student(x), y)
+    compared = "output" if loss == "combine" else target
+    read, ours = own.inputs if source == "student" else theirs.inputs, {}
+    for i in (1, 2):
+        block = student.blocks[i]
+        ours[i] = block.attn.mix(block.norm1(read[i])) if compared == "z" else block(read[i])
+    goals = getattr(theirs, compared)
+    expected = {name: by_hand(name, ours, goals, student(x), teacher(x), y.tolist()) for name in TERMS[loss]}
     assert parts.keys() == expected.keys()
     for name in parts:
-        torch.testing.assert_close(parts[name], expected[name].detach())
-    torch.testing.assert_close(value, sum(expected.values()))
+        assert parts[name].item() == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-6), name
+    assert value.item() == pytest.approx(sum(v.item() for v in expected.values()), rel=1e-3)
+
+
+def test_weights_of_a_sum_count():
+    student, teacher = pair()
+    x, y = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
+    task = Distillation(student.eval(), teacher, stage("0.25*squared_error+30*kl"), nn.CrossEntropyLoss())
+    value, parts = task(x, y)
+    assert value.item() == pytest.approx(0.25 * parts["squared_error"].item() + 30 * parts["kl"].item(), rel=1e-5)
 
 
 def test_the_teacher_stays_frozen_and_in_eval_mode():

@@ -4,7 +4,18 @@ import ast
 
 from tests.conftest import ROOT
 
-PARTS = ("main.py", "prune.py", "visualization.py", "demo.py", "benchmark.py", "models", "engine", "datasets", "utils")
+PARTS = (
+    "main.py",
+    "prune.py",
+    "visualization.py",
+    "demo.py",
+    "study.py",
+    "benchmark.py",
+    "models",
+    "engine",
+    "datasets",
+    "utils",
+)
 SOURCES = [
     path for part in PARTS for path in ((ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part])
 ]

@@ -11,12 +11,13 @@ import torch
 import main
 from datasets.registry import SOURCES
 from engine import jobs
-from engine.distill import LOSSES
+from engine.distill import LOSSES, TERMS
 from engine.hoyer import REGULARIZERS
+from engine.pruning import SCORES
 from engine.train import AMP
-from models.bilstm import REPLACEMENTS
 from models.deit import TEACHERS, create_teacher
 from models.kernels import BACKENDS
+from models.replace import REPLACEMENTS
 from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
 from utils import names
 from utils.checkpoint import load
@@ -238,10 +239,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, i
             "--scale",
         ),
         (["--mode", "eval", *EVAL, "--far-weight", teacher], "holds a teacher"),
-        (
-            ["--mode", "eval", *EVAL, "--far-weight", far / "best.pth", *weight],
-            "--far-weight: --base-weight names the model",
-        ),
+        (["--mode", "eval", *EVAL, "--far-weight", far / "best.pth", "--base-weight", "tiny.pth"], "tiny.pth"),
         (["--mode", "downstream", *DIGITS, "--rep-by", "mixer"], "--rep-by: --mode downstream does not use it"),
         (["--mode", "eval", *EVAL, "--lr", "1"], "--lr: --mode eval does not use it"),
         (["--mode", "teacher", *DIGITS, "--step=2"], "--step: --mode teacher does not use it"),
@@ -252,6 +250,9 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, i
         ([*train, *weight, "--opt", "adahessian"], "--opt adahessian: .*second derivatives"),
         ([*train, *weight, "--block-ft-opt", "bnbadam"], "--block-ft-opt bnbadam"),
         ([*train, *weight, "--lr", "inf"], "--lr: inf"),
+        ([*train, *weight, "--train-loss", "kl+nope"], "--train-loss: kl\\+nope is none of .* nor a sum"),
+        ([*train, *weight, "--block-ft-train-loss", "kl+2*kl"], "--block-ft-train-loss: .* nor a sum"),
+        ([*train, *weight, "--train-loss", "-1*kl"], "--train-loss"),
         ([*train, *weight, "--lr", "1e400"], "--lr: 1e400"),
         ([*train, *weight, "--weight-decay", "nan"], "--weight-decay: nan"),
         ([*train, *weight, "--batch-size", "1e20"], "whole number"),
@@ -333,8 +334,14 @@ def test_help_is_grouped_and_shows_defaults(capsys):
 
 def test_the_parsers_names_are_those_of_the_registries():
     assert tuple(TEACHERS) == names.MODELS and tuple(REPLACEMENTS) == names.REPLACEMENTS and BACKENDS == names.BACKENDS
-    assert tuple(SOURCES) == names.DATASETS and tuple(LOSSES) == names.LOSSES and tuple(AMP) == names.AMP
+    assert (
+        tuple(SOURCES) == names.DATASETS
+        and tuple(LOSSES) == names.LOSSES
+        and tuple(TERMS) == names.TERMS
+        and tuple(AMP) == names.AMP
+    )
     assert tuple(jobs.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
+    assert tuple(SCORES) == names.SCORES
     assert all(callable(getattr(jobs, mode.job)) for mode in main.MODES.values())
 
 

@@ -64,13 +64,16 @@ def test_a_gru_is_refused_by_kernels_for_lstms_before_a_run():
         fuse(model_of("gru").float(), torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    "question", ["macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "merged", "maps", "check_backend"]
+QUESTIONS = (
+    *("macs", "unit_norms", "bundles", "saved", "shrink", "sizes", "full_sizes"),
+    *("merged", "maps", "check_backend"),
 )
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_a_replacement_that_leaves_a_question_open_cannot_be_made(question):
     members = {name: getattr(TokenMixer, name) for name in dir(TokenMixer) if name in ("mix", "forward")}
-    asked = ("macs", "unit_norms", "saved", "shrink", "sizes", "full_sizes", "merged", "maps", "check_backend")
-    answers = {name: getattr(TokenMixer, name) for name in asked}
+    answers = {name: getattr(TokenMixer, name) for name in QUESTIONS}
     type("Whole", (Replacement,), {**members, **answers})(64, 2, 65)
     answers.pop(question)
     with pytest.raises(TypeError, match=question):

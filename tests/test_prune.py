@@ -249,6 +249,9 @@ def test_a_pruned_model_can_be_pruned_again(pruned, tmp_path):
         "--ft-epochs 2",
         "--lr 1e-2",
         "--no-distill",
+        "--distill-loss preserve",
+        "--score carried",
+        "--refit",
         "--sensitivity 0.9",
         "--target-params 250000",
         "--keep-ratio 0.3",
@@ -308,6 +311,7 @@ def test_a_killed_pruning_resumes_bit_equal(far, tmp_path, stop):
 
 def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
     argv = ["--model-path", str(far / "best.pth"), *SMALL, "--drop-path", "0", "--sweep", "0.5,0.2", "--select", "last"]
+    argv += ["--score", "carried", "--refit"]
     one = launch(str(ROOT / "prune.py"), *argv, "--output-dir", "a", cwd=tmp_path)
     two = launch(
         *"-m torch.distributed.run --standalone --nproc_per_node=2".split(),
@@ -344,6 +348,8 @@ def test_the_lines_of_section_7_parse_as_written(line):
         ("--keep-ratio 0.01", "smallest possible is 0.03125"),
         ("--target-params 1000", "smallest possible"),
         ("--distill", "--base-weight"),
+        ("--distill-loss preserve", "--distill-loss: needs a teacher"),
+        ("--distill-loss nope", "nor a sum like"),
         ("--base-weight nowhere.pth", "nowhere.pth"),
         ("--scale Tiny", "--scale"),
         ("--model-path none.pth", "none.pth"),

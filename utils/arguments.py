@@ -103,6 +103,19 @@ def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
 
+def loss(text: str) -> str:
+    """A loss by name, or a sum of terms."""
+    try:
+        if text not in names.LOSSES:
+            names.loss_terms(text)
+    except ValueError:
+        known, terms = ", ".join(names.LOSSES), ", ".join(names.TERMS)
+        raise argparse.ArgumentTypeError(
+            f"{text:.80} is none of {known}, nor a sum like similarity+0.5*kl of {terms}"
+        ) from None
+    return text
+
+
 def add_file(group, flag: str, meaning: str) -> None:
     group.add_argument(flag, type=path, metavar="FILE", help=meaning)
 

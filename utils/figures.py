@@ -57,24 +57,26 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def similarity_bars(similarity: dict[str, list[float]]) -> Figure:
-    """Mean cosine similarity of z to the teacher's, by block; one group of bars per label (before, after)."""
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(similarity)
-    for k, (label, values) in enumerate(similarity.items()):
-        bars = axis.bar(
-            [i + (k - (len(similarity) - 1) / 2) * width for i in range(len(values))],
-            values,
-            width,
-            label=label,
-            color=COLOURS[k],
-        )
-        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
-    axis.set(xlabel="block", ylabel="cosine similarity of z", ylim=(min(0, *map(min, similarity.values())) - 0.1, 1.2))
-    axis.set_xticks(range(len(values)))
-    axis.axhline(0, color="0.5", lw=0.6)
-    axis.legend(fontsize=8, ncols=2, loc="upper center")
+def fidelity_by_block(reports: dict[str, dict[str, Any]]) -> Figure:
+    """How far a student's blocks are from its teacher's, a group of bars per label (before, after, pruned)."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    width = 0.8 / len(reports)
+    for axis, key, label in zip(
+        figure.subplots(1, 2),
+        ("z_similarity", "output_error"),
+        ("cosine similarity of z", "relative error of outputs"),
+        strict=True,
+    ):
+        for k, (name, report) in enumerate(reports.items()):
+            values = list(report[key].values())
+            places = [i + (k - (len(reports) - 1) / 2) * width for i in range(len(values))]
+            bars = axis.bar(places, values, width, label=name, color=COLOURS[k])
+            axis.bar_label(bars, fmt="%.2f", fontsize=5, padding=1)
+        axis.set(xlabel="block", ylabel=label)
+        axis.set_xticks(range(len(values)), report[key])
+        axis.axhline(0, color="0.5", lw=0.6)
+        axis.margins(y=0.1)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=len(reports), loc="outside upper center")
     return figure
 
 

@@ -5,9 +5,24 @@ SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
 REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
-DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "DIGITS")
-LOSSES = ("similarity", "classification", "combine")  # engine.distill.LOSSES
+DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
+LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
+# engine.distill.TERMS: what a loss is a sum of
+TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
+SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
 SENSITIVITY = 1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's (README)
+
+
+def loss_terms(text: str) -> dict[str, float]:
+    """`similarity+0.5*kl` as {term: weight}. Raises ValueError."""
+    terms: dict[str, float] = {}
+    for word in text.split("+"):
+        weight, _, name = word.rpartition("*")
+        value = float(weight or 1)
+        if name not in TERMS or name in terms or not 0 < value < 1e6:
+            raise ValueError(word)
+        terms[name] = value
+    return terms

@@ -1,0 +1,141 @@
+"""What keeps the teacher's function: losses and pruning rules, measured on held-out training images of the digits.
+
+python3 study.py --seeds 0 1 2               every row; an interrupted study goes on where it stopped
+python3 study.py --rows preserve "by norm"   the rows that are named like this
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+from demo import ATTN, BLOCK, DIGITS, TEACHER, Demo, write_json
+from demo import PRUNE as PRUNING
+from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.errors import FarError, run_script
+
+HOLDOUT = ["--holdout", "0.2"]  # nothing is tuned on the evaluation split
+
+
+def both(loss: str, *more: str) -> tuple[list[str], list[str]]:
+    """A loss in both stages."""
+    return ["--train-loss", loss, *more], ["--block-ft-train-loss", loss, *more]
+
+
+# By name: flags of stage attn (None leaves it out) and of stage block, besides the demo's; 32 epochs in each row.
+DISTILLING: dict[str, tuple[list[str] | None, list[str]]] = {
+    "combine": ([], []),
+    "preserve": both("preserve"),
+    "similarity": both("similarity"),
+    "kl": both("kl"),
+    "similarity+kl": both("similarity+kl"),
+    "squared_error+kl": both("squared_error+kl"),
+    "preserve with kl times 3": both("similarity+squared_error+3*kl"),
+    "preserve with kl times 10": both("similarity+squared_error+10*kl"),
+    "preserve, kl at temperature 4": both("similarity+squared_error+soft_kl"),
+    "preserve, images mixed": both("preserve", "--mixup", "0.8"),
+    "preserve, then combine": (["--train-loss", "preserve"], []),
+    "preserve, teacher's inputs first": (
+        ["--train-loss", "preserve", "--distill-input", "teacher"],
+        ["--block-ft-train-loss", "preserve"],
+    ),
+    "preserve, both stages in one": (
+        None,
+        "--block-ft-train-loss preserve --block-ft-epochs 32 --block-ft-lr 3e-3 --block-ft-warmup-epochs 3".split(),
+    ),
+}
+REGULARIZED = "--epochs 6 --ft-epochs 12".split()
+TUNED_ONLY = "--reg 0 --epochs 0 --ft-epochs 18".split()
+# By name: flags of prune.py besides the demo's; 18 epochs in each row, from the row `preserve`.
+PRUNED = {
+    "by norm, Hoyer-square, combine": ["--reg", "3", *REGULARIZED],
+    "by norm, group L1, combine": ["--reg", "1", *REGULARIZED],
+    "by norm, no regularizer, combine": TUNED_ONLY,
+    "by norm, no regularizer, preserve": [*TUNED_ONLY, "--distill-loss", "preserve"],
+    "carried, preserve": [*TUNED_ONLY, "--distill-loss", "preserve", "--score", "carried"],
+    "carried, refit, preserve": [*TUNED_ONLY, "--distill-loss", "preserve", "--score", "carried", "--refit"],
+    "carried, refit, combine": [*TUNED_ONLY, "--score", "carried", "--refit"],
+    "carried, refit, preserve, Hoyer-square": [
+        *("--reg", "3", *REGULARIZED),
+        *("--distill-loss", "preserve", "--score", "carried", "--refit"),
+    ],
+}
+KEEP = "0.5,0.3,0.1"
+COLUMNS = {"top-1 %": "acc1", "agrees %": "agreement", "KL": "kl"}
+
+
+def folder(kind: str, row: str) -> str:
+    return kind + "-" + "".join(c if c.isalnum() else "-" for c in row)
+
+
+def distil(demo: Demo, row: str) -> dict:
+    """A row of DISTILLING; returns its result.json."""
+    attn, block = DISTILLING[row]
+    weight, start = ["--base-weight", demo.best("teacher"), *demo.data], []
+    if attn is not None:
+        demo.stage(folder("attn", row), *ATTN, *weight, *attn)
+        start = ["--attn-weight", demo.best(folder("attn", row))]
+    return demo.stage(folder("block", row), *BLOCK, *weight, *start, *block)
+
+
+def prune(demo: Demo, row: str) -> dict[str, dict]:
+    """A row of PRUNED at each of KEEP, by name."""
+    weight = ["--base-weight", demo.best("teacher"), *demo.data]
+    model = ["--model-path", demo.best(folder("block", "preserve"))]
+    rule = PRUNING.index("--keep-ratio")
+    asked = [*PRUNING[:rule], *PRUNING[rule + 2 :], "--sweep", KEEP]
+    report = demo.prune(*asked, *weight, *model, *PRUNED[row], name=folder("prune", row))
+    return {f"{row}, keep {point['keep_ratio']:g}": point for point in report["sweep"]}
+
+
+def study(root: Path, seeds: list[int], rows: list[str], epochs: str = "", subset: str = "1") -> dict[str, list[dict]]:
+    """All named rows, seed by seed, also in root/study.json as they come."""
+    found: dict[str, list[dict]] = {}
+    for seed in seeds:
+        demo = Demo(root / str(seed), seed, [*DIGITS, *HOLDOUT, "--train-subset", subset], epochs)
+        demo.root.mkdir(parents=True, exist_ok=True)
+        demo.stage("teacher", *TEACHER, *demo.data)
+        for row in rows:
+            for name, result in ({row: distil(demo, row)} if row in DISTILLING else prune(demo, row)).items():
+                found.setdefault(name, []).append(result)
+            write_json(root / "study.json", found)
+    return found
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    """Means over the seeds, and z's least cosine and the block outputs' largest error of all blocks and seeds."""
+    lines = [f"{'':<52}" + "".join(f"{title:>10}" for title in (*COLUMNS, "least cos", "most error"))]
+    for name, results in found.items():
+        values = [mean(r[key] for r in results) for key in COLUMNS.values()]
+        least = min(v for r in results for v in r["z_similarity"].values())
+        most = max(v for r in results for v in r["output_error"].values())
+        numbers = "".join(f"{v:>10.{digits}f}" for v, digits in zip(values, (2, 2, 4), strict=True))
+        lines.append(f"{name:<52}{numbers}{least:>10.3f}{most:>10.3f}")
+    return "\n".join(lines)
+
+
+def chosen(words: list[str]) -> list[str]:
+    """The rows that hold one of the words; those that are pruned need the row `preserve`. Raises FarError on none."""
+    rows = [row for row in (*DISTILLING, *PRUNED) if any(word in row for word in words)]
+    if not rows:
+        raise FarError(f"--rows {' '.join(words)}: no row is named like this; there are {'; '.join(DISTILLING)}; ...")
+    needed = ["preserve"] * (bool(PRUNED.keys() & rows) and "preserve" not in rows)
+    return [*needed, *rows]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=path, default=Path("runs/study"), help="where everything goes")
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="each has a folder of its own")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="WORDS", help="those whose names hold one of these")
+    parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try the study out")
+    parser.add_argument(
+        "--train-subset", type=PART, default=1.0, help="share of the training images, to try the study out"
+    )
+    args = parser.parse_args(argv)
+    found = study(args.output_dir, args.seeds, chosen(args.rows), str(args.epochs or ""), f"{args.train_subset:g}")
+    print(f"\nmeans of seeds {' '.join(map(str, args.seeds))}, on held-out training images\n{table(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

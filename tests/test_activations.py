@@ -1,0 +1,138 @@
+"""What units carry, and the closed form that makes up for removed ones, against numpy on hidden states written out."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from engine.activations import RIDGE, carried, refit, unit_grams
+from engine.hoyer import unit_norms
+from engine.shrink import keep_share, shrink
+from engine.train import Settings
+from models.replace import FarConfig, build, mlps, replacements
+from tests.test_prune import RECURRENT, relative_error
+from utils.distributed import Context
+
+UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
+PLAIN = Settings().autocast(torch.device("cpu"))
+
+
+def model_of(rep_by="multi-lstm"):
+    model = build(FarConfig("DeiT-Micro", 10, 32, rep_by=rep_by, replaced=(0, 2, 3), units=UNITS)).double().eval()
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def grams_of(model, parts, images):
+    return unit_grams(model, parts, images.split(3), Context(), PLAIN)
+
+
+@torch.no_grad()
+def written_out(model, images):
+    """Values of all hidden units, (B N, u) in numpy: of each replaced block's heads, and of each MLP."""
+    x, heads, hidden = model._pos_embed(model.patch_embed(images)), {}, {}
+    for i, block in enumerate(model.blocks):
+        if i in replacements(model):
+            attn, read = block.attn, block.norm1(x)
+            p = attn.pre_proj(read).view(*read.shape[:2], attn.num_heads, attn.width)
+            split = attn.hidden(p).split([sum(pair) for pair in attn.sizes], dim=2)
+            heads |= {(i, h): units.flatten(0, 1).numpy() for h, units in enumerate(split)}
+        between = x + block.attn(block.norm1(x))
+        hidden[i] = block.mlp.act(block.mlp.fc1(block.norm2(between))).flatten(0, 1).numpy()
+        x = block(x)
+    return heads, hidden
+
+
+@RECURRENT
+def test_a_units_score_is_its_deviation_times_its_column(rep_by):
+    model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    heads, hidden = written_out(model, images)
+    found = carried(replacements(model), grams_of(model, replacements(model), images))
+    assert found.keys() == unit_norms(replacements(model)).keys()
+    for (i, h), units in heads.items():
+        columns = model.blocks[i].attn.head_proj[h].weight.detach().numpy()
+        expected = [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]
+        assert torch.cat([found[i, h, 0], found[i, h, 1]]).tolist() == pytest.approx(expected, rel=1e-6)
+    scores = carried(mlps(model), grams_of(model, mlps(model), images))
+    for i, units in hidden.items():
+        columns = model.blocks[i].mlp.fc2.weight.detach().numpy()
+        expected = [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]
+        assert scores[i,].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def guess(units, stays):
+    """Ridge regression of the removed units on the kept ones and 1: coefficients (kept, removed), constants."""
+    mean, penalty = units.mean(0), RIDGE * units.var(0).mean() * len(units)
+    x, y = units[:, stays] - mean[stays], units[:, ~stays] - mean[~stays]
+    x = np.concatenate([x, np.sqrt(penalty) * np.eye(stays.sum())])
+    y = np.concatenate([y, np.zeros((stays.sum(), (~stays).sum()))])
+    coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
+    return coefficients, mean[~stays] - mean[stays] @ coefficients
+
+
+@RECURRENT
+def test_refitted_weights_are_those_of_a_regression_written_out(rep_by):
+    model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    heads, _ = written_out(model, images)
+    parts, before = replacements(model), copy.deepcopy(model)
+    kept = keep_share(unit_norms(parts), 0.5)
+    refit(parts, kept, grams_of(model, parts, images))
+    shrink(parts, kept)
+    for (i, h), units in heads.items():
+        old, new = before.blocks[i].attn, model.blocks[i].attn
+        sizes = old.sizes[h]
+        stays = [np.isin(np.arange(u), kept[i, h, r].numpy()) for r, u in enumerate(sizes)]
+        pieces = np.split(units, [sizes[0]], axis=1)
+        gates = [
+            (old.lstm[h][r].weight_hh, old.lstm[h][r].bias_hh, new.lstm[h][r].weight_hh, new.lstm[h][r].bias_hh)
+            for r in (0, 1)
+        ]
+        read = (old.head_proj[h].weight, old.head_proj[h].bias, new.head_proj[h].weight, new.head_proj[h].bias)
+        rows = [old.lstm[h][r].by_gate(torch.arange(len(gates[r][1])))[:, kept[i, h, r]].flatten() for r in (0, 1)]
+        for values, stay, (w, b, w_new, b_new), row in (
+            (units, np.concatenate(stays), read, slice(None)),
+            (pieces[0], stays[0], gates[0], rows[0]),
+            (pieces[1], stays[1], gates[1], rows[1]),
+        ):
+            coefficients, constants = guess(values, stay)
+            w, b = w.detach().numpy(), b.detach().numpy()
+            expected = w[:, stay] + w[:, ~stay] @ coefficients.T
+            np.testing.assert_allclose(w_new.detach().numpy(), expected[row], rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(b_new.detach().numpy(), (b + w[:, ~stay] @ constants)[row], rtol=1e-6, atol=1e-9)
+
+
+@RECURRENT
+def test_a_unit_that_another_repeats_can_go_once_refitted(rep_by):
+    model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    kept = {place: torch.arange(len(s)) for place, s in unit_norms(replacements(model)).items()}
+    with torch.no_grad():
+        for block, h, r in ((0, 0, 1), (3, 1, 0)):
+            cell = model.blocks[block].attn.lstm[h][r]
+            for w in cell.cell():
+                cell.by_gate(w)[:, 4] = cell.by_gate(w)[:, 9]  # unit 4's rows are unit 9's: so are its values
+            kept[block, h, r] = torch.tensor([j for j in range(32) if j != 4])
+        expected, errors = model(images), []
+        for mend in (False, True):
+            other = copy.deepcopy(model)
+            parts = replacements(other)
+            if mend:
+                refit(parts, kept, grams_of(other, parts, images))
+            shrink(parts, kept)
+            errors.append(relative_error(other(images), expected))
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_a_constant_unit_goes_into_the_bias_exactly():
+    model, images = model_of(), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    parts = mlps(model)
+    kept = {(i,): torch.arange(256) for i in parts}
+    kept[1,] = torch.arange(255)
+    with torch.no_grad():
+        parts[1].fc1.weight[255], parts[1].fc1.bias[255] = 0, 2.0
+        expected = model(images)
+        refit(parts, kept, grams_of(model, parts, images[:2]))
+        shrink(parts, kept)
+        assert parts[1].sizes == 255 and relative_error(model(images), expected) < 1e-10

@@ -1,0 +1,153 @@
+"""What a student keeps of its teacher, against plain loops; over two processes; and where every command reports it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import main
+import prune
+from engine.fidelity import fidelity
+from engine.pruning import table
+from engine.train import Settings
+from models.deit import create_teacher
+from models.replace import swap_attention
+from tests.conftest import BATCH, EVAL, QUIET, launch, torchrun
+from utils.distributed import Context
+from utils.figures import fidelity_by_block
+
+KEYS = {"agreement", "kl", "teacher_acc1", "teacher_errors", "repeated_errors", "z_similarity", "output_error"}
+PLAIN = Settings().autocast(torch.device("cpu"))
+
+
+def pair():
+    """A teacher and a student of it that answers alike on some images and otherwise on others."""
+    teacher, student = (create_teacher("DeiT-Micro", 4, 32) for _ in range(2))
+    student.load_state_dict(teacher.state_dict())
+    swap_attention(student, (1, 3), "multi-lstm")
+    with torch.no_grad():
+        for model in (teacher, student):
+            model.head.weight.mul_(20)
+            model.head.bias.normal_(std=0.05)
+    return student, teacher
+
+
+def seen(model, images):
+    """Logits, and z and output by block, as an ordinary forward pass leaves them, in float64 numpy."""
+    z, output, handles = {}, {}, []
+    for i, block in enumerate(model.blocks):
+        proj = block.attn.proj if hasattr(block.attn, "qkv") else block.attn.post_proj
+        handles.append(proj.register_forward_hook(lambda m, args, out, i=i: z.update({i: args[0]})))
+        handles.append(block.register_forward_hook(lambda m, args, out, i=i: output.update({i: out})))
+    with torch.no_grad():
+        logits = model.eval()(images)
+    for handle in handles:
+        handle.remove()
+    return logits.double().numpy(), *({i: v.double().numpy() for i, v in maps.items()} for maps in (z, output))
+
+
+def by_hand(student, teacher, images, labels):
+    ours, theirs = seen(student, images), seen(teacher, images)
+    same = wrong = repeated = 0
+    kl = []
+    for a, b, label in zip(ours[0], theirs[0], labels.tolist(), strict=True):
+        p, q = (np.exp(v - v.max()) / np.exp(v - v.max()).sum() for v in (b, a))
+        kl.append(sum(p[c] * (np.log(p[c]) - np.log(q[c])) for c in range(len(p))))
+        same += a.argmax() == b.argmax()
+        wrong += b.argmax() != label
+        repeated += b.argmax() != label and a.argmax() == b.argmax()
+    n = len(labels)
+    cosines, errors = {}, {}
+    for i in range(4):
+        pairs = [(x, y) for k in range(n) for x, y in zip(ours[1][i][k], theirs[1][i][k], strict=True)]
+        cosines[i] = np.mean([x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in pairs])
+        errors[i] = np.linalg.norm((ours[2][i] - theirs[2][i]).ravel()) / np.linalg.norm(theirs[2][i].ravel())
+    return {
+        "agreement": 100 * same / n,
+        "kl": np.mean(kl),
+        "teacher_acc1": 100 - 100 * wrong / n,
+        "teacher_errors": wrong,
+        "repeated_errors": repeated,
+        "z_similarity": cosines,
+        "output_error": errors,
+    }
+
+
+def test_fidelity_equals_loops_over_images_tokens_and_classes():
+    images, same = 3 * torch.randn(23, 3, 32, 32) + torch.randn(23, 3, 1, 1), 0
+    while not 5 < same < 18:  # some pairs agree on nearly all images, or none
+        student, teacher = pair()
+        answers = [model.eval()(images).argmax(1) for model in (student, teacher)]
+        same = (answers[0] == answers[1]).sum()
+    labels = torch.cat([answers[1][:9], torch.randint(4, (14,))])
+    labels[(answers[0] == answers[1]).nonzero()[0]] = 4  # nobody's answer: an error that is repeated
+    labels[(answers[0] != answers[1]).nonzero()[0]] = 4  # one that is not
+    student.train()
+    found = fidelity(student, teacher, DataLoader(TensorDataset(images, labels), 5), Context(), PLAIN)
+    assert student.training
+    expected = by_hand(student, teacher, images, labels)
+    assert found.keys() == KEYS == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-4), key
+    assert 0 < expected["repeated_errors"] < expected["teacher_errors"] < 23
+
+
+def test_a_model_keeps_all_of_itself():
+    _, teacher = pair()
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 32, 32), torch.randint(4, (6,))), 4)
+    found = fidelity(teacher, teacher, loader, Context(), PLAIN)
+    assert found["agreement"] == 100 and found["kl"] == pytest.approx(0, abs=1e-9)
+    assert found["repeated_errors"] == found["teacher_errors"]
+    assert set(found["output_error"].values()) == {0.0} and min(found["z_similarity"].values()) > 1 - 1e-5
+
+
+def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
+    argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
+    assert main.main([*argv, "--output-dir", str(tmp_path / "one")]) == 0
+    two = launch(*torchrun(*argv, "--batch-size", "37", "--output-dir", "two"), cwd=tmp_path)
+    assert two.returncode == 0 and "agrees with its teacher" in two.stdout, two.stderr
+    one, two = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("one", "two"))
+    assert one.keys() == two.keys() >= KEYS
+    for key in KEYS:
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+def test_training_and_eval_report_the_same_of_the_same_weights(far, teacher, tmp_path, capsys):
+    trained = json.loads((far / "result.json").read_text())
+    argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
+    for name, more in (("run", []), ("fused", ["--fuse", "float32"])):
+        assert main.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
+        assert f"agrees with its teacher on {trained['agreement']:.2f} %" in capsys.readouterr().out or more
+    plain, fused = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "fused"))
+    assert trained.keys() - plain.keys() == set() and trained["teacher_acc1"] == plain["teacher_acc1"]
+    for key in KEYS:
+        assert trained[key] == pytest.approx(plain[key], rel=1e-5), key
+    assert fused["kl"] == pytest.approx(plain["kl"], abs=1e-3) and "z_similarity" not in fused
+
+
+def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tmp_path, capsys):
+    small = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, *BATCH, "--epochs", "0"]
+    argv = ["--model-path", str(far / "best.pth"), *small, "--ft-epochs", "0", "--keep-ratio", "0.5"]
+    for name, more in (("without", []), ("with", ["--base-weight", str(teacher)])):
+        assert prune.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
+        report = json.loads((tmp_path / name / "prune_report.json").read_text())
+        said = table(report)
+        assert said in capsys.readouterr().out
+        widths = {len(line) for line in said.splitlines()}
+        assert len(widths) == 1 and ("agrees %" in said) == bool(more) == (tmp_path / name / "fidelity.png").exists()
+        rows = [*report["rows"], report.get("teacher", report["rows"][0])]
+        assert all((row.keys() >= KEYS) == bool(more) for row in rows)
+    assert report["teacher"]["agreement"] == 100 > report["rows"][-1]["agreement"]
+
+
+def test_the_figure_draws_what_it_is_given():
+    reports = {
+        name: {key: {str(i): np.random.default_rng(i).random() + k for i in (0, 2, 3)} for key in KEYS}
+        for k, name in enumerate(("before", "after attn", "after block", "pruned"))
+    }
+    for axis, key in zip(fidelity_by_block(reports).axes, ("z_similarity", "output_error"), strict=True):
+        heights = [bar.get_height() for group in axis.containers for bar in group]
+        assert heights == [value for report in reports.values() for value in report[key].values()]
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "2", "3"]

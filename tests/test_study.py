@@ -1,0 +1,49 @@
+"""The study runs its rows by one command, goes on where it stopped, and averages what the runs reported."""
+
+import json
+
+import pytest
+
+import study
+
+
+def test_the_study_runs_named_rows_once_and_prints_their_means(tmp_path, capsys):
+    argv = ["--epochs", "1", "--train-subset", "0.03", "--seeds", "4", "--rows", "times 3", "refit, combine"]
+    argv += ["--output-dir", str(tmp_path)]
+    assert study.main(argv) == 0
+    said, weights = capsys.readouterr().out, sorted(tmp_path.rglob("best.pth"))
+    found = json.loads((tmp_path / "study.json").read_text())
+    pruned = [f"carried, refit, combine, keep {ratio}" for ratio in (0.5, 0.3, 0.1)]
+    assert list(found) == ["preserve", "preserve with kl times 3", *pruned]
+    args = json.loads((tmp_path / "4/block-preserve-with-kl-times-3/args.json").read_text())["args"]
+    assert (args["holdout"], args["block_ft_train_loss"]) == (0.2, "similarity+squared_error+3*kl")
+    times = [path.stat().st_mtime_ns for path in weights]
+    assert study.main(argv) == 0
+    assert [path.stat().st_mtime_ns for path in weights] == times and len(weights) == 9
+    assert capsys.readouterr().out.splitlines()[-6:] == said.splitlines()[-6:]
+
+
+def test_the_table_shows_means_and_extremes():
+    def result(x):
+        inside = {"z_similarity": {"0": x / 10, "1": 0.9}, "output_error": {"0": x, "1": 0.1}}
+        return {"acc1": 90 + x, "agreement": 95 - x, "kl": x / 100, **inside}
+
+    line = study.table({"row": [result(1), result(3)]}).splitlines()[-1]
+    assert line.split() == ["row", "92.00", "93.00", "0.0200", "0.100", "3.000"]
+
+
+def test_a_row_that_is_not_there_is_one_line(failure, tmp_path):
+    line = failure("--rows", "nope", "--output-dir", tmp_path / "out", script=study.main)
+    assert "--rows nope" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row", [*study.DISTILLING, *study.PRUNED])
+def test_every_row_has_the_same_budget(row):
+    if row in study.DISTILLING:
+        attn, block = study.DISTILLING[row]
+        lines = [[*study.BLOCK, *block]] + ([] if attn is None else [[*study.ATTN, *attn]])
+        flags = {"--epochs", "--block-ft-epochs"}
+    else:
+        lines, flags = [[*study.PRUNING, *study.PRUNED[row]]], {"--epochs", "--ft-epochs"}
+    last = [{flag: int(value) for flag, value in zip(line, line[1:], strict=False) if flag in flags} for line in lines]
+    assert sum(sum(found.values()) for found in last) == (32 if row in study.DISTILLING else 18)

@@ -1,0 +1,104 @@
+"""Distillation that sees no label: of a labelled data set, and of a folder of pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import prune
+from datasets import registry
+from datasets.loading import Data, DataConfig, eval_transform
+from models.deit import create_teacher, load_teacher_weights
+from models.replace import load_model
+from tests.conftest import BATCH, BLOCK_BATCH, QUIET, TRAIN, write_images
+from utils.checkpoint import load
+from utils.distributed import Context
+
+PRESERVE = "--train-loss preserve --block-ft-train-loss preserve --epochs 1 --block-ft-epochs 1 --select last".split()
+PICTURES = ["--dataset", "IMAGES", "--scale", "Micro", *QUIET]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """24 pictures, some of them in a folder below."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_images(folder, 13, size=32)
+    write_images(folder / "more/below", 11, size=32, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize(("loss", "reads"), [("preserve", False), ("combine", True)])
+def test_a_run_on_preserve_never_sees_a_label(loss, reads, teacher, tmp_path, monkeypatch):
+    argv = [*TRAIN, "--train-subset", "0.06", "--base-weight", str(teacher), *PRESERVE]
+    argv += ["--train-loss", loss, "--block-ft-train-loss", loss, "--holdout", "0.02"]
+    assert main.main([*argv, "--output-dir", str(tmp_path / "true")]) == 0
+    init = registry.Digits.__init__
+
+    def permuted(self, train):
+        init(self, train)
+        self.targets = np.random.default_rng().permutation(self.targets).tolist()
+
+    monkeypatch.setattr(registry.Digits, "__init__", permuted)
+    assert main.main([*argv, "--output-dir", str(tmp_path / "permuted")]) == 0
+    a, b = (load(tmp_path / run / "best.pth", "--test")["model"] for run in ("true", "permuted"))
+    assert all(torch.equal(a[name], b[name]) for name in a) != reads
+
+
+def test_a_folder_of_pictures_is_enough(pictures, teacher, tmp_path):
+    argv = ["--mode", "train", *PICTURES, *BATCH, *BLOCK_BATCH, "--data-path", str(pictures), *PRESERVE]
+    weight = ["--base-weight", str(teacher)]
+    assert main.main([*argv, *weight, "--batch-size", "8", "--output-dir", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    student, config = load_model(tmp_path / "run/best.pth", "--test")
+    reference = create_teacher("DeiT-Micro", 10, 32).eval()
+    load_teacher_weights(reference, teacher)
+    files = sorted(pictures.rglob("*.jpg"))
+    transform = eval_transform(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"])
+    batch = torch.stack([transform(registry.read_image(file)) for file in files[::10]])
+    with torch.no_grad():
+        same = (student(batch).argmax(1) == reference(batch).argmax(1)).sum().item()
+    assert config.num_classes == 10 and result["images"] == len(batch) == 3
+    assert result["acc1"] == pytest.approx(100 * same / 3) == pytest.approx(result["agreement"])
+    assert result["teacher_acc1"] == 100 and result["teacher_errors"] == 0
+    assert len(Data(DataConfig("IMAGES", pictures, 32), Context()).train) == 21
+
+    far = ["--far-weight", str(tmp_path / "run/best.pth"), "--dataset", "IMAGES", "--data-path", str(pictures)]
+    assert main.main(["--mode", "eval", *far, *weight, "--num-workers", "0", "--output-dir", str(tmp_path / "e")]) == 0
+    assert json.loads((tmp_path / "e/result.json").read_text())["agreement"] == result["agreement"]
+
+
+def test_each_process_evaluates_by_its_own_answers():
+    wanted = torch.randint(10, (360,)).tolist()
+    for world in (1, 2, 7):
+        for rank in range(world):
+            data = Data(DataConfig("DIGITS", None, 32, num_workers=0), Context(rank, world))
+            data.answer(wanted[rank::world], 10)
+            assert [label for _, labels in data.val_loader(50) for label in labels.tolist()] == wanted[rank::world]
+
+
+def test_what_needs_labels_or_answers_says_so(pictures, teacher, far, tmp_path, failure, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [*PICTURES, "--data-path", pictures, "--output-dir", "out"]
+    weight = ["--base-weight", teacher]
+    train = ["--mode", "train", *images, *weight]
+    for argv, said in (
+        ([*train, "--block-ft-train-loss", "preserve"], "stage attn: the loss combine reads labels.*preserve"),
+        ([*train, "--train-loss", "preserve"], "stage block: the loss classification reads labels"),
+        ([*train, *PRESERVE, "--finetune-head"], "stage head: the loss classification reads labels"),
+        (["--mode", "teacher", *images], "has no labels to learn from"),
+        (["--mode", "downstream", *images, "--far-weight", far / "best.pth"], "has no labels to learn from"),
+        (["--mode", "eval", *images[:2], *images[-4:], *weight], "has no labels"),
+        (["--mode", "eval", *images[:2], *images[-4:], "--far-weight", far / "best.pth"], "name its weights with"),
+        ([*train, *PRESERVE, "--data-path", tmp_path], "no training images"),
+        ([*train, *PRESERVE, "--data-path", tmp_path / "none"], "IMAGES not found there"),
+    ):
+        line = failure(*argv)
+        assert all(piece in line for piece in said.split(".*")), (said, line)
+    small = ["--model-path", far / "best.pth", *images, "--keep-ratio", "0.5"]
+    assert "name its weights with --base-weight" in failure(*small, script=prune.main)
+    assert "the loss combine reads labels" in failure(*small, *weight, script=prune.main)
+    line = failure(*small, *weight, "--distill-loss", "similarity", script=prune.main)
+    assert "the loss similarity does not reach the classifier" in line
+    assert list(tmp_path.iterdir()) == []
