@@ -125,7 +125,7 @@ class Pass {
     }
     Weights<X> w = weights(plan.embed);
     w.bias = vectors + plan.positions + first * padded(plan.dim);
-    multiply<false>(own.wide, own.ldwide, count, w, x, all.ldx, padded(plan.dim));
+    multiply(own.wide, own.ldwide, count, w, x, all.ldx, padded(plan.dim));
   }
 
   // norm1 and pre_proj: x to what mixing reads.
@@ -135,7 +135,7 @@ class Pass {
     X* normed = block.before.width ? own.normed : p;
     norm_rows(x, all.ldx, count, plan.dim, vectors + block.norm1, normed, all.ldx);
     if (block.heads)
-      multiply<false>(normed, all.ldx, count, weights(block.before), all.qkv + row * all.ldqkv, all.ldqkv);
+      multiply(normed, all.ldx, count, weights(block.before), all.qkv + row * all.ldqkv, all.ldqkv);
     else if (block.before.width)
       multiply_to(normed, all.ldx, count, weights(block.before), p, all.ldx);
   }
@@ -187,9 +187,9 @@ class Pass {
         const HeadPlan& head = plan.at<HeadPlan>(block.apart)[h];
         multiply_to(z + head.from, ldz, count, weights(head.map), own.joined + head.to, all.ldx);
       }
-      multiply<true>(own.joined, all.ldx, count, weights(block.out), x, ldx);
+      multiply_add(own.joined, all.ldx, count, weights(block.out), x, ldx);
     } else {
-      multiply<true>(z, ldz, count, weights(block.out), x, ldx);
+      multiply_add(z, ldz, count, weights(block.out), x, ldx);
     }
     norm_rows(x, ldx, count, plan.dim, vectors + block.norm2, own.normed, all.ldx);
     const Weights<X> fc1 = weights(block.fc1), fc2 = weights(block.fc2);
@@ -198,7 +198,7 @@ class Pass {
       multiply_into(own.normed, all.ldx, count, fc1.columns(n, HIDDEN), own.wide, own.ldwide, gelu);
       Weights<X> part = fc2.rows(n, HIDDEN);
       if (n) part.bias = zeros();
-      multiply<true>(own.wide, own.ldwide, count, part, x, ldx);
+      multiply_add(own.wide, own.ldwide, count, part, x, ldx);
     }
   }
 
@@ -207,7 +207,7 @@ class Pass {
     finish(block, image * tokens, count, tokens);
     const int64_t ld = padded(plan.classes);
     norm_rows(all.x + image * tokens * all.ldx, tokens * all.ldx, count, plan.dim, vectors + plan.norm, own.normed, all.ldx);
-    multiply<false>(own.normed, all.ldx, count, weights(plan.head), own.logits, ld);
+    multiply(own.normed, all.ldx, count, weights(plan.head), own.logits, ld);
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(logits + (image + i) * plan.classes, own.logits + i * ld, plan.classes * sizeof(float));
   }
