@@ -12,6 +12,7 @@
 #include "recurrence.h"
 #include "rows.h"
 #include "team.h"
+#include "tilewalk.h"
 
 namespace {
 
@@ -20,6 +21,12 @@ using namespace far_model;
 constexpr int64_t ROWS = 128;    // rows that go from mixing to mixing together
 constexpr int64_t HIDDEN = 768;  // hidden units of the MLP between fc1 and fc2 at once, whole panels
 static_assert(HIDDEN % P == 0);
+
+// Whether cells are walked by AMX.
+template <class X>
+bool by_tiles(int64_t tokens) {
+  return !std::is_same_v<X, float> && tokens >= amx::ROWS && amx::here();
+}
 
 constexpr int64_t spaced(int64_t width) { return padded(width) + GRAIN; }  // rows' distance: no power of two, room to overrun
 
@@ -63,7 +70,7 @@ struct Own {
     normed = pieces.take<X>(rows * spaced(plan.dim));
     joined = pieces.take<X>(rows * spaced(plan.dim));
     wide = pieces.take<X>(rows * ldwide);
-    const int64_t walk = walk_floats(images, (sizes.units + V - 1) / V * V, false);
+    const int64_t U = (sizes.units + V - 1) / V * V, walk = std::max(walk_floats(images, U, false), tile_walk_floats(images, U));
     work = pieces.take<float>(std::max({walk, sizes.attention, padded(plan.embed.depth)}));
     logits = pieces.take<float>(rows * padded(plan.classes));
   }
@@ -157,11 +164,20 @@ class Pass {
       const int64_t steps = last && !c.reverse ? 1 : tokens;  // who reads the first token alone asks no more of this direction
       const Cell<X> cell{products + c.w_ih, products + c.w_hh, vectors + c.bias, c.units, (c.units + V - 1) / V, c.reverse,
                          c.from, c.column, 4 * V, block.depth * 4 * V};
-      RUN<false, HALF, X>[rows](problem, cell, Kept{}, first, steps, own.work);
+      walk(problem, cell, first, rows, steps);
       if (HALF && c.column + c.units == block.mixed)  // products read bfloat16 up to the padded width
         for (int64_t row = first * tokens; row < (first + rows) * tokens; ++row)
           std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
     });
+  }
+
+  void walk(const Problem<X>& problem, const Cell<X>& cell, int64_t first, int64_t rows, int64_t steps) {
+    constexpr bool HALF = !std::is_same_v<X, float>;
+#if FAR_AMX
+    if constexpr (HALF)
+      if (by_tiles<X>(tokens)) return TileWalk(problem, cell, first, rows, own.work).run(steps);
+#endif
+    RUN<false, HALF, X>[rows](problem, cell, Kept{}, first, steps, own.work);
   }
 
   void attention(const BlockPlan& block, int64_t images, bool last) {
@@ -239,9 +255,10 @@ struct Schedule {
 
 template <class X>
 void run_all(const Plan& plan, const float* vectors, const void* products, const Images& images, float* logits, int threads) {
-  const Schedule schedule(images.batch, threads);
   const Sizes sizes(plan);
-  const int64_t tokens = plan.tokens(), rows = std::min(ROWS, schedule.images * tokens);
+  const int64_t tokens = plan.tokens();
+  const Schedule schedule(images.batch, threads);
+  const int64_t rows = std::min(ROWS, schedule.images * tokens);
   Pieces shared_bytes, own_bytes;
   Shared<X>(shared_bytes, plan, sizes, schedule.images * tokens);
   Own<X>(own_bytes, plan, sizes, rows, std::min<int64_t>(TILE, schedule.images));
@@ -281,7 +298,7 @@ struct Checker {
            lies(m.weights, m.depth * ((padded(outputs) + P - 1) / P * P), products);
   }
   bool cell(const CellPlan& c, const BlockPlan& b) const {
-    const int64_t width = 4 * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? (c.units + 1) / 2 * 2 : c.units;
+    const int64_t width = 4 * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? padded(c.units) : c.units;
     return c.units > 0 && lies(c.column, c.units, b.mixed) && lies(c.from, b.depth, spaced(plan.dim)) && vector(c.bias, width) &&
            (c.reverse == 0 || c.reverse == 1) && lies(c.w_ih, b.depth * width, products) && lies(c.w_hh, rows * width, products);
   }

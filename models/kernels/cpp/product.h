@@ -154,7 +154,7 @@ void amx_tile(const bf16* a, int64_t lda, const bf16* w, int64_t depth, const fl
 template <class F>
 void for_amx_tiles(int64_t rows, const Weights<bf16>& m, const F& f) {
   constexpr Tile<bf16> sizes[] = {nullptr, amx_tile<1>, amx_tile<2>, amx_tile<3>};
-  const amx::Shapes shapes(amx::ROWS, m.depth);
+  const amx::Shapes shapes(amx::ROWS);
   for (int64_t n = 0; n < m.width; n += P) {
     const int64_t vectors = std::min<int64_t>(C, (m.width - n) / V);
     const bf16* panel = m.w + n / P * m.stride;

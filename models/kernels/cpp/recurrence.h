@@ -65,6 +65,15 @@ void input_rows(const Cell<X>& c, const X* a, int64_t lda, int64_t depth, float*
   }
 }
 
+// Activates a unit block's gates in place, takes the cell state a token further and gives the hidden state.
+inline vf activate(vf (&gate)[4], float* cell) {
+  for (const int g : {0, 1, 3}) gate[g] = sigmoid(gate[g]);
+  gate[2] = tanh_(gate[2]);
+  const vf next = gate[1] * load(cell) + gate[0] * gate[2];
+  store(cell, next);
+  return gate[3] * tanh_(next);
+}
+
 // One time step of J unit blocks from block j on, for R rows. KEEP: the activated gates take the place of their inputs.
 template <int R, int J, bool KEEP, bool HALF, class X>
 inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const State& s) {
@@ -82,14 +91,13 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < J; ++b) {
       const int64_t at = r * U + (j + b) * V;
-      const vf gate[4] = {sigmoid(acc[r][b * 4]), sigmoid(acc[r][b * 4 + 1]), tanh_(acc[r][b * 4 + 2]), sigmoid(acc[r][b * 4 + 3])};
-      const vf cell = gate[1] * load(s.cell + at) + gate[0] * gate[2], hidden = gate[3] * tanh_(cell);
-      store(s.cell + at, cell);
+      vf (&gate)[4] = reinterpret_cast<vf (&)[4]>(acc[r][b * 4]);
+      const vf hidden = activate(gate, s.cell + at);
       store(s.out + at, hidden);
       if constexpr (HALF) store((bf16*)(s.h_new + r * U) + (j + b) * V, hidden);
       if constexpr (KEEP) {
         for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
-        store(s.kept + r * s.ldk + (j + b) * V, cell);
+        store(s.kept + r * s.ldk + (j + b) * V, load(s.cell + at));
       }
     }
 }
