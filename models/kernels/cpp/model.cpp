@@ -62,7 +62,7 @@ struct Shared {
 // What a member has for itself, for a tile of `rows` tokens and walks over `images`.
 template <class X>
 struct Own {
-  int64_t ldwide;
+  int64_t ldwide, each;  // each: floats of a walk over one image
   X *normed, *joined, *wide;
   float *work, *logits;
   Own(Pieces& pieces, const Plan& plan, const Sizes& sizes, int64_t rows, int64_t images)
@@ -70,8 +70,10 @@ struct Own {
     normed = pieces.take<X>(rows * spaced(plan.dim));
     joined = pieces.take<X>(rows * spaced(plan.dim));
     wide = pieces.take<X>(rows * ldwide);
-    const int64_t U = (sizes.units + V - 1) / V * V, walk = std::max(walk_floats(images, U, false), tile_walk_floats(images, U));
-    work = pieces.take<float>(std::max({walk, sizes.attention, padded(plan.embed.depth)}));
+    const int64_t U = (sizes.units + V - 1) / V * V;
+    const auto floats = [&](int64_t rows) { return std::max(walk_floats(rows, U, false), tile_walk_floats(rows, U)); };
+    each = floats(1);
+    work = pieces.take<float>(std::max({TOGETHER * each, floats(images), sizes.attention, padded(plan.embed.depth)}));
     logits = pieces.take<float>(rows * padded(plan.classes));
   }
 };
@@ -156,28 +158,51 @@ class Pass {
 
   void recurrence(const BlockPlan& block, int64_t images, bool last) {
     const Problem<X> problem{all.p, all.z, tokens, block.depth, tokens * all.ldx, all.ldx, tokens * all.ldz, all.ldz};
-    const int64_t tiles = (images + TILE - 1) / TILE;
-    constexpr bool HALF = !std::is_same_v<X, float>;
-    member.share(block.cell_count * tiles, [&](int64_t i) {
-      const CellPlan& c = plan.at<CellPlan>(block.cells)[i / tiles];
+    const int64_t tiles = (images + TILE - 1) / TILE, cells = block.cell_count;
+    const int64_t group = images > 1 ? 1 : together(block);
+    member.share((cells + group - 1) / group * tiles, [&](int64_t i) {
+      const int64_t k = i / tiles * group, count = std::min(group, cells - k);
       const int64_t first = images * (i % tiles) / tiles, rows = images * (i % tiles + 1) / tiles - first;
-      const int64_t steps = last && !c.reverse ? 1 : tokens;  // who reads the first token alone asks no more of this direction
-      const Cell<X> cell{products + c.w_ih, products + c.w_hh, vectors + c.bias, c.units, (c.units + V - 1) / V, c.reverse,
-                         c.from, c.column, 4 * V, block.depth * 4 * V};
-      walk(problem, cell, first, rows, steps);
-      if (HALF && c.column + c.units == block.mixed)  // products read bfloat16 up to the padded width
-        for (int64_t row = first * tokens; row < (first + rows) * tokens; ++row)
-          std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
+      walk(problem, plan.at<CellPlan>(block.cells) + k, count, first, rows, last);
+      const CellPlan* c = plan.at<CellPlan>(block.cells) + k;
+      for (int64_t n = 0; !std::is_same_v<X, float> && n < count; ++n)
+        if (c[n].column + c[n].units == block.mixed)  // products read bfloat16 up to the padded width
+          for (int64_t row = first * tokens; row < (first + rows) * tokens; ++row)
+            std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
     });
   }
 
-  void walk(const Problem<X>& problem, const Cell<X>& cell, int64_t first, int64_t rows, int64_t steps) {
+  // How many cells of a single image are walked together: while there is work for all members, and W_hh stay in a core's first
+  // cache: three cells of 16 units then go faster than one by one, two of 64 slower. Batches fill a core anyway.
+  int64_t together(const BlockPlan& block) const {
+    constexpr int64_t CACHE = 32768;
+    const int64_t units = plan.at<CellPlan>(block.cells)[0].units, bytes = 4 * units * units * sizeof(X);
+    return std::clamp<int64_t>(std::min(block.cell_count / member.team_size(), CACHE / bytes), 1, TOGETHER);
+  }
+
+  // `count` cells over the tokens of images first..first + rows, one image where they are several.
+  void walk(const Problem<X>& problem, const CellPlan* plans, int64_t count, int64_t first, int64_t rows, bool last) {
+    Cell<X> cells[TOGETHER];
+    int64_t steps[TOGETHER];
+    for (int64_t i = 0; i < count; ++i) {
+      const CellPlan& c = plans[i];
+      steps[i] = last && !c.reverse ? 1 : tokens;  // who reads the first token alone asks no more of this direction
+      cells[i] = {products + c.w_ih, products + c.w_hh, vectors + c.bias, c.units, (c.units + V - 1) / V, c.reverse,
+                  c.from, c.column, 4 * V, problem.depth * 4 * V};
+    }
     constexpr bool HALF = !std::is_same_v<X, float>;
 #if FAR_AMX
     if constexpr (HALF)
-      if (by_tiles<X>(tokens)) return TileWalk(problem, cell, first, rows, own.work).run(steps);
+      if (by_tiles<X>(tokens))
+        return walk_together<TileWalk>(count, steps, [&](std::optional<TileWalk>& walk, int64_t i) {
+          walk.emplace(problem, cells[i], first, rows, own.work + i * own.each);
+        });
 #endif
-    RUN<false, HALF, X>[rows](problem, cell, Kept{}, first, steps, own.work);
+    using One = Walk<1, false, HALF, X>;
+    if (rows > 1) return RUN<false, HALF, X>[rows](problem, cells[0], Kept{}, first, steps[0], own.work);
+    walk_together<One>(count, steps, [&](std::optional<One>& walk, int64_t i) {
+      walk.emplace(problem, cells[i], nothing, first, own.work + i * own.each);
+    });
   }
 
   void attention(const BlockPlan& block, int64_t images, bool last) {
@@ -237,6 +262,7 @@ class Pass {
   const Own<X>& own;
   Member& member;
   const int64_t tokens;
+  const Kept nothing{};
 };
 
 // How a batch is shared out: `teams` teams, each taking the next slab of at most `images` images.
