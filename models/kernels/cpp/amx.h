@@ -1,5 +1,5 @@
-// Products in bfloat16 by Intel's AMX, whose one instruction multiplies two tiles of 16 rows of 64 bytes. It reads pairs of k side
-// by side, as product.h and recurrence.h lay W out:
+// Products in bfloat16 by Intel's AMX, whose one instruction multiplies two tiles of 16 rows of 64 bytes. It reads pairs of k
+// side by side, as product.h and recurrence.h lay W out:
 //
 //   a     16 rows of 16 pairs      a row's neighbouring k
 //   w     16 rows of 16 pairs      row i holds k = 2 i and 2 i + 1 of 16 columns
@@ -30,8 +30,8 @@ constexpr int64_t STEP = 3 * ROWS * 64;  // bytes of a panel of three tiles
 // Whether this CPU has tiles and the system lets this process use them.
 inline bool here() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM and what it is asked for
-  static const bool granted =
-      __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return granted;
 }
 
@@ -52,11 +52,11 @@ struct alignas(64) Shapes {
   Shapes& operator=(const Shapes&) = delete;
 };
 
-// out = bias + a W for the rows of Shapes and J <= 4 tiles of columns; depth is a multiple of DEPTH, ldw counts pairs. Biases
-// of neighbouring rows lie ldb apart. Meanwhile FETCH lines a step come from `ahead`.
+// out = bias + a W for the rows of Shapes and J <= 4 tiles of columns; depth is a multiple of DEPTH, ldw counts pairs.
+// Biases of neighbouring rows lie ldb apart. Meanwhile FETCH lines a step come from `ahead`.
 template <int J, int FETCH>
-inline void block(const bf16* a, int64_t lda, const bf16* w, int64_t ldw, int64_t depth, const float* bias, int64_t ldb, float* out,
-                  int64_t ldo, const char* ahead) {
+inline void block(const bf16* a, int64_t lda, const bf16* w, int64_t ldw, int64_t depth, const float* bias, int64_t ldb,
+                  float* out, int64_t ldo, const char* ahead) {
 // The instructions know their tiles by number alone.
 #define FAR_COLUMNS(DO)           \
   DO(0);                          \

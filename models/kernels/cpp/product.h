@@ -145,8 +145,8 @@ struct Part {
 
 #if FAR_AMX
 template <int J>
-void amx_tile(const bf16* a, int64_t lda, const bf16* w, int64_t depth, const float* bias, int64_t ldb, float* out, int64_t ldo,
-              const char* ahead) {
+void amx_tile(const bf16* a, int64_t lda, const bf16* w, int64_t depth, const float* bias, int64_t ldb, float* out,
+              int64_t ldo, const char* ahead) {
   amx::block<J, FETCH>(a, lda, w, P, depth, bias, ldb, out, ldo, ahead);
 }
 
@@ -167,8 +167,8 @@ void for_amx_tiles(int64_t rows, const Weights<bf16>& m, const F& f) {
 }
 #endif
 
-// Calls f(tile, part) for all of a product's tiles: a panel stays in cache while the rows pass. They fetch what lies behind it,
-// the next panel or the next product's first: weights are packed in the order of use.
+// Calls f(tile, part) for all of a product's tiles: a panel stays in cache while the rows pass. They fetch what lies behind
+// it, the next panel or the next product's first: weights are packed in the order of use.
 template <class X, class F>
 inline void for_tiles(int64_t rows, const Weights<X>& m, const F& f) {
 #if FAR_AMX
@@ -220,7 +220,7 @@ void multiply_add(const X* a, int64_t lda, int64_t rows, const Weights<X>& m, fl
 // out (rows, n) = f(bias + a W), rounded to out's type.
 template <class X, class Y, class F>
 void multiply_into(const X* a, int64_t lda, int64_t rows, const Weights<X>& m, Y* out, int64_t ldo, const F& f) {
-  multiply_then(a, lda, rows, m, [&](int64_t row, int64_t column, vf sums) { store(out + row * ldo + column, f(sums)); });
+  multiply_then(a, lda, rows, m, [&](int64_t row, int64_t at, vf sums) { store(out + row * ldo + at, f(sums)); });
 }
 
 // out (rows, n) = bias + a W in out's type.

@@ -36,7 +36,7 @@ inline void store(bf16*, vf) {}  // nobody runs it: packing for bfloat16 is refu
 // 1 / x to float rounding, but 0 where that is no normal number and NaN for infinity.
 #if defined(__AVX512F__)
 inline vf reciprocal(vf x) {
-  const vf y = (vf)_mm512_rcp14_ps((__m512)x);  // to 14 bits, many times faster than a division; one step of Newton's follows
+  const vf y = (vf)_mm512_rcp14_ps((__m512)x);  // to 14 bits, six times faster than a division; then Newton's step
   return y + y * (1.0f - x * y);
 }
 #else
