@@ -1,5 +1,5 @@
-// Products in bfloat16 by Intel's AMX, whose one instruction multiplies two tiles of 16 rows of 64 bytes. It reads pairs of k
-// side by side, as product.h and recurrence.h lay W out:
+// Products in bfloat16 by Intel's AMX, whose one instruction multiplies two tiles of 16 rows of 64 bytes. It reads pairs of
+// k side by side, as product.h and recurrence.h lay W out:
 //
 //   a     16 rows of 16 pairs      a row's neighbouring k
 //   w     16 rows of 16 pairs      row i holds k = 2 i and 2 i + 1 of 16 columns

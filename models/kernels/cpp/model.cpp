@@ -172,8 +172,8 @@ class Pass {
     });
   }
 
-  // How many cells of a single image are walked together: while there is work for all members, and W_hh stay in a core's
-  // first cache: three cells of 16 units then go faster than one by one, two of 64 slower. Batches fill a core anyway.
+  // How many cells of a single image are walked together: while there is work for all members, and W_hh stay in a
+  // core's first cache: three cells of 16 units then go faster than one by one, two of 64 slower. Batches fill a core anyway.
   int64_t together(const BlockPlan& block) const {
     constexpr int64_t CACHE = 32768;
     const int64_t units = plan.at<CellPlan>(block.cells)[0].units, bytes = 4 * units * units * sizeof(X);

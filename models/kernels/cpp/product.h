@@ -167,8 +167,8 @@ void for_amx_tiles(int64_t rows, const Weights<bf16>& m, const F& f) {
 }
 #endif
 
-// Calls f(tile, part) for all of a product's tiles: a panel stays in cache while the rows pass. They fetch what lies behind
-// it, the next panel or the next product's first: weights are packed in the order of use.
+// Calls f(tile, part) for all of a product's tiles: a panel stays in cache while the rows pass. They fetch what lies
+// behind it, the next panel or the next product's first: weights are packed in the order of use.
 template <class X, class F>
 inline void for_tiles(int64_t rows, const Weights<X>& m, const F& f) {
 #if FAR_AMX

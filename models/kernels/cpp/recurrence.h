@@ -162,8 +162,8 @@ struct Walk {
   }
 };
 
-// Walks `count` cells together, steps[i] tokens of the i-th, each in its own direction: while one waits for its last token
-// another has work. make(i) gives a walk.
+// Walks `count` cells together, steps[i] tokens of the i-th, each in its own direction: while one waits for its last
+// token another has work. make(i) gives a walk.
 template <class W, class F>
 void walk_together(int64_t count, const int64_t* steps, const F& make) {
   std::optional<W> walks[TOGETHER];

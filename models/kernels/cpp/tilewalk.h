@@ -1,7 +1,7 @@
-// The walk of recurrence.h for a model in bfloat16, by AMX: products of up to 16 rows of the batch cost as much as those of
-// a single row. Sums are made for all unit blocks, then activated.
+// The walk of recurrence.h for a model in bfloat16, by AMX: products of up to 16 rows of the batch cost as much as those
+// of a single row. Sums are made for all unit blocks, then activated.
 //
-//   gates   (token of a chunk, row of the batch, width)   input products, to which the recurrent ones are added in place
+//   gates   (token of a chunk, row of the batch, width)   input products, the recurrent ones added in place
 //   h       (row, U padded to whole tiles' depth) in bfloat16
 //   states  (row, U) in float32
 #pragma once
@@ -59,7 +59,8 @@ struct TileWalk {
  private:
   int64_t place(int64_t step) const { return c.reverse ? p.tokens - 1 - step : step; }
 
-  // Input products of `count` steps from `first` on, at least a tile's rows. The last tile begins early enough to be whole.
+  // Input products of `count` steps from `first` on, at least a tile's rows. The last tile begins early enough to be
+  // whole.
   void whole_tiles(int64_t count) {
     const amx::Shapes shapes(amx::ROWS);
     const int64_t stride = c.reverse ? -p.token_stride : p.token_stride, hop = rows * width;
