@@ -18,7 +18,7 @@ from models.parts import Mlp, Replacement
 from models.replace import replacements
 from utils.errors import FarError
 
-LAYOUT = 1  # that of kernels/cpp/model.h
+LAYOUT = 2  # that of kernels/cpp/model.h
 NONE = [0, 0, 0, 0]  # the record of a map that is not there
 
 
@@ -82,7 +82,8 @@ class Packer:
         """Places of W_ih, W_hh and the bias of one direction (CellPlan)."""
         recurrent = self.gates(w_hh).t()  # (u, 4 U)
         if self.half:
-            recurrent = F.pad(recurrent, (0, 0, 0, len(recurrent) % 2)).unflatten(0, (-1, 2)).transpose(1, 2)
+            recurrent = F.pad(recurrent, (0, 0, 0, self.depth(len(recurrent)) - len(recurrent)))
+            recurrent = recurrent.unflatten(0, (-1, 2)).transpose(1, 2)
         return [
             self.panels(self.gates(w_ih), 4 * self.v),
             self.matrix(recurrent),

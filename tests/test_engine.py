@@ -115,6 +115,20 @@ def test_every_build_gives_the_same(build, monkeypatch):
         engine, images = WholeModel(model), images_for(model, 3)
         got = operators.model(images, engine.plan, engine.vectors, engine.products, engine.num_classes)
         assert relative_error(model, got, images) < 1e-5
+        if operators.has_bfloat16():
+            engine = WholeModel(model, torch.bfloat16)
+            got = operators.model(images, engine.plan, engine.vectors, engine.products, engine.num_classes)
+            assert relative_error(model, got, images) < 0.02
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("tokens", range(2, 35))
+def test_bfloat16_products_of_any_number_of_rows(tokens):
+    units = {"0": [[20, 7], [3, 1], [33, 20]]}
+    model = vit(60, 3, replaced=(0,), units=units, size=(8, 8 * (tokens - 1)), reg_tokens=0)
+    for batch in (1, 3, 7):
+        images = images_for(model, batch)
+        assert relative_error(model, WholeModel(model, torch.bfloat16)(images), images) < 0.02
 
 
 @needs_bfloat16

@@ -64,7 +64,12 @@ def gradient_errors(x, m, compute):
     return [((a - b).norm() / b.norm().clamp(min=1e-3 * direction.norm())).item() for a, b in pairs]
 
 
-BUILDS = {"tuned": cpu.TUNED, "avx2": ("-mavx2", "-mfma"), "portable": cpu.PORTABLE}
+BUILDS = {
+    "tuned": cpu.TUNED,
+    "no AMX": (*cpu.TUNED, "-mno-amx-bf16"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": cpu.PORTABLE,
+}
 
 
 @pytest.fixture(scope="module", params=BUILDS)

@@ -12,6 +12,7 @@
 #include "recurrence.h"
 #include "rows.h"
 #include "team.h"
+#include "tilewalk.h"
 
 namespace {
 
@@ -20,6 +21,12 @@ using namespace far_model;
 constexpr int64_t ROWS = 128;    // rows that go from mixing to mixing together
 constexpr int64_t HIDDEN = 768;  // hidden units of the MLP between fc1 and fc2 at once, whole panels
 static_assert(HIDDEN % P == 0);
+
+// Whether cells are walked by AMX.
+template <class X>
+bool by_tiles(int64_t tokens) {
+  return !std::is_same_v<X, float> && tokens >= amx::ROWS && amx::here();
+}
 
 constexpr int64_t spaced(int64_t width) { return padded(width) + GRAIN; }  // rows' distance: no power of two, room to overrun
 
@@ -55,7 +62,7 @@ struct Shared {
 // What a member has for itself, for a tile of `rows` tokens and walks over `images`.
 template <class X>
 struct Own {
-  int64_t ldwide;
+  int64_t ldwide, each;  // each: floats of a walk over one image
   X *normed, *joined, *wide;
   float *work, *logits;
   Own(Pieces& pieces, const Plan& plan, const Sizes& sizes, int64_t rows, int64_t images)
@@ -63,8 +70,10 @@ struct Own {
     normed = pieces.take<X>(rows * spaced(plan.dim));
     joined = pieces.take<X>(rows * spaced(plan.dim));
     wide = pieces.take<X>(rows * ldwide);
-    const int64_t walk = walk_floats(images, (sizes.units + V - 1) / V * V, false);
-    work = pieces.take<float>(std::max({walk, sizes.attention, padded(plan.embed.depth)}));
+    const int64_t U = (sizes.units + V - 1) / V * V;
+    const auto floats = [&](int64_t rows) { return std::max(walk_floats(rows, U, false), tile_walk_floats(rows, U)); };
+    each = floats(1);
+    work = pieces.take<float>(std::max({TOGETHER * each, floats(images), sizes.attention, padded(plan.embed.depth)}));
     logits = pieces.take<float>(rows * padded(plan.classes));
   }
 };
@@ -125,7 +134,7 @@ class Pass {
     }
     Weights<X> w = weights(plan.embed);
     w.bias = vectors + plan.positions + first * padded(plan.dim);
-    multiply<false>(own.wide, own.ldwide, count, w, x, all.ldx, padded(plan.dim));
+    multiply(own.wide, own.ldwide, count, w, x, all.ldx, padded(plan.dim));
   }
 
   // norm1 and pre_proj: x to what mixing reads.
@@ -135,7 +144,7 @@ class Pass {
     X* normed = block.before.width ? own.normed : p;
     norm_rows(x, all.ldx, count, plan.dim, vectors + block.norm1, normed, all.ldx);
     if (block.heads)
-      multiply<false>(normed, all.ldx, count, weights(block.before), all.qkv + row * all.ldqkv, all.ldqkv);
+      multiply(normed, all.ldx, count, weights(block.before), all.qkv + row * all.ldqkv, all.ldqkv);
     else if (block.before.width)
       multiply_to(normed, all.ldx, count, weights(block.before), p, all.ldx);
   }
@@ -149,18 +158,50 @@ class Pass {
 
   void recurrence(const BlockPlan& block, int64_t images, bool last) {
     const Problem<X> problem{all.p, all.z, tokens, block.depth, tokens * all.ldx, all.ldx, tokens * all.ldz, all.ldz};
-    const int64_t tiles = (images + TILE - 1) / TILE;
-    constexpr bool HALF = !std::is_same_v<X, float>;
-    member.share(block.cell_count * tiles, [&](int64_t i) {
-      const CellPlan& c = plan.at<CellPlan>(block.cells)[i / tiles];
+    const int64_t tiles = (images + TILE - 1) / TILE, cells = block.cell_count;
+    const int64_t group = images > 1 ? 1 : together(block);
+    member.share((cells + group - 1) / group * tiles, [&](int64_t i) {
+      const int64_t k = i / tiles * group, count = std::min(group, cells - k);
       const int64_t first = images * (i % tiles) / tiles, rows = images * (i % tiles + 1) / tiles - first;
-      const int64_t steps = last && !c.reverse ? 1 : tokens;  // who reads the first token alone asks no more of this direction
-      const Cell<X> cell{products + c.w_ih, products + c.w_hh, vectors + c.bias, c.units, (c.units + V - 1) / V, c.reverse,
-                         c.from, c.column, 4 * V, block.depth * 4 * V};
-      RUN<false, HALF, X>[rows](problem, cell, Kept{}, first, steps, own.work);
-      if (HALF && c.column + c.units == block.mixed)  // products read bfloat16 up to the padded width
-        for (int64_t row = first * tokens; row < (first + rows) * tokens; ++row)
-          std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
+      walk(problem, plan.at<CellPlan>(block.cells) + k, count, first, rows, last);
+      const CellPlan* c = plan.at<CellPlan>(block.cells) + k;
+      for (int64_t n = 0; !std::is_same_v<X, float> && n < count; ++n)
+        if (c[n].column + c[n].units == block.mixed)  // products read bfloat16 up to the padded width
+          for (int64_t row = first * tokens; row < (first + rows) * tokens; ++row)
+            std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
+    });
+  }
+
+  // How many cells of a single image are walked together: while there is work for all members, and W_hh stay in a
+  // core's first cache: three cells of 16 units then go faster than one by one, two of 64 slower. Batches fill a core anyway.
+  int64_t together(const BlockPlan& block) const {
+    constexpr int64_t CACHE = 32768;
+    const int64_t units = plan.at<CellPlan>(block.cells)[0].units, bytes = 4 * units * units * sizeof(X);
+    return std::clamp<int64_t>(std::min(block.cell_count / member.team_size(), CACHE / bytes), 1, TOGETHER);
+  }
+
+  // `count` cells over the tokens of images first..first + rows, one image where they are several.
+  void walk(const Problem<X>& problem, const CellPlan* plans, int64_t count, int64_t first, int64_t rows, bool last) {
+    Cell<X> cells[TOGETHER];
+    int64_t steps[TOGETHER];
+    for (int64_t i = 0; i < count; ++i) {
+      const CellPlan& c = plans[i];
+      steps[i] = last && !c.reverse ? 1 : tokens;  // who reads the first token alone asks no more of this direction
+      cells[i] = {products + c.w_ih, products + c.w_hh, vectors + c.bias, c.units, (c.units + V - 1) / V, c.reverse,
+                  c.from, c.column, 4 * V, problem.depth * 4 * V};
+    }
+    constexpr bool HALF = !std::is_same_v<X, float>;
+#if FAR_AMX
+    if constexpr (HALF)
+      if (by_tiles<X>(tokens))
+        return walk_together<TileWalk>(count, steps, [&](std::optional<TileWalk>& walk, int64_t i) {
+          walk.emplace(problem, cells[i], first, rows, own.work + i * own.each);
+        });
+#endif
+    using One = Walk<1, false, HALF, X>;
+    if (rows > 1) return RUN<false, HALF, X>[rows](problem, cells[0], Kept{}, first, steps[0], own.work);
+    walk_together<One>(count, steps, [&](std::optional<One>& walk, int64_t i) {
+      walk.emplace(problem, cells[i], nothing, first, own.work + i * own.each);
     });
   }
 
@@ -187,9 +228,9 @@ class Pass {
         const HeadPlan& head = plan.at<HeadPlan>(block.apart)[h];
         multiply_to(z + head.from, ldz, count, weights(head.map), own.joined + head.to, all.ldx);
       }
-      multiply<true>(own.joined, all.ldx, count, weights(block.out), x, ldx);
+      multiply_add(own.joined, all.ldx, count, weights(block.out), x, ldx);
     } else {
-      multiply<true>(z, ldz, count, weights(block.out), x, ldx);
+      multiply_add(z, ldz, count, weights(block.out), x, ldx);
     }
     norm_rows(x, ldx, count, plan.dim, vectors + block.norm2, own.normed, all.ldx);
     const Weights<X> fc1 = weights(block.fc1), fc2 = weights(block.fc2);
@@ -198,7 +239,7 @@ class Pass {
       multiply_into(own.normed, all.ldx, count, fc1.columns(n, HIDDEN), own.wide, own.ldwide, gelu);
       Weights<X> part = fc2.rows(n, HIDDEN);
       if (n) part.bias = zeros();
-      multiply<true>(own.wide, own.ldwide, count, part, x, ldx);
+      multiply_add(own.wide, own.ldwide, count, part, x, ldx);
     }
   }
 
@@ -207,7 +248,7 @@ class Pass {
     finish(block, image * tokens, count, tokens);
     const int64_t ld = padded(plan.classes);
     norm_rows(all.x + image * tokens * all.ldx, tokens * all.ldx, count, plan.dim, vectors + plan.norm, own.normed, all.ldx);
-    multiply<false>(own.normed, all.ldx, count, weights(plan.head), own.logits, ld);
+    multiply(own.normed, all.ldx, count, weights(plan.head), own.logits, ld);
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(logits + (image + i) * plan.classes, own.logits + i * ld, plan.classes * sizeof(float));
   }
@@ -221,6 +262,7 @@ class Pass {
   const Own<X>& own;
   Member& member;
   const int64_t tokens;
+  const Kept nothing{};
 };
 
 // How a batch is shared out: `teams` teams, each taking the next slab of at most `images` images.
@@ -239,9 +281,10 @@ struct Schedule {
 
 template <class X>
 void run_all(const Plan& plan, const float* vectors, const void* products, const Images& images, float* logits, int threads) {
-  const Schedule schedule(images.batch, threads);
   const Sizes sizes(plan);
-  const int64_t tokens = plan.tokens(), rows = std::min(ROWS, schedule.images * tokens);
+  const int64_t tokens = plan.tokens();
+  const Schedule schedule(images.batch, threads);
+  const int64_t rows = std::min(ROWS, schedule.images * tokens);
   Pieces shared_bytes, own_bytes;
   Shared<X>(shared_bytes, plan, sizes, schedule.images * tokens);
   Own<X>(own_bytes, plan, sizes, rows, std::min<int64_t>(TILE, schedule.images));
@@ -281,7 +324,7 @@ struct Checker {
            lies(m.weights, m.depth * ((padded(outputs) + P - 1) / P * P), products);
   }
   bool cell(const CellPlan& c, const BlockPlan& b) const {
-    const int64_t width = 4 * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? (c.units + 1) / 2 * 2 : c.units;
+    const int64_t width = 4 * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? padded(c.units) : c.units;
     return c.units > 0 && lies(c.column, c.units, b.mixed) && lies(c.from, b.depth, spaced(plan.dim)) && vector(c.bias, width) &&
            (c.reverse == 0 || c.reverse == 1) && lies(c.w_ih, b.depth * width, products) && lies(c.w_hh, rows * width, products);
   }

@@ -9,7 +9,7 @@
 
 namespace far_model {
 
-constexpr int64_t LAYOUT = 1;  // grows with every change of what follows
+constexpr int64_t LAYOUT = 2;  // grows with every change of what follows
 
 // A linear map: `depth` inputs as they are packed, `width` outputs. Places in products and in vectors.
 struct Map {

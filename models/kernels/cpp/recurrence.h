@@ -9,6 +9,7 @@
 //   W_ih            (depth, width), or in panels of one block each, (blocks, depth, 4 V): see product.h
 #pragma once
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "product.h"
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int CHUNK = 24;                // tokens whose input products are made at once
 constexpr int INPUTS = V == 16 ? 6 : 3;  // and how many of them share what is read of W_ih
+constexpr int TOGETHER = 3;              // cells that one task walks together at most
 constexpr int TILE = V == 16 ? 6 : 3;    // rows of the batch that one task walks
 
 // X: what W_ih is stored in; W_hh in bfloat16 where the caller says HALF.
@@ -65,6 +67,15 @@ void input_rows(const Cell<X>& c, const X* a, int64_t lda, int64_t depth, float*
   }
 }
 
+// Activates a unit block's gates in place, takes the cell state a token further and gives the hidden state.
+inline vf activate(vf (&gate)[4], float* cell) {
+  for (const int g : {0, 1, 3}) gate[g] = sigmoid(gate[g]);
+  gate[2] = tanh_(gate[2]);
+  const vf next = gate[1] * load(cell) + gate[0] * gate[2];
+  store(cell, next);
+  return gate[3] * tanh_(next);
+}
+
 // One time step of J unit blocks from block j on, for R rows. KEEP: the activated gates take the place of their inputs.
 template <int R, int J, bool KEEP, bool HALF, class X>
 inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const State& s) {
@@ -82,14 +93,13 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < J; ++b) {
       const int64_t at = r * U + (j + b) * V;
-      const vf gate[4] = {sigmoid(acc[r][b * 4]), sigmoid(acc[r][b * 4 + 1]), tanh_(acc[r][b * 4 + 2]), sigmoid(acc[r][b * 4 + 3])};
-      const vf cell = gate[1] * load(s.cell + at) + gate[0] * gate[2], hidden = gate[3] * tanh_(cell);
-      store(s.cell + at, cell);
+      vf (&gate)[4] = reinterpret_cast<vf (&)[4]>(acc[r][b * 4]);
+      const vf hidden = activate(gate, s.cell + at);
       store(s.out + at, hidden);
       if constexpr (HALF) store((bf16*)(s.h_new + r * U) + (j + b) * V, hidden);
       if constexpr (KEEP) {
         for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
-        store(s.kept + r * s.ldk + (j + b) * V, cell);
+        store(s.kept + r * s.ldk + (j + b) * V, load(s.cell + at));
       }
     }
 }
@@ -100,6 +110,10 @@ inline int64_t walk_floats(int64_t rows, int64_t U, bool keep) { return (keep ? 
 // A walk of one cell over the tokens of R rows of the batch, from row `b` on: `inputs` of a chunk, then its tokens one by one.
 template <int R, bool KEEP, bool HALF, class X>
 struct Walk {
+  struct Steps {  // what must live while tokens are walked: nothing
+    explicit Steps(const Walk&) {}
+  };
+  static constexpr int LENGTH = CHUNK;
   static constexpr int J = R == 1 ? (V == 16 ? 4 : 2) : 1;  // unit blocks at once: as many accumulators as the registers hold
   const Problem<X>& p;
   const Cell<X>& c;
@@ -148,15 +162,28 @@ struct Walk {
   }
 };
 
-// The first `steps` tokens of one cell, in its own direction.
+// Walks `count` cells together, steps[i] tokens of the i-th, each in its own direction: while one waits for its last
+// token another has work. make(i) gives a walk.
+template <class W, class F>
+void walk_together(int64_t count, const int64_t* steps, const F& make) {
+  std::optional<W> walks[TOGETHER];
+  for (int64_t i = 0; i < count; ++i) make(walks[i], i);
+  const int64_t longest = *std::max_element(steps, steps + count);
+  for (int64_t start = 0; start < longest; start += W::LENGTH) {
+    for (int64_t i = 0; i < count; ++i)
+      if (start < steps[i]) walks[i]->inputs(start, std::min<int64_t>(W::LENGTH, steps[i] - start));
+    [[maybe_unused]] const typename W::Steps begin{*walks[0]};
+    for (int64_t t = 0; t < std::min<int64_t>(W::LENGTH, longest - start); ++t)
+      for (int64_t i = 0; i < count; ++i)
+        if (start + t < steps[i]) walks[i]->token(t);
+  }
+}
+
+// The first `steps` tokens of one cell.
 template <int R, bool KEEP, bool HALF, class X>
 void run(const Problem<X>& p, const Cell<X>& c, const Kept& kept, int64_t b, int64_t steps, float* scratch) {
-  Walk<R, KEEP, HALF, X> walk(p, c, kept, b, scratch);
-  for (int64_t start = 0; start < steps; start += CHUNK) {
-    const int64_t count = std::min<int64_t>(CHUNK, steps - start);
-    walk.inputs(start, count);
-    for (int64_t t = 0; t < count; ++t) walk.token(t);
-  }
+  using W = Walk<R, KEEP, HALF, X>;
+  walk_together<W>(1, &steps, [&](std::optional<W>& walk, int64_t) { walk.emplace(p, c, kept, b, scratch); });
 }
 
 template <class X>

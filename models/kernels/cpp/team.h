@@ -24,6 +24,8 @@ class Member {
  public:
   Member(Team& team, int me, int size) : team(team), me(me), size(size) {}
 
+  int team_size() const { return size; }
+
   // Waits for the whole team: awake for some microseconds, then asleep, as another program may want the core.
   void meet() {
     if (size == 1) return;

@@ -3,8 +3,10 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define FAR_BFLOAT16 1
 #else
 #define FAR_BFLOAT16 0
@@ -31,6 +33,16 @@ inline void store(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm
 inline void store(bf16*, vf) {}  // nobody runs it: packing for bfloat16 is refused
 #endif
 
+// 1 / x to float rounding, but 0 where that is no normal number and NaN for infinity.
+#if defined(__AVX512F__)
+inline vf reciprocal(vf x) {
+  const vf y = (vf)_mm512_rcp14_ps((__m512)x);  // to 14 bits, six times faster than a division; then Newton's step
+  return y + y * (1.0f - x * y);
+}
+#else
+inline vf reciprocal(vf x) { return 1.0f / x; }
+#endif
+
 // exp by 2^n times a polynomial (Cephes); relative error below 2e-7. A NaN fails both comparisons and passes through.
 inline vf exp_(vf x) {
   x = x > 88.0f ? splat(88.0f) : x;
@@ -49,8 +61,8 @@ inline vf exp_(vf x) {
   vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
   return p * reinterpret_cast<vf&>(bits);
 }
-inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp_(-x)); }
-inline vf tanh_(vf x) { return 2.0f / (1.0f + exp_(-2.0f * x)) - 1.0f; }
+inline vf sigmoid(vf x) { return reciprocal(1.0f + exp_(-x)); }
+inline vf tanh_(vf x) { return 2.0f * reciprocal(1.0f + exp_(-2.0f * x)) - 1.0f; }
 
 // erf as a ratio of polynomials on [-4, 4], beyond which it is 1 in float (the coefficients are Eigen's).
 inline vf erf_(vf x) {
@@ -69,7 +81,7 @@ inline vf erf_(vf x) {
   q = q * s + -1.68282697438203e-03f;
   q = q * s + -7.37332916720468e-03f;
   q = q * s + -1.42647390514189e-02f;
-  return x * p / q;
+  return x * p * reciprocal(q);
 }
 inline vf gelu(vf x) { return x * (0.5f + 0.5f * erf_(x * 0.70710678118654752f)); }
 
