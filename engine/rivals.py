@@ -4,6 +4,7 @@ Thread pools that spin spoil each other's numbers, so one program runs for a whi
 `python -m engine.rivals` is such a process: it reads questions, a JSON object a line, and answers with milliseconds.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -122,7 +123,7 @@ class Runtime:
 
 RUNTIMES = {
     "timm eager": Runtime(eager, ("float32",)),
-    "torch.compile": Runtime(compiled, ("float32", "bfloat16")),
+    "torch.compile": Runtime(compiled, ("bfloat16",)),
     "ONNX Runtime": Runtime(onnx_runtime, ("float32", "int8"), "onnxruntime"),
     OPENVINO: Runtime(openvino, ("float32", "bfloat16"), "openvino"),
     OURS: Runtime(engine, ("float32", "bfloat16")),
@@ -131,12 +132,18 @@ RUNTIMES = {
 
 @dataclass(frozen=True)
 class Program:
+    """A model in a runtime. `large`: one of those that are timed on larger images too."""
+
     model: str
     runtime: str
     precision: str
 
     def __str__(self) -> str:
         return f"{self.model} / {self.runtime} {self.precision}"
+
+    @property
+    def large(self) -> bool:
+        return self.runtime in (OPENVINO, OURS) and self.model in (BASE, "FAR", "FAR 0.25")
 
     def lacks(self) -> str:
         """Why it cannot run here; empty where it can."""
@@ -172,11 +179,10 @@ def answer(program: Program, threads: int) -> Iterator[None]:
 
 
 def measure(call: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of repeated calls, at least three, after two to warm up."""
-    for _ in range(2):
-        call()
+    """Milliseconds of repeated calls, at least two, after one to warm up."""
+    call()
     times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
+    while time.perf_counter() < end or len(times) < 2:
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
@@ -229,13 +235,14 @@ class Worker:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
 
-    def ask(self, batch: int, size: int, seconds: float) -> list[float]:
+    def send(self, batch: int, size: int, seconds: float) -> None:
+        question = json.dumps({"batch": batch, "size": size, "seconds": seconds})
+        with contextlib.suppress(BrokenPipeError):
+            print(question, file=self.process.stdin, flush=True)
+
+    def receive(self) -> list[float]:
         """Times in ms; empty where the program failed."""
-        try:
-            print(json.dumps({"batch": batch, "size": size, "seconds": seconds}), file=self.process.stdin, flush=True)
-            return json.loads(self.process.stdout.readline() or "[]")
-        except BrokenPipeError:
-            return []
+        return json.loads(self.process.stdout.readline() or "[]")
 
     def complaint(self) -> str:
         self.said.seek(0)
@@ -250,10 +257,15 @@ class Worker:
 def compare(workers: list[Worker], batch: int, size: int, seconds: float) -> dict[str, dict]:
     """Median and quartiles of each program at one shape, in ROUNDS rounds of turns."""
     times: dict[str, list[float]] = {str(worker.program): [] for worker in workers}
+    for worker in workers:  # all at once: what is built and warmed up now is not timed
+        worker.send(batch, size, 0)
+    for worker in workers:
+        worker.receive()
     for _ in range(ROUNDS):
         for worker in workers:
-            times[str(worker.program)] += worker.ask(batch, size, seconds / ROUNDS)
             time.sleep(PAUSE_S)
+            worker.send(batch, size, seconds / ROUNDS)
+            times[str(worker.program)] += worker.receive()
     result = {}
     for name, t in times.items():
         if t:

@@ -1,6 +1,7 @@
 """The whole model as one operator: its logits are the unfused model's, whatever the model, the batch and the build."""
 
 import copy
+import ctypes
 import io
 import threading
 
@@ -18,6 +19,15 @@ from utils.errors import FarError
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 needs_bfloat16 = pytest.mark.skipif(not cpu.has_bfloat16(), reason="no AVX512_BF16 here")
 RAGGED = {"1": [[5, 32], [1, 7]]}
+
+
+class Mallinfo(ctypes.Structure):
+    """What the C library has handed out."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
 
 
 def randomize(model: VisionTransformer) -> VisionTransformer:
@@ -328,3 +338,26 @@ def test_it_compiles_and_exports_as_one_graph():
     assert torch.equal(compiled(images), expected)
     exported = torch.export.export(engine, (images,)).module()
     assert torch.equal(exported(images), expected)
+
+
+def test_only_the_logits_are_allocated_once_a_shape_was_seen():
+    engine, shapes = WholeModel(micro()), (1, 5, 2)
+    for batch in shapes:
+        engine(torch.randn(batch, 3, 32, 32))
+    allocated = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if allocated is None:
+        pytest.skip("another C library than glibc 2.33")
+    allocated.restype = Mallinfo
+    for batch in shapes:
+        images = torch.randn(batch, 3, 32, 32)
+        engine(images)
+        before = allocated()
+        for _ in range(20):
+            engine(images)
+        after = allocated()
+        grown = (after.uordblks + after.hblkhd) - (before.uordblks + before.hblkhd)
+        assert grown < 4096 and after.hblks == before.hblks, grown
+        with torch.profiler.profile(profile_memory=True) as record:
+            engine(images)
+        sizes = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+        assert max(sizes) == batch * 10 * 4

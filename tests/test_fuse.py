@@ -183,3 +183,14 @@ def test_a_fused_model_gives_nearly_its_logits_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x)
     torch.testing.assert_close(got.float(), model(x), rtol=0.05, atol=0.05)
+
+
+def test_what_the_operator_does_not_cover_is_merged_with_one_log_line(caplog):
+    model, x = micro().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-10, atol=1e-10)
+    assert [r.message for r in caplog.records] == [
+        "fused block by block, not as one operator: weights that are not float32 on a CPU"
+    ]
+    caplog.clear()
+    fuse(micro())
+    assert not caplog.records
