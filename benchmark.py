@@ -5,6 +5,7 @@ python3 benchmark.py                 everything, DeiT-Tiny, random weights (spee
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,13 @@ def count_sizes() -> dict[str, dict[str, int]]:
     return sizes
 
 
-def start_programs(runtimes: list[str], threads: int) -> list[rivals.Worker]:
+def start_programs(runtimes: list[str], setting: rivals.Setting) -> list[rivals.Worker]:
     """Those that can run here; the others are named."""
     found = rivals.programs(runtimes)
     for program in found:
         if reason := program.lacks():
             print(f"  skipped: {program}: {reason}")
-    return [rivals.Worker(program, threads) for program in found if not program.lacks()]
+    return [rivals.Worker(program, setting) for program in found if not program.lacks()]
 
 
 def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict[str, dict]]:
@@ -72,7 +73,8 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict
     found: dict[tuple[int, int], dict[str, dict]] = {}
     shapes = [(batch, 224) for batch in config.batches] + [(1, size) for size in config.image_size if size != 224]
     print(f"\nwhole models, {threads} threads, median ms; programs take turns")
-    workers = start_programs(config.runtimes, threads)
+    folder = tempfile.TemporaryDirectory()
+    workers = start_programs(config.runtimes, rivals.Setting(threads, folder.name))
     try:
         for batch, size in shapes:
             asked = [w for w in workers if size == 224 or w.program.large]
@@ -83,6 +85,7 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict
     finally:
         for worker in workers:
             worker.close()
+        folder.cleanup()
     print(f"  {'':<46}" + "".join(f"{f'{b} x {s} px':>13}" for b, s in shapes))
     for name in dict.fromkeys(name for times in found.values() for name in times):
         cells = [times.get(name, {}).get("median_ms") for times in found.values()]

@@ -17,16 +17,17 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import torch
 from torch import nn
 
 from models import kernels
 from models.fuse import fuse
-from models.replace import FarConfig, build
+from models.replace import FarConfig, build, count_parameters
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 OPENVINO, OURS = "OpenVINO", "FAR engine"
-ROUNDS, PAUSE_S = 3, 0.2
+ROUNDS, PAUSE_S = 2, 0.2
 ONNX_OPSET = 18
 
 
@@ -57,11 +58,19 @@ VARIANTS = {
 Call = Callable[[torch.Tensor], object]
 
 
-def eager(model: nn.Module, precision: str, threads: int) -> Call:
+@dataclass(frozen=True)
+class Setting:
+    """What all programs share. folder: where a model's ONNX file is left, for the next that needs it."""
+
+    threads: int
+    folder: str
+
+
+def eager(model: nn.Module, precision: str, setting: Setting) -> Call:
     return model
 
 
-def compiled(model: nn.Module, precision: str, threads: int) -> Call:
+def compiled(model: nn.Module, precision: str, setting: Setting) -> Call:
     from torch._inductor import config
 
     config.freezing = True  # weights become constants, laid out once
@@ -70,53 +79,52 @@ def compiled(model: nn.Module, precision: str, threads: int) -> Call:
     return lambda images: module(images.to(dtype))
 
 
-def export(model: nn.Module, folder: str) -> str:
-    """The model as an ONNX file, batch dynamic."""
-    file, size = str(Path(folder) / "model.onnx"), model.patch_embed.img_size
-    images, batch = torch.randn(2, 3, *size), {0: torch.export.Dim("batch")}
-    program = torch.onnx.export(
-        model, (images,), dynamo=True, opset_version=ONNX_OPSET, dynamic_shapes=(batch,), verbose=False
-    )
-    program.save(file)
-    return file
+def export(model: nn.Module, setting: Setting) -> str:
+    """The model as an ONNX file, batch dynamic; the first process that asks for it makes it."""
+    side = model.patch_embed.img_size[0]
+    file = Path(setting.folder) / f"{count_parameters(model)}-{side}.onnx"
+    with filelock.FileLock(f"{file}.lock"):
+        if not file.exists():
+            images, batch = torch.randn(2, 3, side, side), {0: torch.export.Dim("batch")}
+            shapes = {"dynamic_shapes": (batch,), "opset_version": ONNX_OPSET}
+            torch.onnx.export(model, (images,), dynamo=True, verbose=False, **shapes).save(file)
+    return str(file)
 
 
-def onnx_runtime(model: nn.Module, precision: str, threads: int) -> Call:
+def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    with tempfile.TemporaryDirectory() as folder:
-        file = export(model, folder)
-        if precision == "int8":
-            from onnxruntime.quantization import quantize_dynamic
+    options.intra_op_num_threads = setting.threads
+    file = export(model, setting)
+    if precision == "int8":
+        from onnxruntime.quantization import quantize_dynamic
 
-            quantize_dynamic(file, file := file.replace("model", "int8"))
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        quantize_dynamic(file, file := f"{file}.int8")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images.numpy()})
 
 
-def openvino(model: nn.Module, precision: str, threads: int) -> Call:
+def openvino(model: nn.Module, precision: str, setting: Setting) -> Call:
     import openvino as ov
 
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
-    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        network = ov.Core().compile_model(export(model, folder), "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": setting.threads, "NUM_STREAMS": 1}
+    network = ov.Core().compile_model(export(model, setting), "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
     request = network.create_infer_request()
     return lambda images: request.infer([images.numpy()], share_inputs=True)
 
 
-def engine(model: nn.Module, precision: str, threads: int) -> Call:
+def engine(model: nn.Module, precision: str, setting: Setting) -> Call:
     return fuse(model, getattr(torch, precision))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """make: (model, precision, threads) to a function of images. package: what must be installed for it."""
+    """make: (model, precision, setting) to a function of images. package: what must be installed for it."""
 
-    make: Callable[[nn.Module, str, int], Call]
+    make: Callable[[nn.Module, str, Setting], Call]
     precisions: tuple[str, ...]
     package: str = "torch"
 
@@ -161,17 +169,17 @@ def programs(runtimes: Collection[str]) -> list[Program]:
     return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].precisions]
 
 
-def answer(program: Program, threads: int) -> Iterator[None]:
+def answer(program: Program, setting: Setting) -> Iterator[None]:
     """A process's life: questions (batch, size, seconds) on standard input, times in ms on what was standard output."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    torch.set_num_threads(threads)
+    torch.set_num_threads(setting.threads)
     runtime, calls = RUNTIMES[program.runtime], {}
     with torch.no_grad():
         for line in sys.stdin:
             batch, size, seconds = (question := json.loads(line))["batch"], question["size"], question["seconds"]
             if size not in calls:
-                calls[size] = runtime.make(VARIANTS[program.model].build(size), program.precision, threads)
+                calls[size] = runtime.make(VARIANTS[program.model].build(size), program.precision, setting)
             images = torch.randn(batch, 3, size, size)
             times = measure(lambda: calls[size](images), seconds)  # noqa: B023  (called within the turn)
             print(json.dumps(times), file=out, flush=True)
@@ -225,13 +233,13 @@ def reached(found: dict[tuple[int, int], dict[str, dict]]) -> list[dict]:
 class Worker:
     """A program in a process of its own."""
 
-    def __init__(self, program: Program, threads: int):
+    def __init__(self, program: Program, setting: Setting):
         self.program = program
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close)
         root = str(Path(__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "engine.rivals", json.dumps([asdict(program), threads])]
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "engine.rivals", json.dumps([asdict(program), asdict(setting)])]
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(setting.threads)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
 
@@ -275,6 +283,6 @@ def compare(workers: list[Worker], batch: int, size: int, seconds: float) -> dic
 
 
 if __name__ == "__main__":
-    fields, cores = json.loads(sys.argv[1])
-    for _ in answer(Program(**fields), cores):
+    wanted, shared = json.loads(sys.argv[1])
+    for _ in answer(Program(**wanted), Setting(**shared)):
         pass

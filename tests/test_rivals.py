@@ -9,21 +9,21 @@ PROGRAMS = [p for p in rivals.programs(rivals.RUNTIMES) if p.model == rivals.BAS
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
-def test_every_runtime_computes_the_model(program):
+def test_every_runtime_computes_the_model(program, tmp_path):
     if reason := program.lacks():
         pytest.skip(reason)
     model, images = rivals.VARIANTS[program.model].build(32), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)
-        got = rivals.RUNTIMES[program.runtime].make(model, program.precision, 1)(images)
+        got = rivals.RUNTIMES[program.runtime].make(model, program.precision, rivals.Setting(1, str(tmp_path)))(images)
     got = torch.as_tensor(got if isinstance(got, torch.Tensor) else got[0])
     error = (got - expected).norm() / expected.norm()
     assert error < {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.2}[program.precision], error
 
 
 def test_a_worker_answers_and_a_failing_one_complains(monkeypatch):
-    good = rivals.Worker(rivals.Program(rivals.BASE, "timm eager", "float32"), 1)
-    bad = rivals.Worker(rivals.Program("no model", "timm eager", "float32"), 1)
+    good = rivals.Worker(rivals.Program(rivals.BASE, "timm eager", "float32"), rivals.Setting(1, ""))
+    bad = rivals.Worker(rivals.Program("no model", "timm eager", "float32"), rivals.Setting(1, ""))
     monkeypatch.setattr(rivals, "ROUNDS", 2)
     try:
         found = rivals.compare([good, bad], 2, 32, 0.02)
