@@ -1,7 +1,6 @@
 """From a split to batches: transforms, samplers, loaders. Order and draws follow from (seed, epoch, sample) alone."""
 
 import contextlib
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchvision import transforms
 
 from datasets.images import shown
-from datasets.registry import SOURCES, Source, build_split, count_classes
+from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
 from utils.distributed import Context
 from utils.errors import FarError
+from utils.preprocessing import Preprocessing
 from utils.seeding import seeded
 
 
@@ -177,18 +177,11 @@ def train_transform(config: DataConfig, source: Source):
     return transform
 
 
-def eval_transform(config: DataConfig, source: Source):
+def preprocessing(config: DataConfig, source: Source) -> Preprocessing:
     """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, a crop would cut the object."""
-    ratio = config.eval_crop_ratio if config.input_size > 32 else 1.0
-    size = math.floor(config.input_size / ratio)
-    return transforms.Compose(
-        [
-            transforms.Resize(size if config.input_size > 32 else (size, size), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(config.input_size),
-            transforms.ToTensor(),
-            transforms.Normalize(source.mean, source.std),
-        ]
-    )
+    small = config.input_size <= 32
+    crop, mode = (1.0, "squash") if small else (config.eval_crop_ratio, "center")
+    return Preprocessing(source.mean, source.std, crop, mode)
 
 
 def share(size: int, part: float, seed: int) -> np.ndarray:
@@ -209,9 +202,10 @@ class Data:
         source = SOURCES.get(config.dataset)
         train = build_split(config.dataset, config.root, True)
         self.labelled, self.num_classes = source.labelled, count_classes(config.dataset, train)
+        self.preprocessing, self.class_names = preprocessing(config, source), class_names(config.dataset, train)
         train, val = self._split(train)
         self.train = Augmented(train, train_transform(config, source), config.seed)
-        self.val = Transformed(val, eval_transform(config, source))
+        self.val = Transformed(val, self.preprocessing.transform(config.input_size))
 
     def _split(self, train: Dataset) -> tuple[Dataset, Dataset]:
         """What trains and what evaluates after --holdout and --train-subset. Raises FarError on too few images."""

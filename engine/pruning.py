@@ -24,6 +24,7 @@ from engine.steps import (
     load_far,
     load_teacher,
     planned,
+    reading,
     resumed,
     say,
 )
@@ -90,6 +91,7 @@ class Pruning:
         check_backend(self.config, self.settings, context)
         self.data = load_data(command.data, self.config.img_size, context)
         check_classes(f"--model-path {self.path}", self.config, self.data, "first with main.py --mode downstream")
+        self.config = reading(self.config, self.data)
         self.teacher = None
         if command.model.base_weight:
             self.teacher = load_teacher(command.model, self.config).to(context.device)

@@ -99,6 +99,13 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def table(text: str) -> Path:
+    found = path(text)
+    if found.suffix.lower() not in names.TABLES:
+        raise argparse.ArgumentTypeError(f"{text:.80}: its name must end in {' or '.join(names.TABLES)}")
+    return found
+
+
 def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
