@@ -189,5 +189,5 @@ class Replacement(nn.Module, BlockPart):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("FAR's replacements are bidirectional and take no mask")
-        z = self.mix(x)
-        return self.post_proj(z if tokens is None else z[:, :tokens])
+        y = self.post_proj(self.mix(x))
+        return y if tokens is None else y[:, :tokens]
