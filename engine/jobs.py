@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
+from engine.plan import show_plan
 from engine.predict import Prediction, as_text, picture_loader, write
 from engine.predict import predict as predicted
 from engine.stages import Plan, Stage, distillation
@@ -91,6 +93,10 @@ def finish(run: RunFolder, model, result: dict[str, Any], context: Context) -> N
 def train_on_labels(command: ModeCommand, context: Context, model, config: FarConfig, stage: Stage, data: Data) -> None:
     """A run of one stage that needs no teacher."""
     stages = planned([stage], data, command.settings)
+    if command.run.dry_run:
+        alone = partial(Distillation, model, None)
+        show_plan(model, config, stages, alone, data, command.run, context, command.settings)
+        return
     with open_run(command.run, context) as run:
         model, last = resumed(run, model, command.model)
 
@@ -123,6 +129,10 @@ def train(command: ModeCommand, context: Context) -> None:
     attn = None if command.plan.skip_train_attn else command.rates.optim(context)
     settings = command.settings
     stages = planned(distillation(blocks, command.plan, attn, block), data, settings)
+    if command.run.dry_run:
+        pair = partial(Distillation, model, reference, distill_input=command.distill_input)
+        show_plan(model, config, stages, pair, data, command.run, context, settings)
+        return
     with open_run(command.run, context) as run:
         model, last = resumed(run, model, command.model)
         reference.to(context.device)
