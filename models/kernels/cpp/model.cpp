@@ -228,6 +228,9 @@ class Pass {
         const HeadPlan& head = plan.at<HeadPlan>(block.apart)[h];
         multiply_to(z + head.from, ldz, count, weights(head.map), own.joined + head.to, all.ldx);
       }
+      // Heads may end before the padding that `out` reads, where another pass's bytes may be no numbers.
+      for (int64_t r = 0; r < count; ++r)
+        std::memset(own.joined + r * all.ldx + plan.dim, 0, (all.ldx - plan.dim) * sizeof(X));
       multiply_add(own.joined, all.ldx, count, weights(block.out), x, ldx);
     } else {
       multiply_add(z, ldz, count, weights(block.out), x, ldx);
