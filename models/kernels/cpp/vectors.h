@@ -1,5 +1,5 @@
-// Vectors of V floats by GCC's (and clang's) portable extension: the compiler's flags make them AVX-512, AVX2 or whatever
-// the machine has. Only bfloat16 needs instructions by name (AVX512_BF16).
+// Vectors of V floats by GCC's (and clang's) portable extension: the compiler's flags make them AVX-512, AVX2 or
+// whatever the machine has. Only bfloat16 needs instructions by name (AVX512_BF16).
 #pragma once
 #include <cstdint>
 
