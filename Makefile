@@ -11,11 +11,13 @@ bench: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/*
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/*
 
 # pip's ordinary index gives the build that fits the machine; the stamp makes a second run free.
 .venv/ready: requirements.txt requirements-dev.txt

@@ -14,6 +14,7 @@ import torch
 
 from engine import rivals, speed
 from engine.count import count_macs
+from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
 from utils.arguments import SECONDS, SIZE, Parser, path, pick
 from utils.checkpoint import write_atomic
@@ -45,8 +46,8 @@ class Config:
     runs: list[Path]
 
     def __post_init__(self):
-        if any(size % 16 for size in self.image_size):
-            raise FarError("--image-size: DeiT-Tiny needs multiples of its patch size, 16")
+        if odd := [size for size in self.image_size if not fits_patches(rivals.BASE, size)]:
+            raise FarError(f"--image-size {odd[0]}: {rivals.BASE} needs a multiple of 16 up to {LARGEST_INPUT}")
 
 
 def count_sizes() -> dict[str, dict[str, int]]:
@@ -79,9 +80,10 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict
         for batch, size in shapes:
             asked = [w for w in workers if size == 224 or w.program.large]
             found[batch, size] = rivals.compare(asked, batch, size, config.seconds / 5)
-        for worker in workers:
-            if not any(str(worker.program) in times for times in found.values()):
-                print(f"  failed: {worker.program}: {worker.complaint()}")
+            for worker in asked:
+                if str(worker.program) not in found[batch, size]:
+                    print(f"  failed at batch {batch}, {size} px: {worker.program}: {worker.complaint()}", flush=True)
+                    worker.restart()
     finally:
         for worker in workers:
             worker.close()

@@ -234,12 +234,20 @@ class Worker:
     """A program in a process of its own."""
 
     def __init__(self, program: Program, setting: Setting):
-        self.program = program
+        self.program, self.setting = program, setting
+        self._start()
+
+    def restart(self) -> None:
+        """A new process, which has built nothing yet."""
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close)
         root = str(Path(__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "engine.rivals", json.dumps([asdict(program), asdict(setting)])]
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(setting.threads)}
+        command = [sys.executable, "-m", "engine.rivals", json.dumps([asdict(self.program), asdict(self.setting)])]
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.setting.threads)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
 
@@ -253,8 +261,12 @@ class Worker:
         return json.loads(self.process.stdout.readline() or "[]")
 
     def complaint(self) -> str:
+        """Of one that gave no times: its last line, or how it ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=10)
         self.said.seek(0)
-        return (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
+        silent = f"it said nothing, its exit code is {self.process.poll()}"
+        return (self.said.read().strip().splitlines() or [silent])[-1]
 
     def close(self) -> None:
         self.process.kill()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import kernels
-from models.merged import Merged, MergedBiRNN, merge
+from models.merged import Merged, MergedBiRNN, merge, plain
 from models.parts import Bundle, Place, Replacement, safe_root, shrunk
 
 
@@ -175,7 +175,9 @@ class MultiHeadBiRNN(Replacement):
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())
 
     def merged(self) -> nn.Module:
-        return MergedBiRNN(merge(self))
+        maps = self.maps()
+        return MergedBiRNN(maps) if maps else self
 
-    def maps(self) -> Merged:
-        return merge(self)
+    def maps(self) -> Merged | None:
+        """None where one of its projections is no plain linear map (an adapter, a hook)."""
+        return merge(self) if plain(self.pre_proj, *self.head_proj, self.post_proj) else None

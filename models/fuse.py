@@ -4,11 +4,11 @@ import copy
 import logging
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from models import whole
-from models.merged import refuse_loading
+from models.merged import hooked, refuse_loading
 from models.replace import replacements
 from utils.errors import FarError
 
@@ -38,7 +38,9 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
         model.blocks[index].attn = attn.merged()
     if any(model.blocks[index].attn is not attn for index, attn in found.items()):
         model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
-    if len(model.blocks) - 1 in found and model.global_pool == "token" and type(model) is VisionTransformer:
+    last = model.blocks[-1]
+    known = whole.computes_as_timms(model) and type(last) is Block and not hooked(last)
+    if known and len(model.blocks) - 1 in found and model.global_pool == "token":
         model.__class__ = ClassTokenViT
     return model
 
@@ -54,6 +56,8 @@ def fuse(model: VisionTransformer, precision: torch.dtype = torch.float32) -> nn
     if not reason:
         return whole.WholeModel(model, precision)
     if precision != torch.float32:
-        raise FarError(f"--fuse bfloat16: {reason}; use --fuse float32")
+        raise FarError(f"--fuse {str(precision).removeprefix('torch.')}: {reason}; use --fuse float32")
+    if not isinstance(model, VisionTransformer):
+        raise FarError(f"fuse: {reason}; give it the model alone")
     log.warning("fused block by block, not as one operator: %s", reason)
     return merge_blocks(model)

@@ -34,6 +34,16 @@ class Merged:
     out: Map
 
 
+def hooked(*modules: nn.Module) -> bool:
+    """Whether anything but the modules themselves has a say in what they compute."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def plain(*modules: nn.Module) -> bool:
+    """Whether these are linear maps, and no heirs of them, which may compute something else."""
+    return all(type(module) is nn.Linear for module in modules) and not hooked(*modules)
+
+
 @torch.no_grad()
 def merge(attn: nn.Module) -> Merged:
     """The maps of a MultiHeadBiRNN, in its own precision, autocast or not."""
@@ -43,8 +53,8 @@ def merge(attn: nn.Module) -> Merged:
 
 def _merge(attn: nn.Module) -> Merged:
     cells, kind, dim, width = attn.cells(), attn.direction.kind, attn.dim, attn.width
-    pre, out = (tuple(proj.parameters()) for proj in (attn.pre_proj, attn.post_proj))
-    heads, total = [tuple(proj.parameters()) for proj in attn.head_proj], sum(cell.units for cell in cells)
+    pre, out = ((proj.weight, proj.bias) for proj in (attn.pre_proj, attn.post_proj))
+    heads, total = [(proj.weight, proj.bias) for proj in attn.head_proj], sum(cell.units for cell in cells)
     if dim * kind.gates * total < dim**2 + width * kind.gates * total:
         cells, pre = [_behind(cell, k // 2 * width, width, *pre) for k, cell in enumerate(cells)], None
     if dim * total <= PATIENCE * (width * total + dim**2):

@@ -88,7 +88,8 @@ def swap_attention(
 
 def replacements(model: VisionTransformer) -> dict[int, Replacement]:
     """What replaces attention, by block."""
-    return {i: block.attn for i, block in enumerate(model.blocks) if isinstance(block.attn, Replacement)}
+    found = {i: getattr(block, "attn", None) for i, block in enumerate(model.blocks)}
+    return {i: attn for i, attn in found.items() if isinstance(attn, Replacement)}
 
 
 def mlps(model: VisionTransformer) -> dict[int, Mlp]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.kernels import cpu
-from models.merged import Merged, refuse_loading
+from models.merged import Merged, hooked, plain, refuse_loading
 from models.parts import Mlp, Replacement
 from models.replace import replacements
 from utils.errors import FarError
@@ -131,7 +131,7 @@ def _write_plan(packer: Packer, model: VisionTransformer) -> list[int]:
     if not model.no_embed_class:
         prefix, positions = prefix + positions[: len(prefix)], positions[len(prefix) :]
     header = [*embed.proj.weight.shape[1:2], *embed.img_size, *embed.patch_size]
-    header += [len(prefix), model.embed_dim, len(model.blocks), model.num_classes]
+    header += [len(prefix), model.embed_dim, len(model.blocks), len(model.head.weight)]
     header += [packer.rows(prefix), packer.rows(positions + bias), packer.norm(model.norm)]
     header += packer.map(embed.proj.weight.flatten(1), None) + packer.map(model.head.weight, model.head.bias)
     start, records, behind, replaced = 4 + len(header), [], [], replacements(model)
@@ -158,6 +158,12 @@ def _plain_norm(norm: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
+def computes_as_timms(model: nn.Module) -> bool:
+    """Whether no heir of timm's class has changed the way from images to logits."""
+    way = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+    return all(getattr(type(model), name, None) is getattr(VisionTransformer, name) for name in way)
+
+
 def _nothing(*modules: nn.Module) -> bool:
     return all(isinstance(module, nn.Identity) for module in modules)
 
@@ -169,13 +175,13 @@ def _block_faults(block: nn.Module) -> Iterator[str]:
     if not (_plain_norm(block.norm1) and _plain_norm(block.norm2)):
         yield "a norm that is not LayerNorm"
     mlp = block.mlp
-    plain = type(mlp) in (Mlp, timm.layers.Mlp) and isinstance(mlp.fc1, nn.Linear) and _nothing(mlp.norm)
-    if not plain or not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
+    known = type(mlp) in (Mlp, timm.layers.Mlp) and plain(mlp.fc1, mlp.fc2) and _nothing(mlp.norm)
+    if not known or not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
         yield "an MLP that is not Linear, GELU, Linear"
 
 
 def _attention_faults(attn: nn.Module, dim: int) -> Iterator[str]:
-    if type(attn) is not Attention:
+    if type(attn) is not Attention or not plain(attn.qkv, attn.proj):
         yield f"{type(attn).__name__} in attention's place"
     elif attn.gate is not None or attn.attn_dim != dim or not _nothing(attn.q_norm, attn.k_norm, attn.norm):
         yield "attention with norms or a gate"
@@ -190,9 +196,11 @@ def _replacement_faults(attn: Replacement) -> Iterator[str]:
 
 
 def _faults(model: nn.Module) -> Iterator[str]:
-    if not isinstance(model, VisionTransformer):
-        yield f"{type(model).__name__} is no VisionTransformer"
+    if not computes_as_timms(model):
+        yield f"{type(model).__name__} computes otherwise than timm's VisionTransformer"
         return
+    if hooked(*model.modules()):
+        yield "hooks on its modules"
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         yield "weights that are not float32 on a CPU"
     embed, conv = model.patch_embed, model.patch_embed.proj
@@ -204,7 +212,7 @@ def _faults(model: nn.Module) -> Iterator[str]:
         yield "a classifier that does not read the class token"
     if not _nothing(model.norm_pre, model.fc_norm) or not _plain_norm(model.norm):
         yield "norms elsewhere than before each half of a block and behind the last"
-    if model.pos_embed is None or model.dynamic_img_size or not isinstance(model.head, nn.Linear):
+    if model.pos_embed is None or model.dynamic_img_size or not plain(model.head):
         yield "no learned positions or no linear classifier"
     replaced = replacements(model)
     for i, block in enumerate(model.blocks):
@@ -241,13 +249,17 @@ class WholeModel(nn.Module):
                 nn.Parameter(torch.cat(pieces), requires_grad=False) for pieces in (packer.products, packer.vectors)
             )
         self.register_buffer("plan", torch.tensor(plan))
-        self.num_classes = model.num_classes
+        self.num_classes = len(model.head.weight)
         self.shape = (plan[4], plan[5], plan[6])  # of an image
         self.register_load_state_dict_pre_hook(refuse_loading)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (images.requires_grad or self.products.requires_grad):
+        if not isinstance(images, Tensor) or images.layout != torch.strided or images.is_nested:
+            raise FarError("this model reads dense tensors of images")
+        traced = torch.compiler.is_compiling()
+        forward = not traced and torch.autograd.forward_ad.unpack_dual(images).tangent is not None
+        if forward or torch.is_grad_enabled() and (images.requires_grad or self.products.requires_grad):
             raise FarError("a fused model has no gradients: take them before fuse(), or call it under torch.no_grad()")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape or not images.is_floating_point():
             given = f"{tuple(images.shape)}, {images.dtype}"

@@ -6,10 +6,12 @@ import io
 import threading
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models.fuse import fuse
 from models.kernels import cpu
 from models.replace import FarConfig, build, swap_attention
 from models.whole import WholeModel, why_not
@@ -83,6 +85,7 @@ MODELS = {
     "few units": lambda: vit(192, 3, units={"0": [[2, 1]] * 3, "1": [[1, 3]] * 3}),
     "pruned MLPs": lambda: prune_mlps(vit(192, 3), 1000, 77),
     "one hidden unit": lambda: prune_mlps(vit(64, 2, replaced=(0,)), 1, 49),
+    "padded heads": lambda: vit(120, 4),
     "odd width": lambda: vit(60, 3, replaced=(0,), units={"0": [[20, 7], [3, 1], [19, 20]]}),
     "one head": lambda: vit(72, 1, replaced=(1,)),
     "one block": lambda: vit(64, 2, replaced=(0,), depth=1),
@@ -289,6 +292,39 @@ def test_a_damaged_plan_is_refused_and_never_followed():
                 engine(images)
 
 
+def test_a_classifier_that_was_exchanged_counts_its_own_classes():
+    model = micro()
+    model.head = nn.Linear(64, 5)  # as users do it; timm's num_classes stays at 10
+    images = images_for(model, 2)
+    assert relative_error(model, WholeModel(model)(images), images) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4, 1e-6])
+def test_small_states_keep_their_digits(scale):
+    """Cells whose candidates are tiny, read by a head projection as much larger: the same function, nearly."""
+    model = vit(64, 2)
+    for block in model.blocks:
+        for head, proj in zip(block.attn.lstm, block.attn.head_proj, strict=True):
+            proj.weight.div_(scale)
+            for direction in head:
+                for weight in direction.parameters():
+                    direction.by_gate(weight)[2] *= scale
+    images = images_for(model, 2)
+    assert relative_error(model, WholeModel(model)(images), images) < 1e-5
+
+
+def test_forward_derivatives_are_refused():
+    engine, images = WholeModel(micro()), torch.randn(1, 3, 32, 32)
+    with pytest.raises(FarError, match="no gradients"):
+        torch.func.jvp(engine, (images,), (images,))
+
+
+@pytest.mark.parametrize("images", [None, [[1.0]], torch.randn(1, 3, 32, 32).to_sparse()])
+def test_what_is_no_dense_tensor_is_refused(images):
+    with pytest.raises(FarError, match="dense tensors"):
+        WholeModel(micro())(images)
+
+
 def test_gradients_are_refused():
     engine, images = WholeModel(micro()), torch.randn(1, 3, 32, 32, requires_grad=True)
     with pytest.raises(FarError, match="no gradients"):
@@ -303,7 +339,37 @@ def test_features_are_refused(asked):
         getattr(WholeModel(micro()), asked)(torch.randn(1, 3, 32, 32))
 
 
+class Adapted(nn.Linear):
+    """As adapters are: a linear map that computes more than its weight says."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def adapted(*path: str) -> VisionTransformer:
+    model = micro()
+    part = model.get_submodule(".".join(path[:-1]))
+    old = getattr(part, path[-1])
+    setattr(part, path[-1], Adapted(old.in_features, old.out_features))
+    return model
+
+
+def hooked() -> VisionTransformer:
+    model = micro()
+    model.blocks[-1].register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def distilled() -> VisionTransformer:
+    return timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2, num_classes=10).eval()
+
+
 REFUSED = {
+    "two class tokens": distilled,
+    "a hook": hooked,
+    **{path: lambda path=path: adapted(*path.split(".")) for path in ("head", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2")},
+    **{path: lambda path=path: adapted(*path.split(".")) for path in ("blocks.2.attn.qkv", "blocks.2.attn.proj")},
+    **{path: lambda path=path: adapted(*path.split(".")) for path in ("blocks.3.attn.pre_proj",)},
     "token mixer": lambda: build(FarConfig("DeiT-Micro", 10, 32, rep_by="mixer", replaced=(0,))),
     "float64": lambda: micro().double(),
     "layer scale": lambda: vit(64, 2, init_values=0.1),
@@ -326,6 +392,13 @@ def test_what_the_engine_does_not_cover_is_refused_with_a_reason(name):
     with pytest.raises(FarError) as caught:
         WholeModel(model)
     assert reason in str(caught.value)
+    if isinstance(model, VisionTransformer):  # merged block by block, they compute what they computed
+        images = torch.randn(2, 3, 32, 32, dtype=next(model.parameters()).dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(fuse(model)(images), model(images), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(FarError, match="give it the model alone"):
+            fuse(model)
 
 
 def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):

@@ -29,6 +29,11 @@ def test_a_worker_answers_and_a_failing_one_complains(monkeypatch):
         found = rivals.compare([good, bad], 2, 32, 0.02)
         assert list(found) == [str(good.program)] and found[str(good.program)]["repeats"] >= 4
         assert "no model" in bad.complaint()
+        good.process.kill()  # as for want of memory
+        assert rivals.compare([good], 2, 32, 0.02) == {}
+        assert "exit code is -9" in good.complaint()
+        good.restart()
+        assert str(good.program) in rivals.compare([good], 1, 32, 0.02)
     finally:
         good.close()
         bad.close()

@@ -1,5 +1,5 @@
-// Products in bfloat16 by Intel's AMX, whose one instruction multiplies two tiles of 16 rows of 64 bytes. It reads pairs of
-// k side by side, as product.h and recurrence.h lay W out:
+// Products in bfloat16 by Intel's AMX, whose one instruction multiplies two tiles of 16 rows of 64 bytes. It reads
+// pairs of k side by side, as product.h and recurrence.h lay W out:
 //
 //   a     16 rows of 16 pairs      a row's neighbouring k
 //   w     16 rows of 16 pairs      row i holds k = 2 i and 2 i + 1 of 16 columns
@@ -22,8 +22,8 @@
 namespace {
 namespace amx {
 
-constexpr int ROWS = 16;   // of a tile
-constexpr int DEPTH = 32;  // k in a tile
+constexpr int ROWS = 16;                 // of a tile
+constexpr int DEPTH = 32;                // k in a tile
 constexpr int64_t STEP = 3 * ROWS * 64;  // bytes of a panel of three tiles
 
 #if FAR_AMX
@@ -64,7 +64,9 @@ inline void block(const bf16* a, int64_t lda, const bf16* w, int64_t ldw, int64_
   if constexpr (J > 2) { DO(2); } \
   if constexpr (J > 3) { DO(3); }
 #define FAR_BEGIN(j) _tile_loadd(j, bias + j * V, 4 * ldb)
-#define FAR_ADD(j) _tile_loadd(5, w + 2 * j * V, 4 * ldw); _tile_dpbf16ps(j, 4, 5)
+#define FAR_ADD(j)                        \
+  _tile_loadd(5, w + 2 * j * V, 4 * ldw); \
+  _tile_dpbf16ps(j, 4, 5)
 #define FAR_END(j) _tile_stored(j, out + j * V, 4 * ldo)
   std::atomic_signal_fence(std::memory_order_seq_cst);  // nor that these read memory
   FAR_COLUMNS(FAR_BEGIN)

@@ -1,6 +1,6 @@
-// softmax(q k^T) v of one head for up to P queries, in float32; q comes scaled. Queries are columns: scores (tokens, P) are a
-// product of the keys with the transposed queries as their one panel, the softmax runs down the columns without any sum across
-// a vector, and neither keys nor values are copied.
+// softmax(q k^T) v of one head for up to P queries, in float32; q comes scaled. Queries are columns: scores (tokens, P)
+// are a product of the keys with the transposed queries as their one panel, the softmax runs down the columns without
+// any sum across a vector, and neither keys nor values are copied.
 //
 //   qkv, a row a token       | q of head 0 | q of head 1 | ... | k of head 0 | ... | v of head 0 | ... |
 //   queries (d, P)           panel of one product, column j is query j
@@ -38,10 +38,11 @@ inline void softmax_columns(float* scores, int64_t tokens, int64_t columns, floa
   }
 }
 
-// out[r] = sum over tokens of scores[.][r] v[.], over the column's sum, for `count` queries and up to J vectors of channels.
+// out[r] = sum over tokens of scores[.][r] v[.], over the column's sum, for `count` queries and up to J vectors of
+// channels.
 template <int R, int J, class X>
-void weigh_values(const float* scores, const Heads& from, const float* v, const float* sums, int64_t count, int64_t channels,
-                  X* out, int64_t ldo) {
+void weigh_values(const float* scores, const Heads& from, const float* v, const float* sums, int64_t count,
+                  int64_t channels, X* out, int64_t ldo) {
   vf acc[R][J] = {};
   product<R, J>(acc, scores, 1, v, from.row, from.tokens, P);
   alignas(64) X line[J * V];

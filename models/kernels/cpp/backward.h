@@ -1,11 +1,12 @@
-// The way back over all tokens of one cell (backpropagation through time): from the gradient of hidden states to that of the
-// gates' inputs. The weights' gradients are then torch's own matrix products (layer.cpp).
+// The way back over all tokens of one cell (backpropagation through time): from the gradient of hidden states to that
+// of the gates' inputs. The weights' gradients are then torch's own matrix products (layer.cpp).
 #pragma once
 #include "recurrence.h"
 
 namespace {
 
-// dh[r] = dgates[r] W_hh for C blocks of previous hidden units from block j on; W_hh packed (4 U, U), rows in the gates' order.
+// dh[r] = dgates[r] W_hh for C blocks of previous hidden units from block j on; W_hh packed (4 U, U), rows in the
+// gates' order.
 template <int R, int C>
 inline void hidden_gradient(const Cell<float>& c, int64_t j, const float* dgates, int64_t ldg, float* dh) {
   const int64_t U = c.blocks * V;
@@ -15,8 +16,10 @@ inline void hidden_gradient(const Cell<float>& c, int64_t j, const float* dgates
     for (int k = 0; k < C; ++k) store(dh + r * U + (j + k) * V, acc[r][k]);
 }
 
-// One token of one row: gates become their inputs' gradients, dc that of the cell state before. `before`: that cell state.
-inline void gate_gradients(int64_t blocks, float* gates, const float* states, const float* before, const float* dh, float* dc) {
+// One token of one row: gates become their inputs' gradients, dc that of the cell state before. `before`: that cell
+// state.
+inline void gate_gradients(int64_t blocks, float* gates, const float* states, const float* before, const float* dh,
+                           float* dc) {
   for (int64_t j = 0; j < blocks; ++j) {
     float *g = gates + j * 4 * V, *carry = dc + j * V;
     const vf in = load(g), forget = load(g + V), new_ = load(g + 2 * V), out = load(g + 3 * V);
@@ -51,7 +54,11 @@ void run_back(const Problem<float>& p, const Cell<float>& c, const Kept& kept, i
   }
 }
 
-constexpr Runner<float> BACK[] = {nullptr, run_back<1>, run_back<2>, run_back<3>, run_back<V == 16 ? 4 : 3>,
-                                  run_back<V == 16 ? 5 : 3>, run_back<V == 16 ? 6 : 3>};
+constexpr Runner<float> BACK[] = {nullptr,
+                                  run_back<1>,
+                                  run_back<2>,
+                                  run_back<3>,
+                                  run_back < V == 16 ? 4 : 3 >
+                                  , run_back < V == 16 ? 5 : 3 >, run_back < V == 16 ? 6 : 3 > };
 
 }  // namespace

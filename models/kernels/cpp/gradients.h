@@ -27,8 +27,8 @@ void walk_back(const at::Tensor& grad, at::TensorList gates, at::TensorList stat
   share_out(BACK, p, cells, kept, grad.size(0));
 }
 
-// Gradients from that of hidden (B, N, sum u) and what training kept: of x, then of W_ih, W_hh and the bias of each cell (its
-// two biases have one gradient). Only those wanted, 1 + 3 a cell, are computed; the others are empty.
+// Gradients from that of hidden (B, N, sum u) and what training kept: of x, then of W_ih, W_hh and the bias of each
+// cell (its two biases have one gradient). Only those wanted, 1 + 3 a cell, are computed; the others are empty.
 Tensors backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights, const at::Tensor& hidden,
                  at::TensorList gates, at::TensorList states, const c10::List<bool>& wanted_list) {
   c10::impl::ExcludeDispatchKeyGuard full_precision(c10::DispatchKey::AutocastCPU);

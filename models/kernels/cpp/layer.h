@@ -1,4 +1,5 @@
-// The operators of one layer, in training and without: cells and tiles of the batch run in parallel over torch's threads.
+// The operators of one layer, in training and without: cells and tiles of the batch run in parallel over torch's
+// threads.
 #pragma once
 #include <torch/library.h>
 
@@ -11,7 +12,10 @@ namespace {
 // Shares cells and tiles of the batch out to torch's threads, the costliest first.
 void share_out(const Runner<float>* runners, const Problem<float>& p, const std::vector<Cell<float>>& cells,
                const std::vector<Kept>& kept, int64_t batch) {
-  struct Task { size_t cell; int64_t row, rows, cost; };
+  struct Task {
+    size_t cell;
+    int64_t row, rows, cost;
+  };
   std::vector<Task> tasks;
   int64_t floats = 0;
   const int64_t tiles = (batch + TILE - 1) / TILE;
@@ -64,8 +68,8 @@ std::vector<Cell<float>> cells_of(const Tensors& packed, at::IntArrayRef units, 
   return cells;
 }
 
-// x (B, N, H, d); natural weights, four a cell. Returns (B, N, sum u). In training, `gates` and `states` take of each cell the
-// activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
+// x (B, N, H, d); natural weights, four a cell. Returns (B, N, sum u). In training, `gates` and `states` take of each
+// cell the activated gates (B, N, 4 U) in packed order and the cell states (B, N, U).
 at::Tensor compute(const at::Tensor& input, at::TensorList weights, Tensors* gates, Tensors* states) {
   TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat, "x must be (B, N, H, d), float32");
   TORCH_CHECK((int64_t)weights.size() == 8 * input.size(2), "four weights a cell, 2 H cells");
@@ -81,16 +85,20 @@ at::Tensor compute(const at::Tensor& input, at::TensorList weights, Tensors* gat
   }
   const int64_t total = std::accumulate(units.begin(), units.end(), int64_t{0});
   at::Tensor out = at::empty({x.size(0), x.size(1), total}, x.options());
-  const Problem<float> p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1), x.size(3),
-                         x.stride(0), x.stride(1), x.size(1) * total, total};
+  const Problem<float> p{x.const_data_ptr<float>(),
+                         out.mutable_data_ptr<float>(),
+                         x.size(1),
+                         x.size(3),
+                         x.stride(0),
+                         x.stride(1),
+                         x.size(1) * total,
+                         total};
   const Runner<float>* runners = gates ? RUN<true, false, float> : RUN<false, false, float>;
   share_out(runners, p, cells, kept, x.size(0));
   return out;
 }
 
-at::Tensor forward(const at::Tensor& x, at::TensorList weights) {
-  return compute(x, weights, nullptr, nullptr);
-}
+at::Tensor forward(const at::Tensor& x, at::TensorList weights) { return compute(x, weights, nullptr, nullptr); }
 
 std::tuple<at::Tensor, Tensors, Tensors> train(const at::Tensor& x, at::TensorList weights) {
   Tensors gates, states;

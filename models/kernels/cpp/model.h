@@ -1,9 +1,9 @@
 // A whole vision transformer whose blocks mix tokens by LSTMs or by attention, images to logits.
 //
-// It comes as three pieces of memory: `products`, all packed matrices (float32 or bfloat16, see product.h); `vectors`, all
-// biases, norms and positions (float32, padded with zeros to whole panels); `plan`, 64-bit integers that say where in the two
-// each part lies. The plan is one Plan, then a record a block, a cell and a head projection. models/whole.py writes it, in
-// the order in which the members stand here.
+// It comes as three pieces of memory: `products`, all packed matrices (float32 or bfloat16, see product.h); `vectors`,
+// all biases, norms and positions (float32, padded with zeros to whole panels); `plan`, 64-bit integers that say where
+// in the two each part lies. The plan is one Plan, then a record a block, a cell and a head projection. models/whole.py
+// writes it, in the order in which the members stand here.
 #pragma once
 #include <cstdint>
 
@@ -16,25 +16,27 @@ struct Map {
   int64_t depth, width, weights, bias;
 };
 
-// One direction of one head: reads `depth` channels (the block's) from channel `from` on, writes hidden states from `column` on.
+// One direction of one head: reads `depth` channels (the block's) from channel `from` on, writes hidden states from
+// `column` on.
 struct CellPlan {
   int64_t units, reverse, from, column, w_ih, w_hh, bias;
 };
 
-// A head projection that stays apart from the output map: reads hidden states from `from` on, writes channels from `to` on.
+// A head projection that stays apart from the output map: reads hidden states from `from` on, writes channels from `to`
+// on.
 struct HeadPlan {
   int64_t from, to;
   Map map;
 };
 
 struct BlockPlan {
-  int64_t norm1, norm2;       // weight, bias, epsilon in vectors
-  int64_t heads;              // of attention; 0 where the block has LSTMs
-  int64_t depth;              // channels that a cell reads, or that a head of attention has
-  int64_t mixed;              // channels that mixing gives: sum of all units, or D
-  int64_t cells, cell_count;  // place in the plan; the costliest first
+  int64_t norm1, norm2;        // weight, bias, epsilon in vectors
+  int64_t heads;               // of attention; 0 where the block has LSTMs
+  int64_t depth;               // channels that a cell reads, or that a head of attention has
+  int64_t mixed;               // channels that mixing gives: sum of all units, or D
+  int64_t cells, cell_count;   // place in the plan; the costliest first
   int64_t apart, apart_count;  // head projections, none where they are merged into `out`
-  Map before;                 // pre_proj, or q (scaled), k and v; width 0 where pre_proj is merged into the cells
+  Map before;                  // pre_proj, or q (scaled), k and v; width 0 where pre_proj is merged into the cells
   Map out, fc1, fc2;
 };
 
@@ -59,7 +61,7 @@ struct Plan {
 const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16);
 
 // Images (B, channels, height, width) with strides in floats to logits (B, classes).
-void run(const Plan& plan, const float* vectors, const void* products, const float* images, int64_t batch, const int64_t* strides,
-         float* logits, int threads);
+void run(const Plan& plan, const float* vectors, const void* products, const float* images, int64_t batch,
+         const int64_t* strides, float* logits, int threads);
 
 }  // namespace far_model

@@ -6,10 +6,11 @@
 namespace {
 
 // Images (B, channels, height, width) of any strides to logits (B, classes), by a packed model: see model.h.
-at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
-                 int64_t classes) {
+at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Tensor& vectors,
+                 const at::Tensor& products, int64_t classes) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && vectors.scalar_type() == at::kFloat && plan.is_contiguous() &&
-                  vectors.is_contiguous() && products.is_contiguous(), "a plan in int64, vectors in float32");
+                  vectors.is_contiguous() && products.is_contiguous(),
+              "a plan in int64, vectors in float32");
   const bool half = products.scalar_type() == at::kBFloat16;
   TORCH_CHECK(half || products.scalar_type() == at::kFloat, "products must be float32 or bfloat16");
   const int64_t* from = plan.const_data_ptr<int64_t>();
@@ -21,8 +22,8 @@ at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Ten
               "images must be (B, ", p.channels, ", ", p.height, ", ", p.width, "), float32");
   at::Tensor logits = at::empty({images.size(0), classes}, images.options(), at::MemoryFormat::Contiguous);
   if (images.size(0))
-    far_model::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(), images.size(0),
-                   images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads());
+    far_model::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(),
+                   images.size(0), images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads());
   return logits;
 }
 
@@ -57,9 +58,11 @@ TORCH_LIBRARY_FRAGMENT(FAR_NAMESPACE, m) {
   const auto on_cpu = [](auto* function) { return torch::dispatch(c10::DispatchKey::CPU, function); };
   m.def("forward(Tensor x, Tensor[] weights) -> Tensor", on_cpu(&forward));
   m.def("train(Tensor x, Tensor[] weights) -> (Tensor, Tensor[], Tensor[])", on_cpu(&train));
-  m.def("backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] wanted) "
-        "-> Tensor[]",
-        on_cpu(&backward));
+  m.def(
+      "backward(Tensor grad, Tensor x, Tensor[] weights, Tensor hidden, Tensor[] gates, Tensor[] states, bool[] "
+      "wanted) "
+      "-> Tensor[]",
+      on_cpu(&backward));
   m.def("model(Tensor images, Tensor plan, Tensor vectors, Tensor products, int classes) -> Tensor", on_cpu(&model));
   m.def("vector_width() -> int", []() -> int64_t { return V; });
   m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });

@@ -1,5 +1,5 @@
-// Weights of one layer, four a cell as in torch.nn.LSTM: W_ih (4 u, d), W_hh (4 u, u), b_ih and b_hh (4 u), to what recurrence.h
-// reads and back. Training packs on each call, so nothing is kept that could go stale.
+// Weights of one layer, four a cell as in torch.nn.LSTM: W_ih (4 u, d), W_hh (4 u, u), b_ih and b_hh (4 u), to what
+// recurrence.h reads and back. Training packs on each call, so nothing is kept that could go stale.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -50,7 +50,8 @@ Tensors checked(at::TensorList weights) {
     const at::Tensor &w = weights[i], &w_ih = weights[i - i % 4], &w_hh = weights[i - i % 4 + 1];
     TORCH_CHECK(w.scalar_type() == at::kFloat && w.device().is_cpu(), "weights must be float32 on the CPU");
     TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2 && w.dim() == (i % 4 < 2 ? 2 : 1) && w.size(0) == 4 * w_hh.size(1) &&
-                    w_ih.size(1) == weights[0].size(1), "weights of a cell: (4 u, d), (4 u, u), (4 u), (4 u)");
+                    w_ih.size(1) == weights[0].size(1),
+                "weights of a cell: (4 u, d), (4 u, u), (4 u), (4 u)");
     whole.push_back(w.contiguous());
   }
   return whole;

@@ -1,4 +1,5 @@
-// Matrix products with packed weights: out (rows, n) = bias + a (rows, k) W, accumulators of M rows and three vectors in registers.
+// Matrix products with packed weights: out (rows, n) = bias + a (rows, k) W, accumulators of M rows and three vectors
+// in registers.
 //
 // W lies in panels of P = 3 V outputs, one after the other, so that a product reads memory in order:
 //
@@ -6,7 +7,8 @@
 //                                              k = 1 | w(1, 0) w(1, 1) ...  w(1, P-1) |   ... then panel 1
 //   bfloat16  [panel][k / 2][P][2]   panel 0:  k = 0, 1 | w(0, 0) w(1, 0)  w(0, 1) w(1, 1) ... |
 //
-// n and, in bfloat16, k are padded with zeros: a pair is one 32-bit word, in a as in W. Rows of a may lie any distance apart.
+// n and, in bfloat16, k are padded with zeros: a pair is one 32-bit word, in a as in W. Rows of a may lie any distance
+// apart.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -18,12 +20,12 @@
 
 namespace {
 
-constexpr int C = 3;                // vectors in a panel
-constexpr int P = C * V;            // outputs in a panel
-constexpr int M = V == 16 ? 8 : 4;  // rows: M C accumulators, C vectors of W and one of a fill the registers
-constexpr int64_t GRAIN = 2 * V;    // every width is padded to a multiple of this
-constexpr int64_t LINE = 64;        // bytes that come from memory together
-constexpr int FETCH = 8;            // lines that one step of AMX fetches ahead: six tiles' worth are a panel
+constexpr int C = 3;                          // vectors in a panel
+constexpr int P = C * V;                      // outputs in a panel
+constexpr int M = V == 16 ? 8 : 4;            // rows: M C accumulators, C vectors of W and one of a fill the registers
+constexpr int64_t GRAIN = 2 * V;              // every width is padded to a multiple of this
+constexpr int64_t LINE = 64;                  // bytes that come from memory together
+constexpr int FETCH = 8;                      // lines that one step of AMX fetches ahead: six tiles' worth are a panel
 constexpr int MOST = std::max(M, amx::ROWS);  // rows of any tile
 
 constexpr int64_t padded(int64_t n) { return (n + GRAIN - 1) / GRAIN * GRAIN; }
@@ -39,7 +41,8 @@ inline vf add_pairs(__m512bh a, __m512bh w, vf sum) { return (vf)_mm512_dpbf16_p
 
 // acc[r][j] += sum over k of a[r][k] * w[k][j]; w points at J neighbouring vectors, rows `ldw` floats apart.
 template <int R, int J>
-inline void product(vf (&acc)[R][J], const float* a, int64_t lda, const float* w, int64_t ldw, int64_t depth, int64_t hop = 1) {
+inline void product(vf (&acc)[R][J], const float* a, int64_t lda, const float* w, int64_t ldw, int64_t depth,
+                    int64_t hop = 1) {
   for (int64_t k = 0; k < depth; ++k, w += ldw, a += hop) {
     vf s[R];
     for (int r = 0; r < R; ++r) s[r] = splat(a[r * lda]);
@@ -65,10 +68,11 @@ inline void product(vf (&acc)[R][J], const bf16* a, int64_t lda, const bf16* w, 
 #endif
 }
 
-// The same for one panel, few vectors wide: they wait in registers for the rows. Meanwhile memory comes from `ahead`, a line
-// each 16 bytes of a row: a core alone fetches too late what lies behind a page's end.
+// The same for one panel, few vectors wide: they wait in registers for the rows. Meanwhile memory comes from `ahead`, a
+// line each 16 bytes of a row: a core alone fetches too late what lies behind a page's end.
 template <int R, int J>
-inline void panel_product(vf (&acc)[R][J], const float* a, int64_t lda, const float* w, int64_t depth, const char* ahead) {
+inline void panel_product(vf (&acc)[R][J], const float* a, int64_t lda, const float* w, int64_t depth,
+                          const char* ahead) {
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k, w += P, ahead += LINE / 4) {
     __builtin_prefetch(ahead, 0, 2);
@@ -82,7 +86,8 @@ inline void panel_product(vf (&acc)[R][J], const float* a, int64_t lda, const fl
 }
 
 template <int R, int J>
-inline void panel_product(vf (&acc)[R][J], const bf16* a, int64_t lda, const bf16* w, int64_t depth, const char* ahead) {
+inline void panel_product(vf (&acc)[R][J], const bf16* a, int64_t lda, const bf16* w, int64_t depth,
+                          const char* ahead) {
 #if FAR_BFLOAT16
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k += 2, w += 2 * P, ahead += LINE / 4) {
@@ -97,7 +102,8 @@ inline void panel_product(vf (&acc)[R][J], const bf16* a, int64_t lda, const bf1
 #endif
 }
 
-// What a product multiplies with: `depth` rows of panels that lie `stride` elements apart, and a bias. width: a multiple of V.
+// What a product multiplies with: `depth` rows of panels that lie `stride` elements apart, and a bias. width: a
+// multiple of V.
 template <class X>
 struct Weights {
   const X* w;
@@ -175,7 +181,8 @@ inline void for_tiles(int64_t rows, const Weights<X>& m, const F& f) {
   if constexpr (std::is_same_v<X, bf16>)
     if (rows >= amx::ROWS && amx::here()) return for_amx_tiles(rows, m, f);
 #endif
-  const int64_t bytes = m.depth * P * sizeof(X), each = m.depth * sizeof(X) / 16 * LINE;  // of a panel; fetched by a tile
+  const int64_t bytes = m.depth * P * sizeof(X),
+                each = m.depth * sizeof(X) / 16 * LINE;  // of a panel; fetched by a tile
   const std::array<Tile<X>, M + 1>* sizes[] = {nullptr, &TILES<1, X>, &TILES<2, X>, &TILES<3, X>};
   for (int64_t n = 0; n < m.width; n += P) {
     const int64_t vectors = std::min<int64_t>(C, (m.width - n) / V);

@@ -1,8 +1,9 @@
-// One direction of one head, a cell, over all tokens of a few rows of the batch. The input products of a few tokens go to a
-// buffer that stays in cache, then the recurrence walks over them: accumulators of all four gates live in registers.
+// One direction of one head, a cell, over all tokens of a few rows of the batch. The input products of a few tokens go
+// to a buffer that stays in cache, then the recurrence walks over them: accumulators of all four gates live in
+// registers.
 //
-// A cell's u units lie in blocks of V, padded with zeros to U = blocks V. For each unit block the four gates follow one another,
-// so that one step reads memory in order:
+// A cell's u units lie in blocks of V, padded with zeros to U = blocks V. For each unit block the four gates follow one
+// another, so that one step reads memory in order:
 //
 //   gates (token)   | block 0: i[V] f[V] g[V] o[V] | block 1: ... |                      width = 4 U floats
 //   W_hh            (u, width); in bfloat16 pairs of rows side by side, (u / 2 rounded up, width, 2)
@@ -28,8 +29,8 @@ struct Cell {
   const void* w_hh;
   const float* bias;  // (width)
   int64_t units, blocks, reverse;
-  int64_t from, column;        // its first input channel and its first column of the output
-  int64_t row, panel;          // elements from one k of W_ih to the next, and from one unit block to the next
+  int64_t from, column;  // its first input channel and its first column of the output
+  int64_t row, panel;    // elements from one k of W_ih to the next, and from one unit block to the next
 };
 
 // X: what the input is read in and hidden states are written in. Strides in elements.
@@ -40,14 +41,14 @@ struct Problem {
   int64_t tokens, depth, batch_stride, token_stride, out_batch, out_token;
 };
 
-// What training keeps of one cell: gates (B, N, 4 U) and cell states (B, N, U), tokens in place. Backward writes the gates'
-// gradients over the gates.
+// What training keeps of one cell: gates (B, N, 4 U) and cell states (B, N, U), tokens in place. Backward writes the
+// gates' gradients over the gates.
 struct Kept {
   float *gates, *states;
 };
 
-// The state of R rows between two tokens. h and h_new are what the recurrence reads and writes, bfloat16 in pairs with HALF;
-// out is the new hidden state in float32 (h_new itself without HALF); kept, in training, takes the cell states.
+// The state of R rows between two tokens. h and h_new are what the recurrence reads and writes, bfloat16 in pairs with
+// HALF; out is the new hidden state in float32 (h_new itself without HALF); kept, in training, takes the cell states.
 struct State {
   float *h, *h_new, *out, *cell, *kept;
   int64_t ldk;
@@ -86,14 +87,15 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
   const float* w = (const float*)c.w_hh + j * 4 * V;  // a pair of bfloat16 is as wide as a float
   if constexpr (HALF)
     product<R, J * 4>(acc, (const bf16*)s.h, 2 * U, (const bf16*)w, width, (c.units + 1) / 2 * 2);
-  else if (R == 1 && !KEEP && s.last)  // every other token from the last row to the first: what the cache still holds of W_hh first
+  else if (R == 1 && !KEEP &&
+           s.last)  // every other token from the last row to the first: what the cache still holds of W_hh first
     product<R, J * 4>(acc, s.h + c.units - 1, U, w + (c.units - 1) * width, -width, c.units, -1);
   else
     product<R, J * 4>(acc, s.h, U, w, width, c.units);
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < J; ++b) {
       const int64_t at = r * U + (j + b) * V;
-      vf (&gate)[4] = reinterpret_cast<vf (&)[4]>(acc[r][b * 4]);
+      vf(&gate)[4] = reinterpret_cast<vf(&)[4]>(acc[r][b * 4]);
       const vf hidden = activate(gate, s.cell + at);
       store(s.out + at, hidden);
       if constexpr (HALF) store((bf16*)(s.h_new + r * U) + (j + b) * V, hidden);
@@ -105,28 +107,40 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
 }
 
 // Floats of scratch that a walk over R rows needs.
-inline int64_t walk_floats(int64_t rows, int64_t U, bool keep) { return (keep ? 0 : rows * CHUNK * 4 * U) + 4 * rows * U; }
+inline int64_t walk_floats(int64_t rows, int64_t U, bool keep) {
+  return (keep ? 0 : rows * CHUNK * 4 * U) + 4 * rows * U;
+}
 
-// A walk of one cell over the tokens of R rows of the batch, from row `b` on: `inputs` of a chunk, then its tokens one by one.
+// A walk of one cell over the tokens of R rows of the batch, from row `b` on: `inputs` of a chunk, then its tokens one
+// by one.
 template <int R, bool KEEP, bool HALF, class X>
 struct Walk {
   struct Steps {  // what must live while tokens are walked: nothing
     explicit Steps(const Walk&) {}
   };
   static constexpr int LENGTH = CHUNK;
-  static constexpr int J = R == 1 ? (V == 16 ? 4 : 2) : 1;  // unit blocks at once: as many accumulators as the registers hold
+  static constexpr int J =
+      R == 1 ? (V == 16 ? 4 : 2) : 1;  // unit blocks at once: as many accumulators as the registers hold
   const Problem<X>& p;
   const Cell<X>& c;
   const Kept& kept;
   const int64_t b, U, width, direction, ldg, hop;
   float* const buffer;
   State state;
-  int64_t first = 0;        // the token the chunk starts with
-  float* gates = nullptr;   // its input products
+  int64_t first = 0;       // the token the chunk starts with
+  float* gates = nullptr;  // its input products
 
   Walk(const Problem<X>& p, const Cell<X>& c, const Kept& kept, int64_t b, float* scratch)
-      : p(p), c(c), kept(kept), b(b), U(c.blocks * V), width(4 * U), direction(c.reverse ? -1 : 1),
-        ldg((KEEP ? p.tokens : CHUNK) * width), hop(KEEP ? direction * width : width), buffer(scratch) {
+      : p(p),
+        c(c),
+        kept(kept),
+        b(b),
+        U(c.blocks * V),
+        width(4 * U),
+        direction(c.reverse ? -1 : 1),
+        ldg((KEEP ? p.tokens : CHUNK) * width),
+        hop(KEEP ? direction * width : width),
+        buffer(scratch) {
     float* h = scratch + (KEEP ? 0 : R * CHUNK * width);
     std::memset(h, 0, 4 * R * U * sizeof(float));
     state = {h, h + R * U, h + 3 * R * U, h + 2 * R * U, nullptr, p.tokens * U, false};
@@ -140,7 +154,8 @@ struct Walk {
       const X* a = p.x + (b + r) * p.batch_stride + first * p.token_stride + c.from;
       float* to = gates + r * ldg;
       int64_t t = 0;
-      for (; t + INPUTS <= count; t += INPUTS) input_rows<INPUTS>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
+      for (; t + INPUTS <= count; t += INPUTS)
+        input_rows<INPUTS>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
       for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
     }
   }
@@ -189,7 +204,14 @@ void run(const Problem<X>& p, const Cell<X>& c, const Kept& kept, int64_t b, int
 template <class X>
 using Runner = void (*)(const Problem<X>&, const Cell<X>&, const Kept&, int64_t, int64_t, float*);
 template <bool KEEP, bool HALF, class X>
-constexpr Runner<X> RUN[] = {nullptr, run<1, KEEP, HALF, X>, run<2, KEEP, HALF, X>, run<3, KEEP, HALF, X>,
-                             run<V == 16 ? 4 : 3, KEEP, HALF, X>, run<V == 16 ? 5 : 3, KEEP, HALF, X>, run<V == 16 ? 6 : 3, KEEP, HALF, X>};
+constexpr Runner<X> RUN[] = {nullptr,
+                             run<1, KEEP, HALF, X>,
+                             run<2, KEEP, HALF, X>,
+                             run<3, KEEP, HALF, X>,
+                             run < V == 16 ? 4 : 3,
+                             KEEP,
+                             HALF,
+                             X >
+                             , run < V == 16 ? 5 : 3, KEEP, HALF, X >, run < V == 16 ? 6 : 3, KEEP, HALF, X > };
 
 }  // namespace

@@ -47,7 +47,8 @@ struct Images {
 
 // The pixels of one patch as the embedding reads them, channel by channel, row by row. `line` is scratch.
 template <class X>
-void patch_row(const Images& from, const float* corner, int64_t channels, int64_t height, int64_t width, float* line, X* out) {
+void patch_row(const Images& from, const float* corner, int64_t channels, int64_t height, int64_t width, float* line,
+               X* out) {
   const int64_t pixels = channels * height * width;
   float* to = line;
   for (int64_t c = 0; c < channels; ++c)

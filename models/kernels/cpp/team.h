@@ -12,8 +12,8 @@
 
 namespace {
 
-// What members of a team share. `next` only grows: each member takes exactly one number too many a phase, so all know where
-// the next phase begins.
+// What members of a team share. `next` only grows: each member takes exactly one number too many a phase, so all know
+// where the next phase begins.
 struct Team {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
@@ -76,8 +76,8 @@ void in_parallel([[maybe_unused]] int threads, const F& f) {
 #endif
 }
 
-// Hands out pieces of one block of memory, each on a cache line of its own with some to spare behind it (vectors may read
-// past a row's end). Without a block it counts how much is needed.
+// Hands out pieces of one block of memory, each on a cache line of its own with some to spare behind it (vectors may
+// read past a row's end). Without a block it counts how much is needed.
 struct Pieces {
   char* base = nullptr;
   size_t bytes = 0;

@@ -1,5 +1,5 @@
-// The walk of recurrence.h for a model in bfloat16, by AMX: products of up to 16 rows of the batch cost as much as those
-// of a single row. Sums are made for all unit blocks, then activated.
+// The walk of recurrence.h for a model in bfloat16, by AMX: products of up to 16 rows of the batch cost as much as
+// those of a single row. Sums are made for all unit blocks, then activated.
 //
 //   gates   (token of a chunk, row of the batch, width)   input products, the recurrent ones added in place
 //   h       (row, U padded to whole tiles' depth) in bfloat16
@@ -27,8 +27,16 @@ struct TileWalk {
   int64_t first = 0, skipped = 0;  // the step that the chunk begins with, and its steps that are done already
 
   TileWalk(const Problem<bf16>& p, const Cell<bf16>& c, int64_t b, int64_t rows, float* scratch)
-      : p(p), c(c), b(b), rows(rows), U(c.blocks * V), width(4 * U), depth(padded(c.units)),
-        gates(scratch), states(gates + TILE_CHUNK * rows * width), h((bf16*)(states + rows * U)) {
+      : p(p),
+        c(c),
+        b(b),
+        rows(rows),
+        U(c.blocks * V),
+        width(4 * U),
+        depth(padded(c.units)),
+        gates(scratch),
+        states(gates + TILE_CHUNK * rows * width),
+        h((bf16*)(states + rows * U)) {
     std::memset(states, 0, rows * U * sizeof(float));
     std::memset(h, 0, rows * depth * sizeof(bf16));
   }

@@ -1,5 +1,5 @@
-// Vectors of V floats by GCC's (and clang's) portable extension: the compiler's flags make them AVX-512, AVX2 or whatever
-// the machine has. Only bfloat16 needs instructions by name (AVX512_BF16).
+// Vectors of V floats by GCC's (and clang's) portable extension: the compiler's flags make them AVX-512, AVX2 or
+// whatever the machine has. Only bfloat16 needs instructions by name (AVX512_BF16).
 #pragma once
 #include <cstdint>
 
@@ -43,10 +43,11 @@ inline vf reciprocal(vf x) {
 inline vf reciprocal(vf x) { return 1.0f / x; }
 #endif
 
-// exp by 2^n times a polynomial (Cephes); relative error below 2e-7. A NaN fails both comparisons and passes through.
-inline vf exp_(vf x) {
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+// exp(x) as 2^n (1 + rest), for x in [-87, 88], by a polynomial (Cephes) with a relative error below 2e-7.
+struct Power {
+  vf two, rest;
+};
+inline Power power(vf x) {
   const float magic = 12582912.0f;  // adding it rounds to an integer
   vf n = (x * 1.44269504088896341f + magic) - magic;
   vf r = x - n * 0.693359375f;
@@ -57,17 +58,29 @@ inline vf exp_(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
   vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
-  return p * reinterpret_cast<vf&>(bits);
+  return {reinterpret_cast<vf&>(bits), p * (r * r) + r};
+}
+// A NaN fails both comparisons and passes through.
+inline vf clamp(vf x, float low, float high) {
+  x = x > high ? splat(high) : x;
+  return x < low ? splat(low) : x;
+}
+inline vf exp_(vf x) {
+  const Power p = power(clamp(x, -87.0f, 88.0f));
+  return (p.rest + 1.0f) * p.two;
 }
 inline vf sigmoid(vf x) { return reciprocal(1.0f + exp_(-x)); }
-inline vf tanh_(vf x) { return 2.0f * reciprocal(1.0f + exp_(-2.0f * x)) - 1.0f; }
+// By exp(2 x) - 1, which keeps the digits of small x; beyond 9.1 it is 1 in float.
+inline vf tanh_(vf x) {
+  const Power p = power(clamp(2.0f * x, -30.0f, 30.0f));
+  const vf e = p.two * p.rest + (p.two - 1.0f);
+  return e * reciprocal(e + 2.0f);
+}
 
 // erf as a ratio of polynomials on [-4, 4], beyond which it is 1 in float (the coefficients are Eigen's).
 inline vf erf_(vf x) {
-  x = x > 4.0f ? splat(4.0f) : x;
-  x = x < -4.0f ? splat(-4.0f) : x;
+  x = clamp(x, -4.0f, 4.0f);
   const vf s = x * x;
   vf p = splat(-2.72614225801306e-10f);
   p = p * s + 2.77068142495902e-08f;
