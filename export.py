@@ -1,4 +1,4 @@
-"""FAR: a FAR model or a teacher as a file that runs without this repository, checked where it will run. See README.md."""
+"""FAR: a model as a file that runs without this repository, checked where it will run. See README.md, docs/deploy.md."""
 
 import sys
 
