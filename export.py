@@ -1,4 +1,4 @@
-"""FAR: a model as a file that runs without this repository, checked where it will run. See README.md, docs/deploy.md."""
+"""FAR: a model as a file that runs without this repository, checked where it will run. See docs/deploy.md."""
 
 import sys
 

@@ -40,7 +40,7 @@ BATCH = 32
 TOLERANCE = 1e-4  # of the largest logit
 TOLERANCE_INT8 = 0.3
 DIGITS_SHOWN = 64
-TIMED_S = 1.0
+TIMED_S = 0.5
 Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) to logits (B, classes)
 Batch = tuple[Tensor, Tensor | None]  # images and their labels
 
@@ -346,8 +346,8 @@ def check(asked: ExportConfig, exported: Exported, path: Path) -> None:
     for name, row in rows.items():
         if not row.difference <= allowed:
             raise FarError(
-                f"--to {asked.to}: in {name} logits differ by {row.difference:.2g}, allowed are {allowed:.2g}; nothing is "
-                "written; try another --to, or without --int8"
+                f"--to {asked.to}: in {name} logits differ by {row.difference:.2g}, allowed are {allowed:.2g}; nothing "
+                "is written; try another --to, or without --int8"
             )
 
 

@@ -93,8 +93,6 @@ def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], Pat
 
 def _load(asked: PictureConfig, path: Path, flag: str, teacher: bool) -> VisionTransformer:
     model, _, _ = load_any(asked, path, flag, teacher)
-    if teacher and replaced_blocks(model):
-        raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
     if not teacher and not replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a teacher, not a FAR model; give it as --base-weight")
     set_backend(model, asked.lstm_backend)

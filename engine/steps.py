@@ -86,7 +86,10 @@ def load_any(
     """
     content = load(path, flag)
     if not teacher or "config" in content:
-        return *restore(content, f"{flag} {path}"), content
+        model, config = restore(content, f"{flag} {path}")
+        if teacher and config.replaced:
+            raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
+        return model, config, content
     head = teacher_state(content, f"{flag} {path}").get("head.weight")
     classes = 1000 if head is None or not head.dim() else len(head)
     config = FarConfig(asked.name, classes, TEACHERS[asked.name].input_size)
