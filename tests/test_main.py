@@ -352,4 +352,4 @@ def test_help_does_not_wait_for_torch(script, tmp_path):
         f"import sys, {script}\ntry:\n    {script}.main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
     )
     done = launch("-c", program, cwd=tmp_path)
-    assert done.returncode == 0 and "--device" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--base-model" in done.stdout, done.stderr
