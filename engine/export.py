@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import shutil
 import statistics
 import tempfile
@@ -12,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,18 @@ class Exported:
         return f"{far}deit_{scale}_patch{teacher.patch_size}_{self.config.img_size}"
 
 
+def is_preparation(stored: Any) -> bool:
+    """Whether plain data from a file say how images are prepared."""
+
+    def all_in(values: Any, low: float, high: float, count: int) -> bool:
+        numbers = isinstance(values, list | tuple) and len(values) == count
+        return numbers and all(isinstance(v, float | int) and low < v <= high for v in values)
+
+    found = stored if isinstance(stored, dict) else {}
+    scales = all_in(found.get("mean"), -10, 10, 3) and all_in(found.get("std"), 0, 10, 3)
+    return scales and all_in([found.get("crop_pct")], 0.1, 1, 1) and isinstance(found.get("interpolation"), str)
+
+
 def read(asked: ExportConfig) -> Exported:
     """The model and what its checkpoint says of its images. Raises FarError where the flags name another model."""
     flag = "--far-weight" if asked.far_weight else "--base-weight"
@@ -112,7 +126,7 @@ def read(asked: ExportConfig) -> Exported:
     small, stored = config.img_size <= 32, content.get("data")
     source = SOURCES[asked.dataset or ("DIGITS" if small else "IMNET")]
     data = {"mean": source.mean, "std": source.std, "crop_pct": 1.0 if small else 0.875, "interpolation": "bicubic"}
-    if isinstance(stored, dict) and data.keys() <= stored.keys():
+    if is_preparation(stored):
         data = {key: stored[key] for key in data}
     elif asked.far_weight:
         print(f"{asked.weight}: does not say how its images were prepared; taken as --mode eval prepares them")
@@ -215,18 +229,6 @@ def run_openvino(path: Path) -> Call:
     return lambda images: torch.from_numpy(call(images)[0])
 
 
-def run_program(path: Path) -> Call:
-    return torch.export.load(path).module()
-
-
-def run_package(path: Path) -> Call:
-    return torch._inductor.aoti_load_package(str(path))
-
-
-def run_ours(path: Path) -> Call:
-    return load_model(path)[0]
-
-
 @dataclass(frozen=True)
 class Target:
     """write: (exported, asked, path) to a word on what it wrote. runs: where such a file runs, by package."""
@@ -238,14 +240,16 @@ class Target:
 # What --to names; a new one is a line here and its name in utils.names.
 TARGETS = {
     "onnx": Target(write_onnx, {"onnxruntime": run_onnx_runtime, "openvino": run_openvino}),
-    "pt2": Target(write_pt2, {"torch": run_program}),
-    "safetensors": Target(write_safetensors, {"torch": run_ours}),
+    "pt2": Target(write_pt2, {"torch": lambda path: torch.export.load(path).module()}),
+    "safetensors": Target(write_safetensors, {"torch": lambda path: load_model(path)[0]}),
 }
 
 
 def runners(asked: ExportConfig) -> dict[str, Callable[[Path], Call]]:
     """Where the file will be run, by package; those that are not installed are said in one line."""
-    runs = {"torch": run_package} if asked.aot else dict(TARGETS[asked.to].runs)
+    runs = dict(TARGETS[asked.to].runs)
+    if asked.aot:
+        runs["torch"] = torch._inductor.aoti_load_package
     if asked.int8:
         del runs["openvino"]
         print("not checked in OpenVINO: int8 holds ONNX Runtime's own operators")
@@ -280,14 +284,9 @@ def batches(asked: ExportConfig, exported: Exported) -> Iterable[Batch]:
     else:
         images = [piece for photo in photographs().values() for piece in pieces(photo)]
     source = replace(SOURCES["IMNET"], mean=data["mean"], std=data["std"])
-    transform, batch = eval_transform(replace(config, eval_crop_ratio=data["crop_pct"]), source), []
-    for image in images:
-        batch.append(transform(image))
-        if len(batch) == BATCH:
-            yield torch.stack(batch), None
-            batch = []
-    if batch:
-        yield torch.stack(batch), None
+    transform, left = eval_transform(replace(config, eval_crop_ratio=data["crop_pct"]), source), iter(images)
+    while some := [transform(image) for image in islice(left, BATCH)]:
+        yield torch.stack(some), None
 
 
 @dataclass
@@ -300,12 +299,11 @@ class Row:
     difference: float = 0.0
     ms: float = 0.0
 
-    def take(self, images: Tensor, expected: Tensor, labels: Tensor | None) -> None:
+    def answer(self, images: Tensor, expected: Tensor) -> Tensor:
         found = self.call(images)
         gap = (found - expected).abs().max().item()
-        self.difference = max(self.difference, gap) if gap == gap else float("nan")
-        self.same += found.argmax(1).eq(expected.argmax(1)).sum().item()
-        self.right += 0 if labels is None else found.argmax(1).eq(labels).sum().item()
+        self.difference = gap if math.isnan(gap) else max(self.difference, gap)  # a NaN stays: nothing is more
+        return found
 
 
 @torch.no_grad()
@@ -317,12 +315,12 @@ def compare(rows: dict[str, Row], found: Iterable[Batch]) -> tuple[int, bool, fl
         expected = reference(images)
         largest, count = max(largest, expected.abs().max().item()), count + len(images)
         for row in rows.values():
-            row.take(images, expected, labels)
+            top = row.answer(images, expected).argmax(1)
+            row.same += top.eq(expected.argmax(1)).sum().item()
+            row.right += 0 if labels is None else top.eq(labels).sum().item()
         first = images[:1].contiguous() if first is None else first
     for row in rows.values():
-        same, right = row.same, row.right
-        row.take(first, reference(first), None)  # one image alone; a batch of many may take other paths
-        row.same, row.right = same, right
+        row.answer(first, reference(first))  # alone: a batch may be computed in other ways
         time.sleep(PAUSE_S)  # pools of threads that still spin would spoil the next one's times
         row.ms = statistics.median(measure(lambda: row.call(first), TIMED_S))  # noqa: B023  (called within the turn)
     return count, labels is not None, largest

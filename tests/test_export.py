@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import export
-from engine.export import TARGETS, Row
+from engine.export import TARGETS, Row, compare
 from models.onnx_graph import to_onnx
 from models.replace import FarConfig, build, load_model, pack, set_backend
 from tests.conftest import launch, write_images
@@ -205,16 +205,22 @@ def test_images_may_be_named_and_absent_runtimes_are_said(far, tmp_path, capsys,
     assert "on 3 images" in said and "not checked in openvino: it is not installed" in said
 
 
-def test_answers_of_one_image_alone_count_too():
-    images = torch.randn(4, 3)
-    row = Row(lambda x: x if len(x) > 1 else x + 1)
-    row.take(images, images, None)
-    assert row.difference == 0
-    row.take(images[:1], images[:1], None)
-    assert row.difference == pytest.approx(1)
-    row.take(images * float("nan"), images, None)
-    row.take(images, images, None)
-    assert not row.difference <= 1e9
+def test_answers_of_one_image_alone_count_too_and_nan_stays():
+    images, odd = torch.randn(4, 3), torch.full((4, 3), float("nan"))
+    rows = {name: Row(call) for name, call in (("torch", lambda x: x), ("alone", lambda x: x + (len(x) == 1)))}
+    assert compare(rows, [(images, torch.zeros(4)), (images, torch.zeros(4))])[:2] == (8, True)
+    assert rows["torch"].difference == 0 and rows["alone"].difference == pytest.approx(1) and rows["alone"].same == 8
+    rows = {"torch": Row(lambda x: x), "sometimes": Row(lambda x: odd[: len(x)] if x is images else x)}
+    compare(rows, [(images, None), (images * 2, None)])
+    assert not rows["sometimes"].difference <= 1e9
+
+
+@pytest.mark.parametrize("data", [None, "bicubic", {"mean": [0.5] * 3}, {"mean": "abc", "std": [0] * 3, "crop_pct": 9}])
+def test_preparation_that_no_file_can_mean_is_not_taken(data, tmp_path, capsys):
+    store(tmp_path / "far.pth", micro(**KINDS["merged"]), data=data, classes=["one"])
+    assert "does not say" in run(capsys, "--far-weight", tmp_path / "far.pth", "--to", "safetensors")
+    hub = json.loads((tmp_path / "config.json").read_text())
+    assert hub["pretrained_cfg"]["mean"] == [0.5] * 3 and "label_names" not in hub
 
 
 @pytest.mark.parametrize(
