@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from datasets.images import read_image
-from datasets.loading import Data, DataConfig, eval_transform
+from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
 from engine.configs import ModelName
 from engine.pictures import find_files
@@ -86,53 +86,39 @@ class ExportConfig(ModelName):
 
 @dataclass(frozen=True)
 class Exported:
-    """What goes into a file: a model in eval mode, its configuration, and what a user must know beside the weights."""
+    """What goes into a file: a model in eval mode, its configuration with how images are prepared."""
 
     model: VisionTransformer
     config: FarConfig
-    data: dict[str, Any]  # input_size (3, S, S), mean, std, crop_pct, interpolation: timm's names
-    classes: list[str]  # names, or empty
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """How images are prepared, in timm's terms."""
+        return {"input_size": (3, *self.model.patch_embed.img_size), **asdict(self.config.preprocessing)}
 
     def plain(self) -> dict[str, Any]:
-        named = {"classes": self.classes} if self.classes else {}
-        return {"config": asdict(describe(self.model, self.config)), "data": self.data, **named}
+        return {"config": asdict(self.config), "data": self.data, "classes": self.config.classes}
 
     @property
     def architecture(self) -> str:
         scale, teacher = self.config.base_model.removeprefix("DeiT-").lower(), TEACHERS[self.config.base_model]
-        far = "far_" if self.plain()["config"]["replaced"] else ""
+        far = "far_" if self.config.replaced else ""
         return f"{far}deit_{scale}_patch{teacher.patch_size}_{self.config.img_size}"
-
-
-def is_preparation(stored: Any) -> bool:
-    """Whether plain data from a file say how images are prepared."""
-
-    def all_in(values: Any, low: float, high: float, count: int) -> bool:
-        numbers = isinstance(values, list | tuple) and len(values) == count
-        return numbers and all(isinstance(v, float | int) and low < v <= high for v in values)
-
-    found = stored if isinstance(stored, dict) else {}
-    scales = all_in(found.get("mean"), -10, 10, 3) and all_in(found.get("std"), 0, 10, 3)
-    return scales and all_in([found.get("crop_pct")], 0.1, 1, 1) and isinstance(found.get("interpolation"), str)
 
 
 def read(asked: ExportConfig) -> Exported:
     """The model and what its checkpoint says of its images. Raises FarError where the flags name another model."""
     flag = "--far-weight" if asked.far_weight else "--base-weight"
-    model, config, content = load_any(asked, asked.weight, flag, teacher=not asked.far_weight)
+    model, config = load_any(asked, asked.weight, flag, teacher=not asked.far_weight)
     if asked.asked and asked.asked != config.base_model:
         named = "--base-model" if asked.base_model else "--scale"
         raise FarError(f"{named}: says {asked.asked}, but {asked.weight} holds a {config.base_model}; make them agree")
-    small, stored = config.img_size <= 32, content.get("data")
-    source = SOURCES[asked.dataset or ("DIGITS" if small else "IMNET")]
-    data = {"mean": source.mean, "std": source.std, "crop_pct": 1.0 if small else 0.875, "interpolation": "bicubic"}
-    if is_preparation(stored):
-        data = {key: stored[key] for key in data}
-    elif asked.far_weight:
-        print(f"{asked.weight}: does not say how its images were prepared; taken as --mode eval prepares them")
-    names = content.get("classes")
-    named = isinstance(names, list) and len(names) == config.num_classes and all(isinstance(n, str) for n in names)
-    return Exported(model, config, {"input_size": (3, *model.patch_embed.img_size), **data}, names if named else [])
+    if config.preprocessing is None:
+        if asked.far_weight:
+            print(f"{asked.weight}: does not say how its images were prepared; taken as evaluation prepares them")
+        source = SOURCES[asked.dataset or ("DIGITS" if config.img_size <= 32 else "IMNET")]
+        config = replace(config, preprocessing=preprocessing(DataConfig("", None, config.img_size), source))
+    return Exported(model, describe(model, config))
 
 
 def write_onnx(exported: Exported, asked: ExportConfig, path: Path) -> str:
@@ -197,19 +183,19 @@ def write_pt2(exported: Exported, asked: ExportConfig, path: Path) -> str:
 
 def write_safetensors(exported: Exported, asked: ExportConfig, path: Path) -> str:
     """Weights and configuration, and config.json as timm writes it for the hub."""
-    plain, model = exported.plain(), exported.model
+    model = exported.model
     beside = asked.file.with_name("config.json")
     if beside.exists() and '"far"' not in beside.read_text(errors="replace"):
         raise FarError(f"--output {asked.file}: {beside} is there and not ours; name another folder")
-    save_safe(path, model.state_dict(), plain)
+    save_safe(path, model.state_dict(), {"config": asdict(exported.config)})
     fixed = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
     hub = {
         "architecture": exported.architecture,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "pretrained_cfg": {"num_classes": model.num_classes, **exported.data, **fixed},
-        **({"label_names": exported.classes} if exported.classes else {}),
-        "far": plain["config"],
+        **({"label_names": exported.config.classes} if exported.config.classes else {}),
+        "far": asdict(exported.config),
     }
     path.with_name("config.json").write_text(json.dumps(hub, indent=2) + "\n")
     return "weights and config.json"
@@ -268,7 +254,7 @@ def pieces(image: Image.Image) -> list[Image.Image]:
 
 def batches(asked: ExportConfig, exported: Exported) -> Iterable[Batch]:
     """The images that answers are compared on."""
-    size, data = exported.data["input_size"][1], exported.data
+    size = exported.config.img_size
     config = DataConfig(asked.dataset or "", asked.data_path, size, num_workers=0)
     if asked.dataset:
         found = Data(config, Context())
@@ -283,8 +269,7 @@ def batches(asked: ExportConfig, exported: Exported) -> Iterable[Batch]:
         images = Digits(False).images[:DIGITS_SHOWN]
     else:
         images = [piece for photo in photographs().values() for piece in pieces(photo)]
-    source = replace(SOURCES["IMNET"], mean=data["mean"], std=data["std"])
-    transform, left = eval_transform(replace(config, eval_crop_ratio=data["crop_pct"]), source), iter(images)
+    transform, left = exported.config.preprocessing.transform(size), iter(images)
     while some := [transform(image) for image in islice(left, BATCH)]:
         yield torch.stack(some), None
 

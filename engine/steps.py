@@ -8,12 +8,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data, DataConfig
+from datasets.registry import imagenet_names
 from engine.configs import FarSource, ModelConfig, ModelName
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
 from models.deit import TEACHERS, create_teacher, load_published_weights, load_teacher_weights, teacher_state
-from models.replace import REPLACEMENTS, FarConfig, load_model, restore
+from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, restore
 from utils.checkpoint import load
 from utils.distributed import Context
 from utils.errors import FarError
@@ -36,6 +37,19 @@ def load_labelled(asked: DataConfig, input_size: int, context: Context) -> Data:
     if not data.labelled:
         raise FarError(f"--dataset {asked.dataset}: has no labels to learn from; name a data set with classes")
     return data
+
+
+def reading(config: FarConfig, data: Data) -> FarConfig:
+    """The configuration with how the data's pictures are prepared and, where it has labels, what its classes are."""
+    return replace(config, preprocessing=data.preprocessing, classes=data.class_names or config.classes)
+
+
+def teachers_classes(path: Path | None) -> tuple[str, ...]:
+    """The names of the classes of --base-weight, where its file says them; without a file, of timm's weights."""
+    if path is None:
+        return imagenet_names()
+    content, flag = load(path, "--base-weight"), f"--base-weight {path}"
+    return read_config(content, flag).classes if "config" in content else ()
 
 
 @torch.no_grad()
@@ -77,10 +91,8 @@ def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransfo
     return path, model, config
 
 
-def load_any(
-    asked: ModelName, path: Path, flag: str, teacher: bool
-) -> tuple[VisionTransformer, FarConfig, dict[str, Any]]:
-    """The model of a checkpoint of ours, in eval mode, its configuration, and the file's content.
+def load_any(asked: ModelName, path: Path, flag: str, teacher: bool) -> tuple[VisionTransformer, FarConfig]:
+    """The model of a checkpoint of ours, in eval mode, and its configuration.
 
     teacher: or of a teacher's weights, which do not say whose they are: `asked` does.
     """
@@ -89,13 +101,13 @@ def load_any(
         model, config = restore(content, f"{flag} {path}")
         if teacher and config.replaced:
             raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
-        return model, config, content
+        return model, config
     head = teacher_state(content, f"{flag} {path}").get("head.weight")
     classes = 1000 if head is None or not head.dim() else len(head)
     config = FarConfig(asked.name, classes, TEACHERS[asked.name].input_size)
     model = create_teacher(config.base_model, config.num_classes, config.img_size)
     load_teacher_weights(model, path, flag)
-    return model.eval(), config, content
+    return model.eval(), config
 
 
 def check_backend(config: FarConfig, settings: Settings, context: Context) -> None:

@@ -17,6 +17,7 @@ from models.onnx_graph import to_onnx
 from models.replace import FarConfig, build, load_model, pack, set_backend
 from tests.conftest import launch, write_images
 from utils import checkpoint
+from utils.preprocessing import Preprocessing
 
 DEPTH = 4
 ALL = tuple(range(DEPTH))
@@ -56,18 +57,18 @@ def truth(model, images: torch.Tensor) -> torch.Tensor:
     return model.double()(images.double())
 
 
-def store(path: Path, config: FarConfig, **beside):
+def store(path: Path, config: FarConfig):
     model = lively(config)
-    checkpoint.save(path, {**pack(model, config), **beside})
+    checkpoint.save(path, pack(model, config))
     return model
 
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("export") / "far.pth"
-    names = [f"digit {i}" for i in range(10)]
-    data = {"input_size": 32, "mean": [0.4] * 3, "std": [0.6] * 3, "crop_pct": 1.0, "interpolation": "bicubic"}
-    store(path, micro(**KINDS["ragged"]), data=data, classes=names)
+    names = tuple(f"digit {i}" for i in range(10))
+    seen = Preprocessing((0.4,) * 3, (0.6,) * 3, 1.0, interpolation="bilinear")
+    store(path, micro(**KINDS["ragged"], preprocessing=seen, classes=names))
     return path
 
 
@@ -134,7 +135,7 @@ def test_onnx_holds_what_a_user_must_know(far, tmp_path, capsys):
     file = onnx.load(output)
     facts = {entry.key: entry.value for entry in file.metadata_props}
     data = json.loads(facts["data"])
-    assert data["input_size"] == [3, 32, 32] and data["mean"] == [0.4] * 3 and data["interpolation"] == "bicubic"
+    assert data["input_size"] == [3, 32, 32] and data["mean"] == [0.4] * 3 and data["interpolation"] == "bilinear"
     assert json.loads(facts["classes"])[3] == "digit 3" and json.loads(facts["config"])["units"] == UNLIKE
     assert facts["architecture"] == "far_deit_micro_patch4_32" and file.opset_import[0].version == 18
     shape = file.graph.input[0].type.tensor_type.shape.dim
@@ -170,8 +171,7 @@ def test_safetensors_come_back_as_they_were(far, tmp_path, capsys):
     hub = json.loads((output.parent / "config.json").read_text())
     assert hub["num_classes"] == 10 and hub["num_features"] == 64 and hub["label_names"][0] == "digit 0"
     assert hub["pretrained_cfg"]["input_size"] == [3, 32, 32] and hub["far"]["replaced"] == list(ALL)
-    content = checkpoint.load(output)
-    assert content["classes"][9] == "digit 9" and content["data"]["std"] == [0.6] * 3
+    assert hub["pretrained_cfg"]["std"] == [0.6] * 3 and config.classes[9] == "digit 9"
 
 
 def test_a_teacher_goes_out_by_either_flag(tmp_path, capsys):
@@ -215,9 +215,8 @@ def test_answers_of_one_image_alone_count_too_and_nan_stays():
     assert not rows["sometimes"].difference <= 1e9
 
 
-@pytest.mark.parametrize("data", [None, "bicubic", {"mean": [0.5] * 3}, {"mean": "abc", "std": [0] * 3, "crop_pct": 9}])
-def test_preparation_that_no_file_can_mean_is_not_taken(data, tmp_path, capsys):
-    store(tmp_path / "far.pth", micro(**KINDS["merged"]), data=data, classes=["one"])
+def test_a_checkpoint_that_does_not_say_how_images_were_prepared_is_told(tmp_path, capsys):
+    store(tmp_path / "far.pth", micro(**KINDS["merged"]))
     assert "does not say" in run(capsys, "--far-weight", tmp_path / "far.pth", "--to", "safetensors")
     hub = json.loads((tmp_path / "config.json").read_text())
     assert hub["pretrained_cfg"]["mean"] == [0.5] * 3 and "label_names" not in hub

@@ -29,7 +29,7 @@ import main
 import prune
 import visualization
 from datasets import loading, registry
-from engine import jobs, pictures, pruning, speed, steps
+from engine import jobs, pictures, pruning, steps
 from models.deit import create_teacher
 from models.replace import FarConfig, build, pack
 from tests import faults
@@ -257,7 +257,7 @@ def idle() -> Iterator[None]:
             (jobs, "evaluate"),
             (pruning.Pruning, "run"),
             (pictures.Pictures, "importance"),
-            (speed, "layers"),
+            (benchmark, "compare_programs"),
             (demo.Demo, "run"),
             (demo.Demo, "stage"),
         ):
