@@ -23,10 +23,9 @@ from engine.explain import (
     token_importance,
     token_similarity,
 )
+from engine.steps import load_any
 from models import kernels
-from models.deit import TEACHERS, create_teacher, load_teacher_weights, teacher_state
-from models.replace import load_model, replaced_blocks, replacements, set_backend
-from utils import checkpoint
+from models.replace import replaced_blocks, replacements, set_backend
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
@@ -93,20 +92,11 @@ def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], Pat
 
 
 def _load(asked: PictureConfig, path: Path, flag: str, teacher: bool) -> VisionTransformer:
-    content = checkpoint.load(path, flag)
-    if not teacher or "config" in content:
-        model, _ = load_model(path, flag)
-    else:
-        head = teacher_state(content, f"{flag} {path}").get("head.weight")
-        classes = 1000 if head is None or not head.dim() else len(head)
-        model = create_teacher(asked.name, classes, TEACHERS[asked.name].input_size)
-        load_teacher_weights(model, path, flag)
-    if teacher and replaced_blocks(model):
-        raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
+    model, _ = load_any(asked, path, flag, teacher)
     if not teacher and not replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a teacher, not a FAR model; give it as --base-weight")
     set_backend(model, asked.lstm_backend)
-    return model.eval()
+    return model
 
 
 def _check(models: dict[str, VisionTransformer]) -> None:

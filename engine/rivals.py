@@ -91,29 +91,39 @@ def export(model: nn.Module, setting: Setting) -> str:
     return str(file)
 
 
-def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
+def open_onnx_runtime(file: str, threads: int) -> Call:
+    """An ONNX file in ONNX Runtime: images to a list of results."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = setting.threads
-    file = export(model, setting)
-    if precision == "int8":
-        from onnxruntime.quantization import quantize_dynamic
-
-        quantize_dynamic(file, file := f"{file}.int8")
+    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images.numpy()})
 
 
-def openvino(model: nn.Module, precision: str, setting: Setting) -> Call:
+def open_openvino(file: str, threads: int, precision: str = "float32") -> Call:
+    """The same in OpenVINO."""
     import openvino as ov
 
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
-    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": setting.threads, "NUM_STREAMS": 1}
-    network = ov.Core().compile_model(export(model, setting), "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    network = ov.Core().compile_model(file, "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
     request = network.create_infer_request()
     return lambda images: request.infer([images.numpy()], share_inputs=True)
+
+
+def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
+    file = export(model, setting)
+    if precision == "int8":
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(file, file := f"{file}.int8")
+    return open_onnx_runtime(file, setting.threads)
+
+
+def openvino(model: nn.Module, precision: str, setting: Setting) -> Call:
+    return open_openvino(export(model, setting), setting.threads, precision)
 
 
 def engine(model: nn.Module, precision: str, setting: Setting) -> Call:

@@ -9,11 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data, DataConfig
 from datasets.registry import imagenet_names
-from engine.configs import FarSource, ModelConfig
+from engine.configs import FarSource, ModelConfig, ModelName
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
-from models.deit import create_teacher, load_published_weights, load_teacher_weights
+from models.deit import TEACHERS, create_teacher, load_published_weights, load_teacher_weights, teacher_state
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, restore
 from utils.checkpoint import load
 from utils.distributed import Context
@@ -89,6 +89,25 @@ def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransfo
     if asked.input_size and asked.input_size != config.img_size:
         raise FarError(f"--input-size {asked.input_size}: {path} was trained at {config.img_size}; leave the flag out")
     return path, model, config
+
+
+def load_any(asked: ModelName, path: Path, flag: str, teacher: bool) -> tuple[VisionTransformer, FarConfig]:
+    """The model of a checkpoint of ours, in eval mode, and its configuration.
+
+    teacher: or of a teacher's weights, which do not say whose they are: `asked` does.
+    """
+    content = load(path, flag)
+    if not teacher or "config" in content:
+        model, config = restore(content, f"{flag} {path}")
+        if teacher and config.replaced:
+            raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
+        return model, config
+    head = teacher_state(content, f"{flag} {path}").get("head.weight")
+    classes = 1000 if head is None or not head.dim() else len(head)
+    config = FarConfig(asked.name, classes, TEACHERS[asked.name].input_size)
+    model = create_teacher(config.base_model, config.num_classes, config.img_size)
+    load_teacher_weights(model, path, flag)
+    return model.eval(), config
 
 
 def check_backend(config: FarConfig, settings: Settings, context: Context) -> None:

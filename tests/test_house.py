@@ -8,6 +8,7 @@ PARTS = (
     "main.py",
     "prune.py",
     "visualization.py",
+    "export.py",
     "demo.py",
     "study.py",
     "benchmark.py",

@@ -12,6 +12,7 @@ import main
 from datasets.registry import SOURCES
 from engine import jobs
 from engine.distill import LOSSES, TERMS
+from engine.export import TARGETS
 from engine.hoyer import REGULARIZERS
 from engine.predict import TABLES
 from engine.pruning import SCORES
@@ -342,14 +343,14 @@ def test_the_parsers_names_are_those_of_the_registries():
         and tuple(AMP) == names.AMP
     )
     assert tuple(jobs.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
-    assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES
+    assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS
     assert all(callable(getattr(jobs, mode.job)) for mode in main.MODES.values())
 
 
-@pytest.mark.parametrize("script", ["main", "prune", "visualization"])
+@pytest.mark.parametrize("script", ["main", "prune", "visualization", "export"])
 def test_help_does_not_wait_for_torch(script, tmp_path):
     program = (
         f"import sys, {script}\ntry:\n    {script}.main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
     )
     done = launch("-c", program, cwd=tmp_path)
-    assert done.returncode == 0 and "--device" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--base-model" in done.stdout, done.stderr

@@ -1,6 +1,7 @@
 """Checkpoints: tensors and plain data, written atomically, never unpickled."""
 
 import io
+import json
 import os
 import pickle
 import stat
@@ -18,6 +19,7 @@ from utils import distributed
 from utils.errors import FarError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SAFE = "far"  # where safetensors' metadata hold our plain data
 FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
@@ -95,11 +97,25 @@ def _load(path: Path, source: str) -> dict[str, Any]:
     return content
 
 
+def _safe(path: str) -> dict[str, Any]:
+    """A safetensors file: its tensors, or what `save_safe` wrote, a checkpoint of ours."""
+    with safetensors.safe_open(path, "pt") as file:
+        plain = json.loads((file.metadata() or {}).get(SAFE, "{}"))
+    tensors = safetensors.torch.load_file(path)
+    return {**plain, "model": tensors} if plain else tensors
+
+
+def save_safe(path: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Tensors and plain data, which goes into the metadata, in safetensors' layout; `load` gives both back."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt", SAFE: json.dumps(plain)})
+
+
 def _parse(file: BinaryIO) -> Any:
     head = file.read(9)
     file.seek(0)
     if head[8:] == b"{":  # the header's length in eight bytes, then JSON
-        return safetensors.torch.load_file(file.name)
+        return _safe(file.name)
     if head.startswith(b"PK\x03\x04"):
         # torch stores checksums and never looks at them, and of a record marked as a folder it reads nothing, leaving
         # the tensor whatever was in memory. It does not compress.

@@ -11,6 +11,7 @@ LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.disti
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
+EXPORTS = ("onnx", "pt2", "safetensors")  # engine.export.TARGETS
 TABLES = (".csv", ".json")  # engine.predict.TABLES
 SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS

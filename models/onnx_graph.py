@@ -1,0 +1,274 @@
+"""A FAR model or a plain DeiT as an ONNX graph of standard operators, built node by node: no exporter's leftovers.
+
+The tokens stand first in the whole graph, (N, B, D), as ONNX's LSTM reads them, so that no block transposes its input.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import helper, numpy_helper
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.kernels import Cell, CellKind
+from models.kernels.stock import padded_cell
+from models.merged import Merged
+from models.replace import replacements
+from utils.errors import FarError
+
+OPSETS = (17, onnx.defs.onnx_opset_version())  # from 17 on there is LayerNormalization
+# kind of cell: ONNX's name, ONNX's order of torch's gates, attributes
+CELLS = {"lstm": ("LSTM", (0, 3, 1, 2), {}), "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1})}
+# Two directions of unlike size share a node, the smaller padded, until that has this many times their multiplications.
+# In ONNX Runtime one node for two saves 2 % of a DeiT-Tiny, padding 16 units to 20 (1.13 times) costs 3.
+PATIENCE = 1.05
+
+
+class Graph:
+    """Nodes and weights by name. A node's name is its (first) output's; every method returns it."""
+
+    def __init__(self, opset: int):
+        self.opset, self.nodes, self.weights = opset, [], {}
+
+    def weight(self, name: str, value: Tensor) -> str:
+        self.weights[name] = numpy_helper.from_array(value.detach().float().contiguous().numpy(), name)
+        return name
+
+    def shape(self, *sizes: int) -> str:
+        """Integers that an operator takes as an input."""
+        name = "sizes/" + ",".join(map(str, sizes))
+        self.weights[name] = numpy_helper.from_array(np.array(sizes, np.int64), name)
+        return name
+
+    def node(self, op: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes) -> str:
+        self.nodes.append(helper.make_node(op, inputs, list(outputs) or [name], name=name, **attributes))
+        return name
+
+    def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None) -> str:
+        """weight (out, in)."""
+        product = self.node("MatMul", name + "/product" * (bias is not None), x, self.weight(f"{name}/W", weight.t()))
+        return product if bias is None else self.node("Add", name, product, self.weight(f"{name}/b", bias))
+
+    def norm(self, name: str, x: str, norm: nn.LayerNorm) -> str:
+        weights = self.weight(f"{name}/scale", norm.weight), self.weight(f"{name}/b", norm.bias)
+        return self.node("LayerNormalization", name, x, *weights, axis=-1, epsilon=norm.eps)
+
+    def gelu(self, name: str, x: str) -> str:
+        """Exact; one operator from opset 20 on."""
+        if self.opset >= 20:
+            return self.node("Gelu", name, x)
+        root, one, half = (self.weight(f"gelu/{v:.4g}", torch.tensor(v)) for v in (0.5**0.5, 1.0, 0.5))
+        erf = self.node("Erf", f"{name}/erf", self.node("Mul", f"{name}/scaled", x, root))
+        share = self.node("Mul", f"{name}/share", self.node("Add", f"{name}/shifted", erf, one), half)
+        return self.node("Mul", name, x, share)
+
+    def reshape(self, name: str, x: str, *sizes: int) -> str:
+        """0 keeps a size, -1 is what is left."""
+        return self.node("Reshape", name, x, self.shape(*sizes))
+
+    def first(self, x: str) -> str:
+        """The class token of (N, B, ...), (1, B, ...)."""
+        return self.node("Slice", f"{x}/class-token", x, self.shape(0), self.shape(1), self.shape(0))
+
+    def recurrent(self, name: str, x: str, kind: CellKind, cells: Sequence[Cell], way: str, last: bool = False) -> str:
+        """Cells of one size, one a direction, on x (N, B, d): hidden states (N, directions, B, u), or the last ones."""
+        op, order, attributes = CELLS[kind.name]
+
+        def rows(weight: Tensor) -> Tensor:
+            return weight.unflatten(0, (kind.gates, -1))[list(order)].flatten(0, 1)
+
+        w, r = (torch.stack([rows(cell[k]) for cell in cells]) for k in (0, 1))
+        b = torch.stack([torch.cat([rows(cell.bias_ih), rows(cell.bias_hh)]) for cell in cells])
+        weights = (self.weight(f"{name}/{key}", value) for key, value in (("W", w), ("R", r), ("B", b)))
+        outputs = ("", name) if last else (name,)
+        attributes = {**attributes, "direction": way, "hidden_size": cells[0].units}
+        return self.node(op, name, x, *weights, outputs=outputs, **attributes)
+
+
+class Piece(NamedTuple):
+    """Hidden states (N, directions, B, u), and which of the block's units each column is; -1 is padding."""
+
+    value: str
+    columns: list[Tensor]  # a direction (u,)
+
+
+def _head(graph: Graph, name: str, x: str, kind: CellKind, pair: Sequence[Cell], start: int) -> list[Piece]:
+    """Both directions of a head, the first of whose units is number `start`: one node, or two."""
+    units, wide = [cell.units for cell in pair], max(cell.units for cell in pair)
+    columns = [torch.arange(start, start + units[0]), torch.arange(start + units[0], start + sum(units))]
+    cost = [u * (u + cell.weight_ih.shape[1]) for u, cell in zip([*units, wide], [*pair, pair[0]], strict=True)]
+    if 2 * cost[2] <= PATIENCE * sum(cost[:2]):
+        padded = [padded_cell(cell, wide) for cell in pair]
+        columns = [F.pad(c, (0, wide - len(c)), value=-1) for c in columns]
+        return [Piece(graph.recurrent(name, x, kind, padded, "bidirectional"), columns)]
+    ways = zip(("forward", "reverse"), pair, columns, strict=True)
+    return [Piece(graph.recurrent(f"{name}/{way}", x, kind, [cell], way), [own]) for way, cell, own in ways]
+
+
+def _joined(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
+    """Pieces as one (N, B, columns).
+
+    Those of two directions are transposed once, together; those of one each, because OpenVINO 2026.4 joins LSTMs of one
+    direction wrongly in batches otherwise.
+    """
+    values, columns = [], []
+    for directions, title in ((2, f"{name}/both"), (1, f"{name}/single")):
+        group = [piece for piece in pieces if len(piece.columns) == directions]
+        found = [piece.value for piece in group]
+        if directions == 1:
+            found = [graph.node("Transpose", f"{value}/tokens", value, perm=(0, 2, 1, 3)) for value in found]
+        if len(found) > 1:
+            found = [graph.node("Concat", f"{title}/units", *found, axis=3)]
+        if directions == 2 and found:
+            found = [graph.node("Transpose", f"{title}/tokens", *found, perm=(0, 2, 1, 3))]
+        values += [graph.reshape(title, value, 0, 0, -1) for value in found]
+        columns += [piece.columns[r] for r in range(directions) for piece in group]
+    value = values[0] if len(values) == 1 else graph.node("Concat", f"{name}/hidden", *values, axis=2)
+    return value, torch.cat(columns)
+
+
+def _class_token(graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged) -> list[Piece]:
+    """Of the class token alone, the first: a forward cell sees nothing else, a backward one ends with it."""
+    pieces, start = [], 0
+    for k, cell in enumerate(maps.cells):
+        way, x = (("forward", fronts), ("reverse", xs))[k % 2]
+        title = f"{name}/head{k // 2}/{maps.kind.name}/{way}"
+        value = graph.recurrent(title, x[k // 2], maps.kind, [cell], way, last=True)
+        pieces.append(Piece(value, [torch.arange(start, start := start + cell.units)]))
+    return pieces
+
+
+def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool) -> str:
+    """Merged maps of recurrent cells on x (N, B, D)."""
+
+    def sources(x: str) -> list[str]:
+        if not maps.pre:
+            return [x] * maps.num_heads
+        heads = [f"{x}/head{h}" for h in range(maps.num_heads)]
+        sizes = graph.shape(*[maps.cells[0].weight_ih.shape[1]] * maps.num_heads)
+        graph.node("Split", f"{x}/heads", x, sizes, outputs=heads, axis=2)
+        return heads
+
+    x = graph.linear(f"{name}/pre_proj", x, *maps.pre) if maps.pre else x
+    xs, by_head, start = sources(x), [], 0
+    if last:
+        pieces = _class_token(graph, name, xs, sources(graph.first(x)), maps)
+        by_head = [pieces[k : k + 2] for k in range(0, len(pieces), 2)]
+    for h in range(0 if last else maps.num_heads):
+        pair = maps.cells[2 * h : 2 * h + 2]
+        by_head.append(_head(graph, f"{name}/head{h}/{maps.kind.name}", xs[h], maps.kind, pair, start))
+        start += sum(cell.units for cell in pair)
+
+    def join(title: str, pieces: list[Piece]) -> tuple[str, Tensor]:
+        if not last:
+            return _joined(graph, title, pieces)
+        value = graph.node("Concat", f"{title}/hidden", *(piece.value for piece in pieces), axis=2)
+        return value, torch.cat([piece.columns[0] for piece in pieces])
+
+    weight, bias = maps.out
+    if not maps.heads:
+        value, columns = join(name, [piece for pieces in by_head for piece in pieces])
+        return graph.linear(f"{name}/out", value, _columns(weight, columns), bias)
+    parts, start = [], 0
+    for h, (pieces, (own, _)) in enumerate(zip(by_head, maps.heads, strict=True)):
+        value, columns = join(f"{name}/head{h}", pieces)
+        columns = torch.where(columns < 0, columns, columns - start)
+        parts.append(graph.linear(f"{name}/head{h}/head_proj", value, _columns(own, columns), None))
+        start += own.shape[1]
+    bias = bias + weight @ torch.cat([b for _, b in maps.heads])
+    return graph.linear(f"{name}/out", graph.node("Concat", f"{name}/z", *parts, axis=2), weight, bias)
+
+
+def _columns(weight: Tensor, chosen: Tensor) -> Tensor:
+    """Columns by number; -1 is one of zeros."""
+    return F.pad(weight, (0, 1))[:, chosen]
+
+
+def _attention(graph: Graph, name: str, attn: Attention, x: str, last: bool) -> str:
+    """timm's attention on x (N, B, D), its scale in the queries; of the class token alone for the last block."""
+    weights = attn.qkv.weight.double().chunk(3)
+    biases = [None] * 3 if attn.qkv.bias is None else attn.qkv.bias.double().chunk(3)
+    found = []
+    for key, w, b, perm in zip("qkv", weights, biases, ((1, 2, 0, 3), (1, 2, 3, 0), (1, 2, 0, 3)), strict=True):
+        title, scale = f"{name}/{key}", attn.scale if key == "q" else 1.0
+        rows = graph.first(x) if last and key == "q" else x
+        y = graph.linear(f"{title}/proj", rows, w * scale, None if b is None else b * scale)
+        y = graph.reshape(f"{title}/heads", y, 0, 0, attn.num_heads, attn.head_dim)
+        found.append(graph.node("Transpose", title, y, perm=perm))
+    scores = graph.node("MatMul", f"{name}/scores", *found[:2])
+    weights = graph.node("Softmax", f"{name}/softmax", scores, axis=-1)
+    z = graph.node("MatMul", f"{name}/z", weights, found[2])  # (B, H, N, d)
+    z = graph.reshape(f"{name}/joined", graph.node("Transpose", f"{name}/tokens", z, perm=(2, 0, 1, 3)), 0, 0, -1)
+    return graph.linear(f"{name}/out", z, attn.proj.weight, attn.proj.bias)
+
+
+def _embed(graph: Graph, model: VisionTransformer, images: str) -> str:
+    """Images (B, C, S, S) to tokens (N, B, D), the class token and all biases in what is added as positions."""
+    embed, positions = model.patch_embed, model.pos_embed[0].double()
+    added = positions[1:] + (0 if embed.proj.bias is None else embed.proj.bias)
+    added = torch.cat([positions[:1] + model.cls_token[0], added])
+    x = graph.node("Conv", "patches", images, graph.weight("patches/W", embed.proj.weight), strides=embed.patch_size)
+    x = graph.reshape("patches/row", x, 0, 0, -1)  # (B, D, N - 1)
+    x = graph.node("Transpose", "patches/tokens", x, perm=(2, 0, 1))
+    x = graph.node("Pad", "patches/class-token", x, graph.shape(1, 0, 0, 0, 0, 0))
+    return graph.node("Add", "tokens", x, graph.weight("positions", added[:, None]))
+
+
+def find_faults(model: VisionTransformer) -> str:
+    """Which part has no form in this graph, in words; empty where all have."""
+    for index, attn in replacements(model).items():
+        maps = attn.maps()
+        if maps is None or maps.kind.name not in CELLS:
+            return f"block {index}: {type(attn).__name__}"
+    return ""
+
+
+def _block(graph: Graph, model: VisionTransformer, index: int, x: str) -> str:
+    block, name, replaced = model.blocks[index], f"block{index}", replacements(model)
+    last = index == len(model.blocks) - 1 and model.global_pool == "token"
+    normed = graph.norm(f"{name}/norm1", x, block.norm1)
+    if index in replaced:  # merged in float64, so that only what is written is rounded
+        maps = copy.deepcopy(replaced[index]).double().maps()
+        y = _recurrence(graph, name, maps, normed, last)
+    else:
+        y = _attention(graph, name, block.attn, normed, last)
+    x = graph.node("Add", f"{name}/mixed", graph.first(x) if last else x, y)
+    y = graph.norm(f"{name}/norm2", x, block.norm2)
+    y = graph.linear(f"{name}/fc1", y, block.mlp.fc1.weight, block.mlp.fc1.bias)
+    y = graph.gelu(f"{name}/gelu", y)
+    y = graph.linear(f"{name}/fc2", y, block.mlp.fc2.weight, block.mlp.fc2.bias)
+    return graph.node("Add", name, x, y)
+
+
+@torch.no_grad()
+def to_onnx(model: VisionTransformer, opset: int, properties: Mapping[str, str]) -> onnx.ModelProto:
+    """Images (B, C, S, S), B free, to logits (B, classes). properties: what goes into the file's metadata.
+
+    Raises FarError where the opset is unknown here, or the graph has no form for a part of the model.
+    """
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise FarError(f"--opset {opset}: this needs one from {OPSETS[0]} to {OPSETS[1]}, the newest installed")
+    if fault := find_faults(model):
+        raise FarError(f"--to onnx: {fault} has no form in the ONNX graph; use --to pt2 or safetensors")
+    graph, embed = Graph(opset), model.patch_embed
+    x = _embed(graph, model, "images")
+    for index in range(len(model.blocks)):
+        x = _block(graph, model, index, x)
+    x = graph.norm("norm", graph.reshape("class-token", x, -1, model.embed_dim), model.norm)
+    graph.linear("logits", x, model.head.weight, model.head.bias)
+    shapes = {"images": ["batch", model.patch_embed.proj.weight.shape[1], *embed.img_size]}
+    shapes["logits"] = ["batch", model.num_classes]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in shapes.items()]
+    body = helper.make_graph(graph.nodes, "far", ends[:1], ends[1:], list(graph.weights.values()))
+    opsets = [helper.make_opsetid("", opset)]
+    found = helper.make_model(body, opset_imports=opsets, producer_name="FAR")
+    found.ir_version = helper.find_min_ir_version_for(opsets)  # helper's newest is refused by runtimes of last year
+    helper.set_model_props(found, dict(properties))
+    onnx.checker.check_model(found, full_check=True)
+    return found

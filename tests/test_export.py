@@ -1,0 +1,298 @@
+"""export.py: each file runs where it is meant to, and answers as the model does in float64."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export
+from engine.export import TARGETS, Row, compare
+from models.onnx_graph import to_onnx
+from models.replace import FarConfig, build, load_model, pack, set_backend
+from tests.conftest import launch, write_images
+from utils import checkpoint
+from utils.preprocessing import Preprocessing
+
+DEPTH = 4
+ALL = tuple(range(DEPTH))
+UNLIKE = {str(i): [[5, 9], [31, 32]] for i in ALL}  # the second head's directions share a padded node
+SMALL = {str(i): [[3, 3], [4, 4]] for i in ALL}  # small enough for pre_proj to be merged
+KINDS = {
+    "FAR": {"replaced": ALL},
+    "ragged": {"replaced": ALL, "units": UNLIKE},
+    "merged": {"replaced": ALL, "units": SMALL},
+    "partly replaced": {"replaced": (0, 2), "units": {"2": UNLIKE["2"]}},
+    "replaced behind": {"replaced": (3,), "mlp": {"0": 7}},
+    "pruned MLPs": {"replaced": ALL, "mlp": {"0": 7, "3": 50}},
+    "teacher": {"mlp": {"2": 100}},
+    "one head": {"replaced": ALL, "rep_by": "lstm"},
+    "gru": {"replaced": ALL, "rep_by": "gru", "units": UNLIKE},
+}
+WIDE = FarConfig("DeiT-Small", 7, 32, replaced=tuple(range(12)), units={"0": [[64, 20], [30, 32]] + [[64, 64]] * 4})
+
+
+def lively(config: FarConfig):
+    """A fresh model whose every bias matters and whose logits are of size one."""
+    model = build(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.head.weight.mul_(30)
+    return model
+
+
+def micro(**kind) -> FarConfig:
+    return FarConfig("DeiT-Micro", 10, 32, **kind)
+
+
+def truth(model, images: torch.Tensor) -> torch.Tensor:
+    """The model's answers in float64, by the plain loop over tokens."""
+    set_backend(model, "reference")
+    return model.double()(images.double())
+
+
+def store(path: Path, config: FarConfig):
+    model = lively(config)
+    checkpoint.save(path, pack(model, config))
+    return model
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "far.pth"
+    names = tuple(f"digit {i}" for i in range(10))
+    seen = Preprocessing((0.4,) * 3, (0.6,) * 3, 1.0, interpolation="bilinear")
+    store(path, micro(**KINDS["ragged"], preprocessing=seen, classes=names))
+    return path
+
+
+def run(capsys, *argv) -> str:
+    assert export.main([str(a) for a in argv]) == 0
+    return capsys.readouterr().out
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("kind", [*KINDS, "wide"])
+def test_the_graph_answers_as_the_model_does(kind, opset):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    config = WIDE if kind == "wide" else micro(**KINDS[kind])
+    model = lively(config)
+    file = to_onnx(model, opset, {}).SerializeToString()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        expected = truth(model, images)
+        (found,) = session.run(None, {"images": images.numpy()})
+        assert found.shape == expected.shape
+        assert np.abs(found - expected.numpy()).max() < 2e-6 * max(1, expected.abs().max()), (kind, batch)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "partly replaced", "gru"])
+def test_openvino_answers_alike(kind, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = lively(micro(**KINDS[kind]))
+    onnx.save(to_onnx(model, 20, {}), tmp_path / "far.onnx")
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(tmp_path / "far.onnx", "CPU", options).create_infer_request()
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        assert np.abs(request.infer([images.numpy()])[0] - truth(model, images).numpy()).max() < 1e-5
+
+
+def test_the_graph_is_small_and_readable():
+    graph = to_onnx(lively(micro(**KINDS["FAR"])), 20, {}).graph
+    count = {op: sum(node.op_type == op for node in graph.node) for op in {node.op_type for node in graph.node}}
+    assert {node.domain for node in graph.node} == {""}
+    assert count["LSTM"] == 2 * (DEPTH - 1) + 4  # a node a head; two for the class token's, of which one is a step
+    assert count["Slice"] == 2 and "Constant" not in count and "Shape" not in count
+    assert count["Transpose"] == DEPTH  # the patches' once, a block's states once, none in the last block
+    names = [node.name for node in graph.node]
+    assert "block1/head1/lstm" in names and len(set(names)) == len(names)
+    assert {"block1/head1/lstm/W", "block0/fc1/W"} <= {weight.name for weight in graph.initializer}
+
+
+def test_directions_share_a_node_where_their_units_nearly_agree():
+    graph = to_onnx(lively(micro(**KINDS["ragged"])), 20, {}).graph
+    ways = {n.name: n.attribute[0].s if n.attribute else b"" for n in graph.node if n.op_type == "LSTM"}
+    assert "block0/head1/lstm" in ways and "block0/head0/lstm" not in ways
+    assert {"block0/head0/lstm/forward", "block0/head0/lstm/reverse"} <= ways.keys()
+
+
+def test_onnx_holds_what_a_user_must_know(far, tmp_path, capsys):
+    output = tmp_path / "far.onnx"
+    said = run(capsys, "--far-weight", far, "--to", "onnx", "--output", output, "--opset", 18)
+    assert "onnxruntime" in said and "openvino" in said and "100.00" in said
+    file = onnx.load(output)
+    facts = {entry.key: entry.value for entry in file.metadata_props}
+    data = json.loads(facts["data"])
+    assert data["input_size"] == [3, 32, 32] and data["mean"] == [0.4] * 3 and data["interpolation"] == "bilinear"
+    assert json.loads(facts["classes"])[3] == "digit 3" and json.loads(facts["config"])["units"] == UNLIKE
+    assert facts["architecture"] == "far_deit_micro_patch4_32" and file.opset_import[0].version == 18
+    shape = file.graph.input[0].type.tensor_type.shape.dim
+    assert shape[0].dim_param == "batch" and [d.dim_value for d in shape[1:]] == [3, 32, 32]
+    assert left(tmp_path) == {"far.onnx"}
+
+
+def test_pt2_runs_where_this_repository_is_not(far, tmp_path, capsys):
+    output = tmp_path / "far.pt2"
+    assert "torch" in run(capsys, "--far-weight", far, "--to", "pt2", "--output", output)
+    images = torch.randn(5, 3, 32, 32)
+    torch.save((images, truth(load_model(far)[0], images)), tmp_path / "pair.pt")
+    script = """
+import importlib.util, json, torch
+assert not importlib.util.find_spec("models")
+facts = {"far.json": ""}
+model = torch.export.load("far.pt2", extra_files=facts).module()
+images, expected = torch.load("pair.pt")
+assert json.loads(facts["far.json"])["classes"][3] == "digit 3"
+for batch in (1, 5):
+    assert (model(images[:batch]) - expected[:batch]).abs().max() < 2e-6 * expected.abs().max().clamp_min(1)
+"""
+    hide = "import sys; sys.modules['timm'] = None\n"  # installed, but not to be found
+    done = launch("-c", hide + script, cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_safetensors_come_back_as_they_were(far, tmp_path, capsys):
+    output = tmp_path / "deep" / "far.safetensors"
+    run(capsys, "--far-weight", far, "--to", "safetensors", "--output", output)
+    (own, first), (model, config) = load_model(far), load_model(output)
+    assert config == first and all(torch.equal(w, model.state_dict()[k]) for k, w in own.state_dict().items())
+    hub = json.loads((output.parent / "config.json").read_text())
+    assert hub["num_classes"] == 10 and hub["num_features"] == 64 and hub["label_names"][0] == "digit 0"
+    assert hub["pretrained_cfg"]["input_size"] == [3, 32, 32] and hub["far"]["replaced"] == list(ALL)
+    assert hub["pretrained_cfg"]["std"] == [0.6] * 3 and config.classes[9] == "digit 9"
+
+
+def test_a_teacher_goes_out_by_either_flag(tmp_path, capsys):
+    config = micro()
+    model = store(tmp_path / "ours.pth", config)
+    torch.save({"model": model.state_dict()}, tmp_path / "timm.pth")
+    run(capsys, "--far-weight", tmp_path / "ours.pth", "--to", "onnx")
+    run(capsys, "--base-weight", tmp_path / "timm.pth", "--scale", "Micro", "--to", "onnx")
+    first, second = (onnx.load(tmp_path / f"{name}.onnx") for name in ("ours", "timm"))
+    assert first.graph == second.graph
+
+
+def test_int8_is_checked_on_the_data_set_given(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    store(tmp_path / "far.pth", micro(**KINDS["FAR"]))
+    said = run(capsys, "--far-weight", tmp_path / "far.pth", "--to", "onnx", "--int8", "--dataset", "DIGITS")
+    ops = {node.op_type for node in onnx.load(tmp_path / "far-int8.onnx").graph.node}
+    assert {"MatMulInteger", "DynamicQuantizeLSTM"} <= ops and not {"MatMul", "LSTM"} & ops
+    assert "on 360 images" in said and "not checked in OpenVINO" in said
+    rows = [line.split() for line in said.splitlines() if re.match("torch,|onnxruntime", line)]
+    assert len(rows) == 2 and abs(float(rows[0][-2]) - float(rows[1][-2])) < 5  # top-1 of both
+    assert float(rows[1][-3]) > 90 and (tmp_path / "far-int8.onnx").stat().st_size < 0.5e6
+
+
+def test_images_may_be_named_and_absent_runtimes_are_said(far, tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / "pictures", 3)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
+    flags = ("--to", "onnx", "--images", tmp_path / "pictures", "--output", tmp_path / "far.onnx")
+    said = run(capsys, "--far-weight", far, *flags)
+    assert "on 3 images" in said and "not checked in openvino: it is not installed" in said
+
+
+def test_answers_of_one_image_alone_count_too_and_nan_stays():
+    images, odd = torch.randn(4, 3), torch.full((4, 3), float("nan"))
+    rows = {name: Row(call) for name, call in (("torch", lambda x: x), ("alone", lambda x: x + (len(x) == 1)))}
+    assert compare(rows, [(images, torch.zeros(4)), (images, torch.zeros(4))])[:2] == (8, True)
+    assert rows["torch"].difference == 0 and rows["alone"].difference == pytest.approx(1) and rows["alone"].same == 8
+    rows = {"torch": Row(lambda x: x), "sometimes": Row(lambda x: odd[: len(x)] if x is images else x)}
+    compare(rows, [(images, None), (images * 2, None)])
+    assert not rows["sometimes"].difference <= 1e9
+
+
+def test_a_checkpoint_that_does_not_say_how_images_were_prepared_is_told(tmp_path, capsys):
+    store(tmp_path / "far.pth", micro(**KINDS["merged"]))
+    assert "does not say" in run(capsys, "--far-weight", tmp_path / "far.pth", "--to", "safetensors")
+    hub = json.loads((tmp_path / "config.json").read_text())
+    assert hub["pretrained_cfg"]["mean"] == [0.5] * 3 and "label_names" not in hub
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--to tflite", "--to"),
+        ("--to onnx --output far.pt2", "--output far.pt2"),
+        ("--to onnx --opset 16", "--opset 16"),
+        ("--to pt2 --opset 18", "--opset"),
+        ("--to pt2 --int8", "--int8"),
+        ("--to onnx --aot", "--aot"),
+        ("--to onnx --scale Tiny", "--scale"),
+        ("--to onnx --images none", "--images none"),
+        ("--to onnx --images . --dataset DIGITS", "--images"),
+        ("--to onnx --base-weight far.pth", "--far-weight, --base-weight"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, says, far, failure, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(far, "far.pth")
+    assert says in failure("--far-weight", "far.pth", *flags.split(), script=export.main)
+    assert left(tmp_path) == {"far.pth"}
+
+
+def test_weights_that_do_not_fit_are_one_line(far, failure, tmp_path):
+    model = build(micro())
+    state = model.state_dict()
+    torch.save({k: v for k, v in state.items() if "blocks.3" not in k}, tmp_path / "shallow.pth")
+    torch.save(state, tmp_path / "deep.pth")
+    for name, scale in (("shallow", "Micro"), ("deep", "Tiny")):
+        said = failure("--base-weight", tmp_path / f"{name}.pth", "--scale", scale, "--to", "onnx", script=export.main)
+        assert f"{name}.pth" in said
+    assert "FAR model" in failure("--base-weight", far, "--to", "onnx", script=export.main)
+    assert left(tmp_path) == {"shallow.pth", "deep.pth"}
+
+
+def test_a_target_that_cannot_hold_the_model_names_the_part(failure, tmp_path):
+    store(tmp_path / "mixer.pth", micro(replaced=(1, 2), rep_by="mixer"))
+    said = failure("--far-weight", tmp_path / "mixer.pth", "--to", "onnx", script=export.main)
+    assert "block 1: TokenMixer" in said and left(tmp_path) == {"mixer.pth"}
+
+
+@pytest.mark.parametrize("fault", ["refused", "wrong", "nan", "uninstalled"])
+def test_a_file_that_fails_its_check_is_not_written(fault, far, failure, tmp_path, monkeypatch):
+    ours = load_model(far)[0]
+
+    def start(path):
+        if fault == "refused":
+            raise RuntimeError("no such operator\nand much more")
+        shift = 0.01 if fault == "wrong" else float("nan")
+        return lambda images: ours(images).detach() + shift
+
+    if fault == "uninstalled":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setitem(TARGETS["onnx"].runs, "onnxruntime", start)
+    said = failure("--far-weight", far, "--to", "onnx", "--output", tmp_path / "far.onnx", script=export.main)
+    expected = {"refused": "onnxruntime refuses the file (no such operator)", "uninstalled": "pip install onnx"}
+    assert expected.get(fault, "logits differ by") in said and not left(tmp_path)
+
+
+def test_a_config_of_something_else_is_not_overwritten(far, failure, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    flags = ("--to", "safetensors", "--output", tmp_path / "far.safetensors")
+    assert "config.json" in failure("--far-weight", far, *flags, script=export.main)
+    assert left(tmp_path) == {"config.json"} and (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_no_compiler_is_one_line(far, failure, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("No working C++ compiler found\n...")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
+    flags = ("--to", "pt2", "--aot", "--output", tmp_path / "far.pt2")
+    said = failure("--far-weight", far, *flags, script=export.main)
+    assert "--aot: cannot be compiled here (No working C++ compiler found)" in said and not left(tmp_path)
