@@ -231,6 +231,8 @@ def build_split(name: str, root: Path, train: bool, download: bool = False) -> D
         data = source.build(root, train, download)
     except (FileNotFoundError, RuntimeError, NotADirectoryError, KeyError, ValueError) as error:
         where = f"--data-path {shown(root)}: {name} not found there"
+        if "corrupted" in str(error) and (folder := root / source.layout.partition("/")[0]).exists():
+            where = f"--data-path {shown(folder)}: corrupted (a file's checksum is wrong); remove it"
         raise FarError(f"{where}; looked for {source.layout}; {source.get}") from error
     except OSError as error:
         flag = "--download" if download else "--data-path"

@@ -224,3 +224,12 @@ def test_digits_splits_are_disjoint_complete_and_stratified():
     expected = sorted(np.repeat(np.round(i * 255 / 16).astype(np.uint8)[..., None], 3, 2).tobytes() for i in source)
     assert pixels == expected
     assert np.bincount(val.targets).min() >= 34
+
+
+def test_a_corrupted_archive_is_no_absent_one(tmp_path):
+    with pytest.raises(FarError, match="not found there"):
+        build_split("CIFAR10", tmp_path, True)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"cut")
+    with pytest.raises(FarError, match="cifar-10-batches-py: corrupted .* remove it"):
+        build_split("CIFAR10", tmp_path, True)

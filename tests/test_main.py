@@ -332,6 +332,7 @@ def test_help_is_grouped_and_shows_defaults(capsys):
     text = capsys.readouterr().out
     for piece in ("distillation:", "augmentation:", "(default: 0.0005)", "(default: cosine)"):
         assert piece in text
+    assert "None" not in text and "False" not in text and "Path(" not in text and "default" in text
 
 
 def test_the_parsers_names_are_those_of_the_registries():

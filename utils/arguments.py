@@ -14,11 +14,22 @@ from utils.errors import one_line
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, as a user would type them, where there is one and the text does not name it by itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default is None or default is False or default == argparse.SUPPRESS or "default" in text:
+            return text
+        values = default if isinstance(default, list | tuple) else [default]
+        return f"{text} (default: {' '.join(map(str, values))})" if action.option_strings else text
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line; help shows defaults."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"error: {one_line(message)}; see --help\n")
