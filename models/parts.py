@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.merged import Merged
+from utils.errors import FarError
 
 Place = tuple[int, ...]
 MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
@@ -174,6 +175,13 @@ class Replacement(nn.Module, BlockPart):
     @abc.abstractmethod
     def maps(self) -> Merged | None:
         """Its linear maps and cells, for the engine that computes whole models; None where it has others."""
+
+    def published(self, per_head: bool = False) -> dict[str, Tensor]:
+        """Its weights between the two projections as the published code stores them. FarError where that has none."""
+        raise FarError("the published code replaces attention by LSTMs alone; keep this model in FAR's own checkpoints")
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises FarError where it cannot work on so many tokens."""
 
     def mixing_parts(self) -> list[nn.Module]:
         """What stage attn trains: every child but post_proj."""

@@ -105,7 +105,8 @@ def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
     """The configuration of the model as it now is: which blocks are replaced, which units are left."""
     found = replacements(model)
     sizes = {"units": pruned_sizes(found), "mlp": pruned_sizes(mlps(model))}
-    return replace(config, num_classes=model.num_classes, replaced=tuple(found), **sizes)
+    img_size = model.patch_embed.img_size[0]
+    return replace(config, num_classes=model.num_classes, img_size=img_size, replaced=tuple(found), **sizes)
 
 
 def set_backend(model: VisionTransformer, backend: str) -> None:
@@ -175,16 +176,22 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
     return replace(config, replaced=tuple(sorted(config.replaced)), units=units)
 
 
+def build_on_meta(config: FarConfig, source: str, drop: float = 0.0, drop_path: float = 0.0) -> VisionTransformer:
+    """The model of a file's configuration before anything is allocated. Raises FarError where it is too large."""
+    with torch.device("meta"):
+        model = build(config, drop, drop_path)
+    if (count := count_parameters(model)) > MOST_PARAMETERS:
+        raise FarError(f"{source}: describes {count:,} parameters, more than any model here; train or copy it again")
+    return model
+
+
 def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: float = 0.0):
     """The model a checkpoint's content holds, in eval mode, and its configuration. Raises FarError where they disagree.
 
     Nothing is allocated before the tensors are known to be the model's: it is built on meta, then takes copies of them.
     """
     config = read_config(content, source)
-    with torch.device("meta"):
-        model = build(config, drop, drop_path)
-    if (count := count_parameters(model)) > MOST_PARAMETERS:
-        raise FarError(f"{source}: describes {count:,} parameters, more than any model here; train or copy it again")
+    model = build_on_meta(config, source, drop, drop_path)
     load_into(model, content["model"], source)
     return model.eval(), config
 
