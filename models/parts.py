@@ -64,6 +64,10 @@ class BlockPart(abc.ABC):
         """s_j, the norm of the group of every unit j, (u,), by place; differentiable."""
 
     @abc.abstractmethod
+    def silent(self) -> dict[Place, Tensor]:
+        """Which units (u,), by place, are always zero because what makes them is: a mask's trace."""
+
+    @abc.abstractmethod
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         """Keeps only the named units (ascending indices) of each place; tensors get smaller."""
 
@@ -82,6 +86,9 @@ class Unprunable(BlockPart):
     sizes = full_sizes = ()
 
     def unit_norms(self) -> dict[Place, Tensor]:
+        return {}
+
+    def silent(self) -> dict[Place, Tensor]:
         return {}
 
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
@@ -113,6 +120,9 @@ class Mlp(timm.layers.Mlp, BlockPart):
         """fc1's row and bias, fc2's column."""
         squares = self.fc1.weight.square().sum(1) + self.fc1.bias.square() + self.fc2.weight.square().sum(0)
         return {(): safe_root(squares)}
+
+    def silent(self) -> dict[Place, Tensor]:
+        return {(): (self.fc1.weight == 0).all(1) & (self.fc1.bias == 0)}
 
     @torch.no_grad()
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:

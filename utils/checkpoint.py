@@ -90,8 +90,8 @@ def _load(path: Path, source: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise FarError(
-                f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; where you trust "
-                'it and have the code that wrote it, save its weights alone: python3 -c "import torch; m = '
+                f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; if you trust "
+                'it, save its weights where the code that wrote it is: python3 -c "import torch; m = '
                 "torch.load('FILE', 'cpu', weights_only=False); torch.save(m.state_dict(), 'weights.pth')\""
             ) from error
         raise FarError(f"{source}: not a checkpoint, or damaged; copy or train it again") from error
