@@ -88,13 +88,18 @@ def fits_patches(base_model: str, img_size) -> bool:
     return whole(img_size, 1, LARGEST_INPUT) and img_size % TEACHERS[base_model].patch_size == 0
 
 
-def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float = 0.0, drop_path: float = 0.0):
-    """A DeiT with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
+def check_size(base_model: str, img_size: int) -> None:
+    """Raises FarError where a model cannot take images of this size."""
     if not fits_patches(base_model, img_size):
         patch = TEACHERS[base_model].patch_size
         raise FarError(
             f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {patch}, up to {LARGEST_INPUT}"
         )
+
+
+def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float = 0.0, drop_path: float = 0.0):
+    """A DeiT with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
+    check_size(base_model, img_size)
     return TEACHERS[base_model].build(
         num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path, mlp_layer=Mlp
     )

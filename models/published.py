@@ -49,7 +49,7 @@ def from_published(
 
     Raises FarError on weights of another model, and on values off the heads' blocks above the tolerance.
     """
-    if "config" in content:
+    if isinstance(content.get("config"), dict) and "base_model" in content["config"]:
         raise FarError(
             f"{source}: is a FAR checkpoint already; give it as --far-weight to take it to the published form"
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
-from models.deit import LARGEST_INPUT, TEACHERS, create_teacher, fits_patches
+from models.deit import LARGEST_INPUT, TEACHERS, check_size, create_teacher, fits_patches
 from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
 from utils.checkpoint import load, load_into, whole
@@ -199,6 +199,19 @@ def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: 
 def load_model(path: str | Path, flag: str = "", drop: float = 0.0, drop_path: float = 0.0):
     """Rebuilds a model from its checkpoint alone, in eval mode. Returns (model, configuration)."""
     return restore(load(path, flag), f"{flag} {path}".strip(), drop, drop_path)
+
+
+def resize(model: VisionTransformer, config: FarConfig, img_size: int, source: str) -> FarConfig:
+    """Takes the model to another image size, its positions interpolated by timm; the configuration of that.
+
+    Raises FarError where the size cuts patches off, or a replacement is tied to its number of tokens.
+    """
+    check_size(config.base_model, img_size)
+    try:
+        model.set_input_size(img_size)
+    except FarError as error:
+        raise FarError(f"--input-size {img_size}: {source}: {error}") from error
+    return replace(config, img_size=img_size)
 
 
 def count_parameters(module: nn.Module) -> int:
