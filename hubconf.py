@@ -62,4 +62,4 @@ def far(checkpoint, input_size=None, num_classes=None, drop_path=0.0):
     checkpoint: a file of this suite. input_size: image side in pixels, positions resized. num_classes: with a fresh
     classifier where it differs. drop_path: stochastic depth, for training.
     """
-    return _suite("models.timm_models").load(checkpoint, input_size, num_classes, drop_path)
+    return _suite("models.hub").load(checkpoint, input_size, num_classes, drop_path)

@@ -8,9 +8,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from models.deit import DeiT, create_deit, resize_positions
+from models.hub import data_config
 from models.infer import infer_far
 from models.parts import Mlp
-from models.replace import build, load_model, resize, swap_attention
+from models.replace import build, swap_attention
 from utils.errors import FarError
 
 log = logging.getLogger(__name__)
@@ -55,29 +56,6 @@ class FarDeiT(DeiT):
             state |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
         self.pretrained_cfg = self.default_cfg = data_config(self)
         return resize_positions(state, self, "checkpoint_path")
-
-
-def data_config(model: VisionTransformer) -> dict[str, Any]:
-    """timm's configuration of the model's data, at its image size: the crop is what main.py evaluates with."""
-    size = model.patch_embed.img_size
-    crop = {"crop_pct": 0.875 if min(size) > 32 else 1.0, "interpolation": "bicubic"}
-    known = getattr(model, "pretrained_cfg", {})
-    return {**known, **crop, "input_size": (3, *size), "num_classes": model.num_classes}
-
-
-def load(checkpoint, input_size: int | None = None, num_classes: int | None = None, drop_path: float = 0.0):
-    """The model of a FAR checkpoint in eval mode, as a timm VisionTransformer.
-
-    input_size: image side in pixels, positions resized. num_classes: with a fresh classifier where it differs. Raises
-    FarError on a file or a size that does not serve.
-    """
-    model, config = load_model(checkpoint, drop_path=drop_path)
-    if input_size is not None:
-        resize(model, config, input_size, str(checkpoint))
-    if num_classes is not None and num_classes != model.num_classes:
-        model.reset_classifier(num_classes)
-    model.pretrained_cfg = model.default_cfg = data_config(model)
-    return model
 
 
 def _create(name: str, width: int, pretrained: bool, **kwargs) -> VisionTransformer:
