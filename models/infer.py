@@ -83,5 +83,5 @@ def infer_far(state: Mapping[str, Any], source: str) -> FarConfig:
             if {name: value.shape for name, value in own.items()} == shapes:
                 return config
     raise FarError(
-        f"{source}: its weights are of no {' nor '.join(REPLACEMENTS)} in a {config.base_model}; train it again"
+        f"{source}: its weights are of no {' nor '.join(REPLACEMENTS)} in a {config.base_model}; convert.py reads the published code's"
     )

@@ -166,7 +166,9 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
     stored = content.get("config")
     known = {f.name for f in fields(FarConfig)}
     if not isinstance(stored, dict) or not isinstance(content.get("model"), dict) or not set(stored) <= known:
-        raise FarError(f"{source}: not a FAR checkpoint (no configuration inside); give one that FAR's main.py wrote")
+        raise FarError(
+            f"{source}: not a FAR checkpoint (no configuration inside); give one that main.py wrote or convert.py made"
+        )
     if lacking := {"base_model", "num_classes", "img_size"} - stored.keys():
         raise FarError(f"{source}: its configuration lacks {min(lacking)}; train or copy it again")
     config = FarConfig(**stored)

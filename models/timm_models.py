@@ -41,7 +41,8 @@ class FarDeiT(DeiT):
             raise FarError(f"checkpoint_path: holds a {config.base_model}; create the far_deit model of that scale")
         like = self.pos_embed
         for block, shaped in zip(self.blocks, build(config).blocks, strict=True):
-            block.attn, block.mlp = shaped.attn.to(like), shaped.mlp.to(like)
+            block.mlp.resize(shaped.mlp.sizes)
+            block.attn, block.mlp = shaped.attn.to(like), block.mlp.to(like)
         self.train(self.training)
         self.set_input_size(config.img_size if "img_size" in adopts else self.patch_embed.img_size)
         if "num_classes" in adopts:
