@@ -61,14 +61,17 @@ def _leave(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str
 def _come(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]:
     """A state dict of the published code to a FAR checkpoint."""
     content, source = load(asked.published, "--published"), f"--published {asked.published}"
-    model, config = from_published(content, source, asked.asked, asked.rep_by, asked.tolerance)
+    model, config, dropped = from_published(content, source, asked.asked, asked.rep_by, asked.tolerance)
     parts = [*replacements(model).values(), *mlps(model).values()]
     zeroed = sum(int(mask.sum()) for part in parts for mask in part.silent().values())
     if asked.remove_zeroed:
         remove_silent(parts)
     save(asked.output, pack(model, config))
-    done = "removed" if asked.remove_zeroed else "kept (--remove-zeroed takes them out)"
-    return model, config, count_parameters(model), f"{zeroed} zeroed units {done if zeroed else ''}".strip()
+    done = "removed" if asked.remove_zeroed or not zeroed else "kept (--remove-zeroed takes them out)"
+    said = f"{zeroed} zeroed units {done}" + f", values up to {dropped:.3g} off the heads' blocks dropped" * (
+        dropped > 0
+    )
+    return model, config, count_parameters(model), said
 
 
 def _check_output(asked: ConvertConfig) -> None:

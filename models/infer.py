@@ -83,5 +83,6 @@ def infer_far(state: Mapping[str, Any], source: str) -> FarConfig:
             if {name: value.shape for name, value in own.items()} == shapes:
                 return config
     raise FarError(
-        f"{source}: its weights are of no {' nor '.join(REPLACEMENTS)} in a {config.base_model}; convert.py reads the published code's"
+        f"{source}: holds no {' nor '.join(REPLACEMENTS)} in a {config.base_model}; name a FAR checkpoint, which "
+        "convert.py makes of the published code's weights"
     )

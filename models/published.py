@@ -1,6 +1,5 @@
 """State dicts of the published code (arXiv 2505.21535), to FAR models and back; `models.bilstm` draws their layouts."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,6 @@ from models.infer import blocks_of, infer, units_of
 from models.replace import FarConfig, build_on_meta, find_damage, mlps, replacements
 from utils.checkpoint import check_state, weights_of
 from utils.errors import FarError
-
-log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -44,8 +41,9 @@ def from_published(
     base_model: str | None = None,
     rep_by: str = "multi-lstm",
     tolerance: float = 0,
-) -> tuple[VisionTransformer, FarConfig]:
-    """The FAR model of a published state dict, in either layout, and its configuration; in eval mode.
+) -> tuple[VisionTransformer, FarConfig, float]:
+    """The FAR model of a published state dict, in either layout, in eval mode; its configuration; the largest size
+    of what was dropped because it is off the heads' blocks.
 
     Raises FarError on weights of another model, and on values off the heads' blocks above the tolerance.
     """
@@ -64,8 +62,7 @@ def from_published(
     blocks = blocks_of(state)
     for i, attn in replacements(model).items():
         left |= {f"blocks.{i}.attn.{name}": rest for name, rest in attn.take_published(blocks[i], per_head).items()}
-    _check_left(left, source, tolerance)
-    return model.eval(), config
+    return model.eval(), config, _check_left(left, source, tolerance)
 
 
 def _describe(state: Mapping[str, Any], source: str, base_model: str | None, rep_by: str) -> tuple[FarConfig, bool]:
@@ -81,8 +78,8 @@ def _describe(state: Mapping[str, Any], source: str, base_model: str | None, rep
     return config, any(name.startswith("lstms.") for parts in blocks.values() for name in parts)
 
 
-def _check_left(left: Mapping[str, Tensor], source: str, tolerance: float) -> None:
-    """Raises FarError where what is off the heads' blocks is no rounding, with the largest and its place."""
+def _check_left(left: Mapping[str, Tensor], source: str, tolerance: float) -> float:
+    """The largest size of what is off the heads' blocks. Raises FarError, with its place, where that is no rounding."""
     name = max(left, key=lambda name: left[name].abs().max())
     if (size := left[name].abs().max().item()) > tolerance:
         row, *column = (i.item() for i in torch.unravel_index(left[name].abs().argmax(), left[name].shape))
@@ -90,5 +87,4 @@ def _check_left(left: Mapping[str, Tensor], source: str, tolerance: float) -> No
             f"{source}: {name}{[row, *column]} is {size:.3g}, off the heads' blocks and above --tolerance "
             f"{tolerance:g}: its heads are joined; read it as one head, --rep-by lstm, or drop it by a higher tolerance"
         )
-    if size:
-        log.warning("%s: dropped what is off the heads' blocks, at most %.3g in %s", source, size, name)
+    return size

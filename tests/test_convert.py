@@ -135,6 +135,8 @@ def test_units_that_a_mask_left_at_zero_are_counted_and_removed_on_request(tmp_p
     with torch.no_grad():
         for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
             getattr(lstm, name).unflatten(0, (4, 64))[:, rows] = 0
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            getattr(lstm, name).unflatten(0, (4, 64))[:, 7] = 0  # its biases make a value
         for name in ("weight_ih_l0_reverse", "weight_hh_l0_reverse", "bias_ih_l0_reverse", "bias_hh_l0_reverse"):
             getattr(lstm, name).unflatten(0, (4, 64))[:, 32:] = 0  # a whole head: one unit stays
         theirs.blocks[1].mlp.fc1.weight[:5] = 0
@@ -164,7 +166,7 @@ def test_wrappers_of_training_scripts_are_understood(wrap, tmp_path):
     assert_same_logits(load_model(tmp_path / "b.pth")[0], theirs, 32)
 
 
-def test_joined_heads_are_refused_by_size_and_place_and_read_as_one_head(failure, tmp_path):
+def test_joined_heads_are_refused_by_size_and_place_and_read_as_one_head(failure, tmp_path, capsys):
     theirs = published()
     with torch.no_grad():
         theirs.blocks[3].attn.lstm.weight_hh_l0_reverse[64 + 5, 40] = -0.25  # gate 1, head 0, from head 1
@@ -175,7 +177,9 @@ def test_joined_heads_are_refused_by_size_and_place_and_read_as_one_head(failure
     assert "blocks.3.attn.lstm.weight_hh_l0_reverse[69, 40] is 0.25" in line and not (tmp_path / "b.pth").exists()
     run(*words, "--rep-by", "lstm")
     assert_same_logits(load_model(tmp_path / "b.pth")[0], theirs, 32)
+    capsys.readouterr()
     run(*words, "--tolerance", "0.25")
+    assert "values up to 0.25 off the heads' blocks dropped" in capsys.readouterr().out
     with torch.no_grad():
         theirs.blocks[3].attn.lstm.weight_hh_l0_reverse[69, 40] = theirs.blocks[0].attn.head_proj.weight[40, 64] = 0
     assert_same_logits(load_model(tmp_path / "b.pth")[0], theirs, 32)
