@@ -56,13 +56,17 @@ def from_published(
     model = build_on_meta(config, source)
     check_state(to_published(model, per_head), state, source)
     model.to_empty(device="cpu")
-    own, left = model.state_dict(), {}
+    own, blocks, off = model.state_dict(), blocks_of(state), (0.0, "")
     for name in own.keys() & state.keys():
         own[name].copy_(state[name])
-    blocks = blocks_of(state)
     for i, attn in replacements(model).items():
-        left |= {f"blocks.{i}.attn.{name}": rest for name, rest in attn.take_published(blocks[i], per_head).items()}
-    return model.eval(), config, _check_left(left, source, tolerance)
+        off = max(off, _largest(attn.take_published(blocks[i], per_head), f"blocks.{i}.attn."))
+    if off[0] > tolerance:
+        raise FarError(
+            f"{source}: {off[1]} is {off[0]:.3g}, off the heads' blocks and above --tolerance {tolerance:g}: its heads "
+            "are joined; read it as one head, --rep-by lstm, or drop it by a higher tolerance"
+        )
+    return model.eval(), config, off[0]
 
 
 def _describe(state: Mapping[str, Any], source: str, base_model: str | None, rep_by: str) -> tuple[FarConfig, bool]:
@@ -78,13 +82,9 @@ def _describe(state: Mapping[str, Any], source: str, base_model: str | None, rep
     return config, any(name.startswith("lstms.") for parts in blocks.values() for name in parts)
 
 
-def _check_left(left: Mapping[str, Tensor], source: str, tolerance: float) -> float:
-    """The largest size of what is off the heads' blocks. Raises FarError, with its place, where that is no rounding."""
+def _largest(left: Mapping[str, Tensor], prefix: str) -> tuple[float, str]:
+    """The largest size in tensors, and its place."""
     name = max(left, key=lambda name: left[name].abs().max())
-    if (size := left[name].abs().max().item()) > tolerance:
-        row, *column = (i.item() for i in torch.unravel_index(left[name].abs().argmax(), left[name].shape))
-        raise FarError(
-            f"{source}: {name}{[row, *column]} is {size:.3g}, off the heads' blocks and above --tolerance "
-            f"{tolerance:g}: its heads are joined; read it as one head, --rep-by lstm, or drop it by a higher tolerance"
-        )
-    return size
+    sizes = left[name].abs()
+    place = [i.item() for i in torch.unravel_index(sizes.argmax(), sizes.shape)]
+    return sizes.max().item(), f"{prefix}{name}{place}"
