@@ -40,8 +40,15 @@ MODES = {
         "evaluate a FAR model, against its teacher where --base-weight names one, or a teacher alone",
         "eval_mode",
         frozenset({"run", "model", "data", "FAR model"}),
-        frozenset({"resume", "select", "ds_mode"}),
+        frozenset({"resume", "select", "dry_run", "ds_mode"}),
         frozenset({"batch_size"}),
+    ),
+    "predict": Mode(
+        "name what a checkpoint sees in --images",
+        "predict",
+        frozenset({"FAR model", "prediction"}),
+        frozenset({"ds_mode"}),
+        frozenset("device lstm_backend amp scale base_model input_size batch_size num_workers".split()),
     ),
 }
 
@@ -85,10 +92,17 @@ def add_far_group(parser: Parser) -> None:
     g.add_argument(
         "--fuse",
         choices=names.PRECISIONS,
-        help="eval: merge neighbouring linear maps, recurrent weights in this precision",
+        help="eval, predict: as one operator where the CPU engine covers the model, matrix products in this precision",
     )
     g.add_argument("--ds-pruned", action="store_true", help="start from the pruned model, PRETRAINED_PATH_PRUNE")
     g.add_argument("--ds-mode", choices=("full", "FC", "FC+head"), default="full", help="what downstream trains")
+
+
+def add_prediction_group(parser: Parser) -> None:
+    g = parser.add_argument_group("prediction")
+    g.add_argument("--images", type=arguments.path, metavar="PATH", help="a picture, or a folder of them")
+    g.add_argument("--output", type=arguments.table, metavar="FILE", help="write a .csv or .json, not to the terminal")
+    g.add_argument("--top", type=arguments.SIZE, default=5, help="classes named a picture")
 
 
 def build_parser() -> Parser:
@@ -105,6 +119,7 @@ def build_parser() -> Parser:
     arguments.add_augmentation_group(parser)
     add_distillation_group(parser)
     add_far_group(parser)
+    add_prediction_group(parser)
     arguments.add_optim_group(parser, "optimisation", "", 200, 5e-4, 1e-5)
     arguments.add_optim_group(parser, "optimisation of the block stage", "block-ft-", 100, 5e-5, 1e-6)
     arguments.add_unscale(parser.add_argument_group("rates"))

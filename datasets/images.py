@@ -9,6 +9,7 @@ from PIL import Image
 
 from utils.errors import FarError
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 TOP = {"I": 65535.0, "F": 1.0}  # white, by PIL's mode before any ";": integers are 16-bit greys, floats 0 to 1
 
 
@@ -44,3 +45,13 @@ def read_image(path: str | Path) -> Image.Image:
     except (OSError, SyntaxError, TypeError, ValueError) as error:  # what PIL's decoders raise on broken bytes
         reason = type(error).__name__ if isinstance(error, OSError) else shown(error)
         raise FarError(f"{shown(path)}: not a readable image ({reason}); mend or remove the file") from error
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file, or a folder's image files by name. Raises FarError where there are none."""
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.glob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FarError(f"--images {path}: no such file, or a folder without images ({', '.join(sorted(SUFFIXES))})")
+    return files

@@ -1,9 +1,8 @@
 """From a split to batches: transforms, samplers, loaders. Order and draws follow from (seed, epoch, sample) alone."""
 
 import contextlib
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchvision import transforms
 
 from datasets.images import shown
-from datasets.registry import SOURCES, Source, build_split, count_classes
+from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
 from utils.distributed import Context
 from utils.errors import FarError
+from utils.preprocessing import Preprocessing
 from utils.seeding import seeded
 
 
@@ -32,8 +32,12 @@ class DataConfig:
     data_path: Path | None
     input_size: int | None  # pixels a side; None until the model is known
     download: bool = False
+    mean: Sequence[float] | None = None  # None: the data set's
+    std: Sequence[float] | None = None
     train_subset: float = 1.0
     holdout: float = 0.0
+    hflip: float | None = None
+    vflip: float = 0.0
     color_jitter: float = 0.3
     aa: str | None = "rand-m9-mstd0.5-inc1"
     train_interpolation: str = "bicubic"
@@ -151,9 +155,17 @@ def check_policy(text: str | None) -> None:
         raise FarError(f"{wrong}: timm cannot run it ({shown(error) or 'unknown policy'}); {mend}") from error
 
 
+def preprocessing(config: DataConfig, source: Source) -> Preprocessing:
+    """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, a crop would cut the object."""
+    small = config.input_size <= 32
+    crop, mode = (1.0, "squash") if small else (config.eval_crop_ratio, "center")
+    return Preprocessing(tuple(config.mean or source.mean), tuple(config.std or source.std), crop, mode)
+
+
 def train_transform(config: DataConfig, source: Source):
     """DeiT's augmentation by timm; at 32 pixels and below a padded random crop takes the resized crop's place."""
     check_policy(config.aa)
+    normal = preprocessing(config, source)
     transform = create_transform(
         input_size=config.input_size,
         is_training=True,
@@ -163,9 +175,10 @@ def train_transform(config: DataConfig, source: Source):
         re_prob=config.reprob,
         re_mode=config.remode,
         re_count=config.recount,
-        mean=source.mean,
-        std=source.std,
-        hflip=0.5 if source.flip else 0.0,
+        mean=normal.mean,
+        std=normal.std,
+        hflip=(0.5 if source.flip else 0.0) if config.hflip is None else config.hflip,
+        vflip=config.vflip,
     )
     if config.input_size <= 32:
         size = config.input_size
@@ -175,20 +188,6 @@ def train_transform(config: DataConfig, source: Source):
         crop = transforms.RandomCrop(size, padding=size // 8)
         transform.transforms[0:1] = [transforms.Resize((size, size), mode), crop]
     return transform
-
-
-def eval_transform(config: DataConfig, source: Source):
-    """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, a crop would cut the object."""
-    ratio = config.eval_crop_ratio if config.input_size > 32 else 1.0
-    size = math.floor(config.input_size / ratio)
-    return transforms.Compose(
-        [
-            transforms.Resize(size if config.input_size > 32 else (size, size), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(config.input_size),
-            transforms.ToTensor(),
-            transforms.Normalize(source.mean, source.std),
-        ]
-    )
 
 
 def share(size: int, part: float, seed: int) -> np.ndarray:
@@ -209,9 +208,10 @@ class Data:
         source = SOURCES.get(config.dataset)
         train = build_split(config.dataset, config.root, True)
         self.labelled, self.num_classes = source.labelled, count_classes(config.dataset, train)
+        self.preprocessing, self.class_names = preprocessing(config, source), class_names(config.dataset, train)
         train, val = self._split(train)
         self.train = Augmented(train, train_transform(config, source), config.seed)
-        self.val = Transformed(val, eval_transform(config, source))
+        self.val = Transformed(val, self.preprocessing.transform(config.input_size))
 
     def _split(self, train: Dataset) -> tuple[Dataset, Dataset]:
         """What trains and what evaluates after --holdout and --train-subset. Raises FarError on too few images."""

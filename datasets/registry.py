@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
+from timm.data import ImageNetInfo
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv
 
@@ -40,6 +41,7 @@ class Digits(Dataset):
 
     def __init__(self, train: bool):
         digits = load_digits()
+        self.classes = [str(digit) for digit in digits.target_names]
         split = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)
         chosen = np.sort(split[0 if train else 1])
         grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
@@ -122,7 +124,11 @@ def _flowers(root: Path, train: bool, download: bool) -> Dataset:
     # As in DeiT's transfer experiments: the 1,020 + 1,020 labelled images train, the 6,149 test images evaluate.
     splits = ("train", "val") if train else ("test",)
     parts = [tv.Flowers102(root, split=split, download=download, loader=read_image) for split in splits]
-    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+    if len(parts) == 1:
+        return parts[0]
+    both = ConcatDataset(parts)
+    both.classes = parts[0].classes
+    return both
 
 
 def _listed(listing: Path) -> set[str]:
@@ -240,3 +246,14 @@ def build_split(name: str, root: Path, train: bool, download: bool = False) -> D
 def count_classes(name: str, data: Dataset) -> int | None:
     """The table's class count, or for FOLDER the number of class folders; None where there are no labels."""
     return SOURCES[name].num_classes or (len(data.classes) if SOURCES[name].labelled else None)
+
+
+def class_names(name: str, data: Dataset) -> tuple[str, ...]:
+    """The classes of a split by name, in the order of its labels; ImageNet's in words. Empty where there are none."""
+    names = tuple(map(str, getattr(data, "classes", ()))) if SOURCES[name].labelled else ()
+    return imagenet_names() if len(names) == 1000 and list(names) == ImageNetInfo().label_names() else names
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """ImageNet's thousand classes in words, in timm's order, which is that of its class folders."""
+    return tuple(ImageNetInfo().label_descriptions())

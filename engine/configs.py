@@ -83,6 +83,9 @@ class Rates:
         asked = self.asked
         scale = 1.0 if self.unscale_lr else asked.batch_size * context.world * asked.accum_steps / 512
         optim = replace(asked, lr=asked.lr * scale, warmup_lr=asked.warmup_lr * scale, min_lr=asked.min_lr * scale)
+        if asked.decay_rate is not None and asked.sched not in ("step", "poly"):
+            flag = self.flag.replace("opt", "decay-rate")
+            raise FarError(f"{flag}: schedule {asked.sched} has none; leave it out, or take step or poly")
         check_optimizer(optim, self.flag, context.device)
         return optim
 

@@ -8,6 +8,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models.merged import MergedBiRNN
 from models.parts import count_sizes
 from models.replace import FarConfig, count_parameters, pack, replacements
 
@@ -25,15 +26,19 @@ def _attention(module: Attention, args, output) -> int:
     return 2 * b * n * n * dim  # queries by keys, weights by values; its projections are Linear
 
 
-FOREIGN = {nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention}
+def _merged(module: MergedBiRNN, args, output) -> int:
+    return module.cost(args[0], output.shape[1])
+
+
+OTHERS = {nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MergedBiRNN: _merged}
 
 
 def counters(module: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """The outermost modules that answer for their MACs (`BlockPart.macs`), and torch's and timm's around them."""
+    """The outermost modules that answer for their MACs (`BlockPart.macs`), and others around them."""
     if answer := getattr(module, "macs", None):
         yield module, lambda _, args, output: answer(args[0].shape)
         return
-    yield from ((module, counter) for kind, counter in FOREIGN.items() if isinstance(module, kind))
+    yield from ((module, counter) for kind, counter in OTHERS.items() if isinstance(module, kind))
     for child in module.children():
         yield from counters(child)
 

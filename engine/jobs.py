@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
+from engine.plan import show_plan
+from engine.predict import Prediction, as_text, picture_loader, write
+from engine.predict import predict as predicted
 from engine.stages import Plan, Stage, distillation
 from engine.steps import (
     answer_by,
@@ -23,8 +27,10 @@ from engine.steps import (
     load_labelled,
     load_teacher,
     planned,
+    reading,
     resumed,
     say,
+    teachers_classes,
 )
 from engine.train import Trainer
 from models.deit import count_answers, create_teacher, load_teacher_weights
@@ -57,6 +63,7 @@ class ModeCommand(Command):
     ds_pruned: bool
     ds_mode: str
     fuse: str | None
+    prediction: Prediction
 
 
 def start(command: ModeCommand, context: Context, load=load_data) -> tuple[Data, FarConfig]:
@@ -65,7 +72,10 @@ def start(command: ModeCommand, context: Context, load=load_data) -> tuple[Data,
     asked = command.model
     data = load(command.data, asked.size, context)
     classes = data.num_classes or count_answers(asked.base_weight)
-    return data, FarConfig(asked.name, classes, asked.size, asked.rep_by)
+    config = reading(FarConfig(asked.name, classes, asked.size, asked.rep_by), data)
+    if not data.labelled:
+        config = replace(config, classes=teachers_classes(asked.base_weight))
+    return data, config
 
 
 def fresh(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
@@ -84,6 +94,10 @@ def finish(run: RunFolder, model, result: dict[str, Any], context: Context) -> N
 def train_on_labels(command: ModeCommand, context: Context, model, config: FarConfig, stage: Stage, data: Data) -> None:
     """A run of one stage that needs no teacher."""
     stages = planned([stage], data, command.settings)
+    if command.run.dry_run:
+        alone = partial(Distillation, model, None)
+        show_plan(model, config, stages, alone, data, command.run, context, command.settings)
+        return
     with open_run(command.run, context) as run:
         model, last = resumed(run, model, command.model)
 
@@ -116,6 +130,10 @@ def train(command: ModeCommand, context: Context) -> None:
     attn = None if command.plan.skip_train_attn else command.rates.optim(context)
     settings = command.settings
     stages = planned(distillation(blocks, command.plan, attn, block), data, settings)
+    if command.run.dry_run:
+        pair = partial(Distillation, model, reference, distill_input=command.distill_input)
+        show_plan(model, config, stages, pair, data, command.run, context, settings)
+        return
     with open_run(command.run, context) as run:
         model, last = resumed(run, model, command.model)
         reference.to(context.device)
@@ -137,6 +155,7 @@ def student(
     asked, weight = command.model, command.plan.attn_weight
     if weight:
         model, found = load_model(weight, "--attn-weight", asked.drop, asked.drop_path)
+        found = replace(found, preprocessing=config.preprocessing, classes=config.classes or found.classes)
         check_same(weight, replace(config, replaced=blocks), replace(found, replaced=replaced_blocks(model)))
         if found.img_size != config.img_size:
             say(context, f"--attn-weight {weight}: its positions go from {found.img_size} to {config.img_size} px")
@@ -182,10 +201,11 @@ def downstream(command: ModeCommand, context: Context) -> None:
     data = load_labelled(command.data, config.img_size, context)
     if data.num_classes != config.num_classes:
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
-        config = replace(config, num_classes=data.num_classes)
+        config = replace(config, num_classes=data.num_classes, classes=())
         if command.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
-    blocks, optim = tuple(range(len(model.blocks))), command.rates.optim(context)
+    config, blocks = reading(config, data), tuple(range(len(model.blocks)))
+    optim = command.rates.optim(context)
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
     train_on_labels(command, context, model, config, stage, data)
 
@@ -226,3 +246,22 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     )
     if reference is not None:
         say(context, f"it {summary(result)}")
+
+
+def predict(command: ModeCommand, context: Context) -> None:
+    """--mode predict: the likeliest classes of pictures, by any checkpoint of ours."""
+    asked, files = command.prediction, command.prediction.files()
+    _, model, config = load_far(command.far, command.model)
+    check_backend(config, command.settings, context)
+    set_backend(model, command.settings.lstm_backend)
+    model.to(context.device)
+    if command.fuse:
+        model = fuse(model, FUSE[command.fuse])
+    loader = picture_loader(files, config, command.rates.asked.batch_size, command.data.num_workers)
+    autocast = command.settings.autocast(context.device)
+    answers = list(predicted(model, config, loader, asked.top, context.device, autocast))
+    if asked.output:
+        write(answers, asked.output)
+        say(context, f"{len(files)} pictures: their classes are in {asked.output}")
+    else:
+        say(context, as_text(answers))

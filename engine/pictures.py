@@ -8,8 +8,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from datasets.loading import Data, DataConfig, eval_transform
-from datasets.registry import SOURCES, photographs, read_image
+from datasets.images import find_files, read_image
+from datasets.loading import Data, DataConfig, preprocessing
+from datasets.registry import SOURCES, photographs
 from engine.configs import ModelName
 from engine.distill import forward_features
 from engine.explain import (
@@ -33,7 +34,6 @@ from utils.figures import save_figure
 from utils.files import check_writable
 from utils.map_figures import importance_maps, matrix_rows
 
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 EXACT_UP_TO = 5000  # N * D up to which the influence matrix is exact; larger ones take Gaussian probes
 PROBES = 16
 
@@ -148,20 +148,10 @@ def find_images(asked: PictureConfig, size: int) -> tuple[Tensor, np.ndarray]:
         data, source = Data(config, Context()).val.data, SOURCES[name]
         total, read = len(data), lambda i: data[i][0]
     chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()
-    transform = eval_transform(config, source)
+    transform = preprocessing(config, source).transform(size)
     images = torch.stack([transform(read(i)) for i in chosen])
     mean, std = (torch.tensor(v)[:, None, None] for v in (source.mean, source.std))
     return images, (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-def find_files(path: Path) -> list[Path]:
-    """The file, or a folder's image files by name. Raises FarError where there are none."""
-    if path.is_file():
-        return [path]
-    files = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGES)
-    if not files:
-        raise FarError(f"--images {path}: no such file, or a folder without images ({', '.join(sorted(IMAGES))})")
-    return files
 
 
 def visualize(asked: PictureConfig) -> Path:

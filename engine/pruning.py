@@ -14,6 +14,7 @@ from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity
 from engine.hoyer import Norms, Regularized, unit_norms
+from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Optim, Stage
 from engine.steps import (
@@ -24,6 +25,7 @@ from engine.steps import (
     load_far,
     load_teacher,
     planned,
+    reading,
     resumed,
     say,
 )
@@ -90,6 +92,7 @@ class Pruning:
         check_backend(self.config, self.settings, context)
         self.data = load_data(command.data, self.config.img_size, context)
         check_classes(f"--model-path {self.path}", self.config, self.data, "first with main.py --mode downstream")
+        self.config = reading(self.config, self.data)
         self.teacher = None
         if command.model.base_weight:
             self.teacher = load_teacher(command.model, self.config).to(context.device)
@@ -105,7 +108,12 @@ class Pruning:
             )  # a selection that cannot be met is told before hours of training
 
     def run(self) -> dict:
-        """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
+        """All three steps; what an earlier, interrupted call finished is not done again. Returns the report.
+
+        With --dry-run it says what would train, and stops.
+        """
+        if self.command.run.dry_run:
+            return self._say_plan()
         with open_run(self.command.run, self.context) as top:
             report = self._steps(top)
             top.write_json("prune_report.json", report)
@@ -114,6 +122,13 @@ class Pruning:
         say(self.context, "\n" + table(report))
         say(self.context, f"\nwritten to {top.path}")
         return report
+
+    def _say_plan(self) -> dict:
+        plans = (("regularize", self.regularize), ("fine-tune", self.fine_tune))
+        stages = [self._stage(name, optim) for name, optim in plans if optim.epochs]
+        task = partial(Distillation, self.model, self.teacher)
+        show_plan(self.model, self.config, stages, task, self.data, self.command.run, self.context, self.settings)
+        return {}
 
     def _steps(self, top: RunFolder) -> dict:
         command = self.command

@@ -14,6 +14,7 @@ from utils.checkpoint import check_dense, check_tensor, whole
 from utils.errors import FarError
 
 POSITION = {"stage", "epoch", "step", "best", "sums"}  # the fields of engine.train.Position
+NEWER = {"best_loss"}  # that earlier versions did not store
 LARGEST = sys.float_info.max
 MEND = "start again with another --output-dir"
 
@@ -60,7 +61,8 @@ def check_position(
     position: dict[str, Any], stages: list[Stage], batches: Callable[[Stage], int], source: str
 ) -> dict[str, Any]:
     """The position, where a run of these stages can have stopped there; arguments and errors as in `check`."""
-    require(set(position) == POSITION, source, f"its position holds other fields than {', '.join(sorted(POSITION))}")
+    right = set(position) - NEWER == POSITION
+    require(right, source, f"its position holds other fields than {', '.join(sorted(POSITION | NEWER))}")
     index, epoch, step, sums = (position[name] for name in ("stage", "epoch", "step", "sums"))
     require(whole(index, 0, len(stages)), source, f"its position's stage is no number from 0 to {len(stages)}")
     epochs = stages[index].optim.epochs if index < len(stages) else 0
@@ -70,6 +72,7 @@ def check_position(
     right = whole(step, 0, last) and (step % accum == 0 or step == last)
     require(right, source, f"its position's step is no multiple of {accum} from 0 to {last}")
     require(real(position["best"], -1.0, 100.0), source, "its position's best is no number from -1 to 100")
+    require(real(position.get("best_loss", 0.0), -LARGEST), source, "its position's best_loss is not finite")
     right = isinstance(sums, dict) and all(isinstance(k, str) and real(v, -LARGEST) for k, v in sums.items())
     require(right, source, "its position's sums are not finite numbers")
     right = real(sums.get("images"), 1.0) and "loss" in sums if step else not sums

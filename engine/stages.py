@@ -1,6 +1,6 @@
 """A stage of training is a value: what is swapped, what trains, on which loss, with which optimiser."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,9 @@ class Optim:
     momentum: float = 0.9
     clip_grad: float | None = None
     accum_steps: int = 1
+    opt_eps: float | None = None
+    opt_betas: Sequence[float] | None = None
+    decay_rate: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data, DataConfig
+from datasets.registry import imagenet_names
 from engine.configs import FarSource, ModelConfig
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
 from models.deit import create_teacher, load_published_weights, load_teacher_weights
-from models.replace import REPLACEMENTS, FarConfig, load_model, resize, restore
+from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
+from utils.checkpoint import load
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
@@ -35,6 +37,19 @@ def load_labelled(asked: DataConfig, input_size: int, context: Context) -> Data:
     if not data.labelled:
         raise FarError(f"--dataset {asked.dataset}: has no labels to learn from; name a data set with classes")
     return data
+
+
+def reading(config: FarConfig, data: Data) -> FarConfig:
+    """The configuration with how the data's pictures are prepared and, where it has labels, what its classes are."""
+    return replace(config, preprocessing=data.preprocessing, classes=data.class_names or config.classes)
+
+
+def teachers_classes(path: Path | None) -> tuple[str, ...]:
+    """The names of the classes of --base-weight, where its file says them; without a file, of timm's weights."""
+    if path is None:
+        return imagenet_names()
+    content, flag = load(path, "--base-weight"), f"--base-weight {path}"
+    return read_config(content, flag).classes if "config" in content else ()
 
 
 @torch.no_grad()

@@ -13,14 +13,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.loading import Data, Loader, naming_dead_workers
 from engine.evaluate import evaluate
-from engine.resume import check, load_optimizer, load_scaler
+from engine.resume import check, load_optimizer, load_scaler, require
 from engine.stages import Optim, Stage, select_trainable
 from models.replace import FarConfig, pack, set_backend, swap_attention
 from utils import checkpoint, signals
@@ -29,6 +29,7 @@ from utils.errors import FarError
 from utils.run_folder import RunFolder
 from utils.seeding import seed_all, seeded
 
+DECAY_RATE = 0.1
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,7 +42,9 @@ class Settings:
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixup_prob: float = 1.0
     select: str = "best"
+    model_ema: float | None = None  # decay of the averaged weights; None: no average
     rep_init: str = "chrono"
     lstm_backend: str = "auto"
 
@@ -51,7 +54,8 @@ class Settings:
 
     def mixer(self, num_classes: int) -> Mixup | None:
         if self.mixup or self.cutmix:
-            return Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
+            mixed = {"label_smoothing": self.smoothing, "num_classes": num_classes}
+            return Mixup(self.mixup, self.cutmix, prob=self.mixup_prob, **mixed)
         return None
 
     def criterion(self) -> nn.Module:
@@ -62,18 +66,24 @@ class Settings:
 
 @dataclass
 class Position:
-    """Where a run stands, all zero at first. `sums` are the epoch's running totals, `best` the stage's top-1."""
+    """Where a run stands, all zero at first. `sums` are the epoch's running totals.
+
+    `best`, `best_loss`: evaluation top-1 and loss of the stage's best weights.
+    """
 
     stage: int = 0
     epoch: int = 0
     step: int = 0
     best: float = -1.0
+    best_loss: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
 
 
 def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay."""
-    kwargs = {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
+    own = {"eps": optim.opt_eps, "betas": optim.opt_betas}
+    kwargs = {name: value for name, value in own.items() if value is not None}
+    kwargs |= {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
     plain = optim.opt == "sgd" and not optim.momentum  # timm's sgd is Nesterov's, which needs momentum
     name = "momentum" if plain else optim.opt
     optimizer = create_optimizer_v2(model, opt=name, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
@@ -82,6 +92,7 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
         optim.sched,
         num_epochs=optim.epochs,
         decay_epochs=max(1, optim.epochs // 3),
+        decay_rate=DECAY_RATE if optim.decay_rate is None else optim.decay_rate,
         min_lr=optim.min_lr,
         warmup_lr=optim.warmup_lr,
         warmup_epochs=min(optim.warmup_epochs, optim.epochs),
@@ -213,9 +224,14 @@ class Trainer:
         )
         self.updates, self.trace_every = math.ceil(total / stage.optim.accum_steps), math.ceil(total / 50)
         self.optimizer, self.scheduler = make_optimizer(self.model, stage.optim, self.updates)
+        decay = self.settings.model_ema
+        self.ema = None if decay is None else ModelEmaV3(self.model, decay, use_warmup=True)
         if self.resumed:
             load_optimizer(self.optimizer, self.resumed["optimizer"], self.source)
             load_scaler(self.scaler, self.resumed["scaler"], self.source)
+            if self.ema:
+                require("ema" in self.resumed, self.source, "holds no averaged weights (--model-ema)")
+                checkpoint.load_into(self.ema.module, self.resumed["ema"], self.source)
             self.resumed = None
         task = self.make_task(stage, self.settings.criterion()).to(self.context.device)
         if self.context.world > 1:
@@ -255,7 +271,7 @@ class Trainer:
             if turn.looks:
                 shown = self._flush(pending, stage)
             if turn.updates:
-                self._update()
+                self._update(turn.step // stage.optim.accum_steps)
             self._show(bar, shown, count * self.context.world / (time.perf_counter() - started))
             if turn.updates and (number := self.context.most(self.request.number)):
                 self._flush(pending, stage)  # a loss that is not finite must not be saved
@@ -287,10 +303,18 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad([p for p in self.model.parameters() if p.requires_grad], optim.clip_grad)
 
-    def _update(self) -> None:
+    def _update(self, number: int) -> None:
+        """number: of the update in its epoch."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model, self.at.epoch * self.updates + number + 1)
+
+    @property
+    def evaluated(self) -> VisionTransformer:
+        """What is evaluated and handed on: the averaged weights where there are some, else the trained ones."""
+        return self.ema.module if self.ema else self.model
 
     def _show(self, bar: tqdm, loss: float, rate: float) -> None:
         lr = self.optimizer.param_groups[0]["lr"]
@@ -311,7 +335,7 @@ class Trainer:
             if number := self.context.most(self.request.number):
                 self._stop(stage, number)
 
-        return evaluate(self.model, loader, self.context, self.autocast, look)
+        return evaluate(self.evaluated, loader, self.context, self.autocast, look)
 
     def _stop(self, stage: Stage, number: int) -> None:
         self._save_last()
@@ -351,6 +375,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "position": {**vars(self.at), "sums": sums},
+                **({"ema": self.ema.module.state_dict()} if self.ema else {}),
             },
         )
         self.trace = []
@@ -358,9 +383,10 @@ class Trainer:
 
     def _report(self, stage: Stage, train: dict, val: dict, seconds: float, images: int) -> None:
         """Keeps the stage's best weights and logs the epoch."""
-        if (stage.select or self.settings.select) == "last" or val["acc1"] > self.at.best:
-            self.at.best = val["acc1"]
-            self.run.save("best.pth", pack(self.model, self.config))
+        tie = val["acc1"] == self.at.best and val["loss"] < self.at.best_loss
+        if (stage.select or self.settings.select) == "last" or val["acc1"] > self.at.best or tie:
+            self.at.best, self.at.best_loss = val["acc1"], val["loss"]
+            self.run.save("best.pth", pack(self.evaluated, self.config))
         row = {
             "stage": stage.name,
             "stage_index": self.at.stage,

@@ -182,8 +182,8 @@ class MultiHeadBiRNN(Replacement):
 
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())
 
-    def merged(self, tokens: int | None = None) -> nn.Module:
-        return MergedBiRNN(merge(self), tokens)
+    def merged(self) -> nn.Module:
+        return MergedBiRNN(merge(self))
 
     def maps(self) -> Merged:
         return merge(self)

@@ -15,36 +15,31 @@ from utils.errors import FarError
 log = logging.getLogger(__name__)
 
 
-class LastBlock(nn.Module):
-    """The last block of a classifier that reads the class token alone: once tokens are mixed, only that one goes on.
+class ClassTokenViT(VisionTransformer):
+    """A classifier that reads the class token alone: only that goes on behind the last mixing.
 
-    x (B, N, D) to (B, 1, D).
+    `forward_features` and its kin give every token, as in any model of timm's.
     """
 
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
-        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
-
-    def forward(self, x: Tensor, **_) -> Tensor:
-        x = x[:, :1] + self.ls1(self.attn(self.norm1(x))[:, :1])
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        x = x[:, :1] + last.ls1(last.attn(last.norm1(x), tokens=1))
+        return self.forward_head(self.norm(x + last.ls2(last.mlp(last.norm2(x)))))
 
 
 def merge_blocks(model: VisionTransformer) -> VisionTransformer:
-    """A frozen copy of the model in eval mode, each replacement in its merged form, on any device, by any kernel.
-
-    Where the last block is replaced, `forward_features` gives the class token alone, (B, 1, D).
-    """
+    """A frozen copy of the model in eval mode, each replacement in its merged form, on any device, by any kernel."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    last = len(model.blocks) - 1 if model.global_pool == "token" else None
     found = replacements(model)
     for index, attn in found.items():
-        model.blocks[index].attn = attn.merged(1 if index == last else None)
+        model.blocks[index].attn = attn.merged()
     if any(model.blocks[index].attn is not attn for index, attn in found.items()):
         model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
-    if last in found:
-        model.blocks[last] = LastBlock(model.blocks[last])
+    if len(model.blocks) - 1 in found and model.global_pool == "token" and type(model) is VisionTransformer:
+        model.__class__ = ClassTokenViT
     return model
 
 

@@ -1,19 +1,19 @@
 """A FAR checkpoint as timm's users know a model: what torch.hub loads (hubconf.py)."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
 from models.replace import load_model, resize
+from utils.preprocessing import Preprocessing
 
 
-def data_config(model: VisionTransformer) -> dict[str, Any]:
-    """timm's configuration of the model's data, at its image size: the crop is what main.py evaluates with."""
-    size = model.patch_embed.img_size
-    crop = {"crop_pct": 0.875 if min(size) > 32 else 1.0, "interpolation": "bicubic"}
-    known = getattr(model, "pretrained_cfg", {})
-    return {**known, **crop, "input_size": (3, *size), "num_classes": model.num_classes}
+def data_config(model: VisionTransformer, preprocessing: Preprocessing | None = None) -> dict[str, Any]:
+    """timm's configuration of a model's data at its image size; unless told, what main.py evaluates with."""
+    known = {**getattr(model, "pretrained_cfg", {}), **asdict(preprocessing or Preprocessing())}
+    return {**known, "input_size": (3, *model.patch_embed.img_size), "num_classes": model.num_classes}
 
 
 def load(
@@ -29,5 +29,5 @@ def load(
         resize(model, config, input_size, str(checkpoint))
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
-    model.pretrained_cfg = model.default_cfg = data_config(model)
+    model.pretrained_cfg = model.default_cfg = data_config(model, config.preprocessing)
     return model

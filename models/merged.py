@@ -1,6 +1,5 @@
 """A multi-head bidirectional RNN for inference: neighbouring linear maps merged where that costs less."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,36 +74,35 @@ def refuse_loading(module: nn.Module, *_) -> None:
 
 
 class MergedBiRNN(nn.Module):
-    """The function of merged maps without gradients, by any kernel: x (B, N, D) to (B, min(N, tokens), D).
+    """The function of merged maps without gradients, by any kernel: x (B, N, D) to (B, N, D)."""
 
-    tokens: how many of the first tokens anybody reads; None is all.
-    """
-
-    def __init__(self, maps: Merged, tokens: int | None = None):
+    def __init__(self, maps: Merged):
         super().__init__()
-        self.kind, self.backend, self.num_heads, self.tokens = maps.kind, maps.backend, maps.num_heads, tokens
+        self.kind, self.backend, self.num_heads = maps.kind, maps.backend, maps.num_heads
         self.pre, self.out = frozen(*(maps.pre or ())), frozen(*maps.out)
         self.cells = nn.ModuleList(frozen(*cell) for cell in maps.cells)
         self.heads = nn.ModuleList(frozen(*head) for head in maps.heads)
         self.register_load_state_dict_pre_hook(refuse_loading)
 
-    def macs(self, shape: Sequence[int]) -> int:
-        """See `models.parts.BlockPart`."""
-        b, n, _ = shape
+    def cost(self, x: Tensor, given: int) -> int:
+        """Multiply-accumulates of a call on x that gives so many tokens."""
         mixing, out = (
             sum(w.numel() for part in parts for w in part.parameters() if w.dim() == 2)
             for parts in ((self.pre, self.cells), (self.heads, self.out))
         )
-        return b * (n * mixing + min(n, self.tokens or n) * out)
+        return len(x) * (x.shape[1] * mixing + given * out)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
+    ) -> Tensor:
+        """See `models.parts.Replacement`."""
         if torch.is_grad_enabled() and (x.requires_grad or self.out[0].requires_grad):
             raise FarError("a fused layer has no gradients: take them before fuse(), or call it under torch.no_grad()")
         b, n, dim = x.shape
         h = self.num_heads  # with pre_proj merged each of them reads all of x, which is not copied
         p = F.linear(x, *self.pre).view(b, n, h, dim // h) if self.pre else x.unsqueeze(2).expand(b, n, h, dim)
         hidden = kernels.compute(self.backend, self.kind, p, [kernels.Cell(*cell) for cell in self.cells])
-        hidden = hidden[:, : self.tokens or sys.maxsize]
+        hidden = hidden if tokens is None else hidden[:, :tokens]
         if self.heads:
             parts = hidden.split([w.shape[1] for w, _ in self.heads], dim=2)
             hidden = torch.cat([F.linear(part, *head) for part, head in zip(parts, self.heads, strict=True)], dim=2)

@@ -37,7 +37,7 @@ class TokenMixer(Unprunable, Replacement):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         """It has no recurrence that a kernel would compute."""
 
-    def merged(self, tokens: int | None = None) -> nn.Module:
+    def merged(self) -> nn.Module:
         """Itself: it has no neighbouring linear maps to merge."""
         return self
 

@@ -176,11 +176,8 @@ class Replacement(nn.Module, BlockPart):
         """Raises FarError where a `--lstm-backend` cannot compute it on a device."""
 
     @abc.abstractmethod
-    def merged(self, tokens: int | None = None) -> nn.Module:
-        """The same function for inference, x (B, N, D) to (B, N, D), of this one's weights as they are now.
-
-        tokens: only so many of the first tokens are read; it may give no more.
-        """
+    def merged(self) -> nn.Module:
+        """The same function for inference, called like this one, of its weights as they are now."""
 
     @abc.abstractmethod
     def maps(self) -> Merged | None:
@@ -201,8 +198,14 @@ class Replacement(nn.Module, BlockPart):
         """post_proj becomes a copy of the teacher's output projection, so that z keeps the teacher's meaning."""
         self.post_proj.load_state_dict(attn.proj.state_dict())
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """The last two arguments are timm's block protocol; a bidirectional replacement reads every token."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
+    ) -> Tensor:
+        """attn_mask, is_causal: timm's block protocol; a bidirectional replacement reads every token.
+
+        tokens: how many of the first tokens are wanted; None is all.
+        """
         if attn_mask is not None or is_causal:
             raise ValueError("FAR's replacements are bidirectional and take no mask")
-        return self.post_proj(self.mix(x))
+        y = self.post_proj(self.mix(x))
+        return y if tokens is None else y[:, :tokens]

@@ -17,6 +17,7 @@ from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
 from utils.checkpoint import load, load_into, whole
 from utils.errors import FarError
+from utils.preprocessing import Preprocessing
 
 # What --rep-by names; a new one is a class, a line here and its name in utils.names.
 REPLACEMENTS: dict[str, type[Replacement]] = {
@@ -37,6 +38,7 @@ class FarConfig:
     replaced: indices of the replaced blocks; empty is a plain teacher.
     units: kept units u[h][r] of those replaced blocks that were pruned, by block index (as text: it is stored as
     JSON too). mlp: hidden units of those MLPs that were pruned, by block index.
+    preprocessing, classes: how pictures become its input, and the names of its classes; None and empty are unknown.
     """
 
     base_model: str
@@ -46,6 +48,8 @@ class FarConfig:
     replaced: tuple[int, ...] = ()
     units: dict[str, list[list[int]]] = field(default_factory=dict)
     mlp: dict[str, int] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> bool:
@@ -105,8 +109,11 @@ def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
     """The configuration of the model as it now is: which blocks are replaced, which units are left."""
     found = replacements(model)
     sizes = {"units": pruned_sizes(found), "mlp": pruned_sizes(mlps(model))}
+    classes = config.classes if len(config.classes) == model.num_classes else ()
     img_size = model.patch_embed.img_size[0]
-    return replace(config, num_classes=model.num_classes, img_size=img_size, replaced=tuple(found), **sizes)
+    return replace(
+        config, num_classes=model.num_classes, img_size=img_size, replaced=tuple(found), classes=classes, **sizes
+    )
 
 
 def set_backend(model: VisionTransformer, backend: str) -> None:
@@ -158,6 +165,20 @@ def find_damage(config: FarConfig) -> str:
             return f"{name} must be a dictionary by block, of {sorted(owners)}"
         if not most and kept or not all(is_nest(value, most) for value in kept.values()):
             return f"{name} must be whole numbers from 1 to those of an unpruned block, {most}"
+    return find_reading_damage(config)
+
+
+def find_reading_damage(config: FarConfig) -> str:
+    """The same of what is said about pictures and classes."""
+    names = config.classes
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return "classes must be a list of names"
+    if len(names) not in (0, config.num_classes):
+        return f"classes must be {config.num_classes} names, or none"
+    try:
+        config.preprocessing is None or Preprocessing.read(config.preprocessing)
+    except ValueError as error:
+        return f"preprocessing {error}"
     return ""
 
 
@@ -175,7 +196,9 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
     if damage := find_damage(config):
         raise FarError(f"{source}: its configuration is damaged: {damage}; train or copy it again")
     units = {index: [list(pair) for pair in heads] for index, heads in config.units.items()}
-    return replace(config, replaced=tuple(sorted(config.replaced)), units=units)
+    reading = None if config.preprocessing is None else Preprocessing.read(config.preprocessing)
+    plain = {"units": units, "preprocessing": reading, "classes": tuple(config.classes)}
+    return replace(config, replaced=tuple(sorted(config.replaced)), **plain)
 
 
 def build_on_meta(config: FarConfig, source: str, drop: float = 0.0, drop_path: float = 0.0) -> VisionTransformer:

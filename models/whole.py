@@ -256,6 +256,11 @@ class WholeModel(nn.Module):
             raise FarError(f"this model was fused for the CPU: images on {images.device} must be moved there")
         return torch.ops.far.model(images.float(), self.plan, self.vectors, self.products, self.num_classes)
 
+    def forward_features(self, *_, **__):
+        raise FarError("a model fused as one operator gives logits alone; ask the unfused model for features")
+
+    forward_intermediates = get_intermediate_layers = forward_head = forward_features
+
     def _apply(self, fn, recurse: bool = True):
         for weight in (self.products, self.vectors):
             moved = fn(weight)

@@ -297,6 +297,12 @@ def test_gradients_are_refused():
         assert torch.equal(engine(images), engine(images.detach()))
 
 
+@pytest.mark.parametrize("asked", ["forward_features", "forward_intermediates", "get_intermediate_layers"])
+def test_features_are_refused(asked):
+    with pytest.raises(FarError, match="logits alone"):
+        getattr(WholeModel(micro()), asked)(torch.randn(1, 3, 32, 32))
+
+
 REFUSED = {
     "token mixer": lambda: build(FarConfig("DeiT-Micro", 10, 32, rep_by="mixer", replaced=(0,))),
     "float64": lambda: micro().double(),

@@ -30,7 +30,7 @@ import main
 import prune
 import visualization
 from datasets import loading, registry
-from engine import jobs, pictures, pruning, speed, steps
+from engine import jobs, pictures, pruning, steps
 from models.deit import create_teacher
 from models.published import to_published
 from models.replace import FarConfig, build, pack
@@ -264,7 +264,7 @@ def idle() -> Iterator[None]:
             (jobs, "evaluate"),
             (pruning.Pruning, "run"),
             (pictures.Pictures, "importance"),
-            (speed, "layers"),
+            (benchmark, "compare_programs"),
             (demo.Demo, "run"),
             (demo.Demo, "stage"),
         ):

@@ -153,6 +153,14 @@ def sgd(run):
     assert run.groups[0]["lr"] == pytest.approx(0.05 * 24 * 3 / 512)  # the batches of one update count as one
 
 
+def decay_rate(run):
+    assert [row["lr"] for row in run.log] == pytest.approx([0.02, 0.02, 0.01])  # half each third
+
+
+def adams_own(run):
+    assert {(group["eps"], tuple(group["betas"])) for group in run.groups} == {(1e-3, (0.8, 0.95))}
+
+
 def momentum(run):
     assert {group["momentum"] for group in run.groups} == {0.7}
 
@@ -179,6 +187,8 @@ def family(mode: str, prefix: str):
         ("--P-opt", cosine, adamw),
         ("--P-sched --unscale-lr", step, stepwise),
         ("--P-accum-steps", step, accumulated),
+        ("--P-decay-rate", f"{step} --P-decay-rate 0.5", decay_rate),
+        ("--P-opt-eps --P-opt-betas", f"{step} --P-opt-eps 1e-3 --P-opt-betas 0.8 0.95", adams_own),
         ("--P-opt", once, sgd),
         ("--P-momentum", once, momentum),
         ("--P-clip-grad", once, clipped),
@@ -402,6 +412,34 @@ def eval_crop_ratio(trainer):
     torch.testing.assert_close(trainer.data.val[4][0], expected)
 
 
+def normalised(trainer):
+    whole = image_ops.to_tensor(image_ops.resize(trainer.data.val.data[4][0], 32, InterpolationMode.BICUBIC))
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    torch.testing.assert_close(trainer.data.val[4][0], (whole - mean) / std)
+    torch.testing.assert_close(trainer.data.train[4, 0][0].mean(), ((whole * 0 - mean) / std).mean(), atol=2, rtol=0)
+    reading = trainer.config.preprocessing
+    assert (reading.mean, reading.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (normal,) = find(trainer, transforms.Normalize)
+    assert normal.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def mirrored(trainer):
+    """Always left and right, always upside down: the crop's padding alone differs."""
+    across, down = find(trainer, transforms.RandomHorizontalFlip), find(trainer, transforms.RandomVerticalFlip)
+    assert [step.p for step in (*across, *down)] == [1.0, 0.25]
+
+
+def not_mirrored(trainer):
+    assert not find(trainer, transforms.RandomHorizontalFlip) and not find(trainer, transforms.RandomVerticalFlip)
+
+
+def mixup_prob(trainer):
+    images, targets = torch.randn(6, 3, 32, 32), torch.randint(10, (6,))
+    mixed, labels = trainer.mixup(images.clone(), targets)
+    assert torch.equal(mixed, images)
+    torch.testing.assert_close(labels, soft(targets, 1.0))
+
+
 def num_workers(trainer):
     assert trainer.data.train_loader(2).num_workers == trainer.data.val_loader(2).num_workers == 1
 
@@ -484,6 +522,8 @@ ALL = (
 MIXUP = f"{TEACHER} --mixup 0.8 --aa rand-m7-n3 --train-interpolation bilinear --epochs 1 --batch-size 24 --amp bf16"
 CUTMIX = f"{TEACHER} --cutmix 1.0 --aa none --color-jitter 0 --remode rand --amp fp16"
 
+LOOKS = f"{TEACHER} --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --hflip 1 --vflip 0.25 --mixup 0.8 --mixup-prob 0"
+
 PARALLEL = f"{TRAIN} {SMALL} --train-mode parallel --step 2"
 FAMILIES = (
     f"{TRAIN} {SMALL} --opt sgd --lr 1e-3 --block-ft-epochs 2 --block-ft-opt lamb --block-ft-lr 2e-3 "
@@ -507,6 +547,10 @@ READY = [
     ("--train-interpolation", MIXUP, interpolation_of_small_images),
     ("--input-size", ALL, input_size),
     ("--eval-crop-ratio", ALL, eval_crop_ratio),
+    ("--mean --std", LOOKS, normalised),
+    ("--hflip --vflip", LOOKS, mirrored),
+    ("--hflip --vflip", ALL, not_mirrored),
+    ("--mixup-prob", LOOKS, mixup_prob),
     ("--num-workers", ALL, num_workers),
     ("--repeated-aug", ALL, repeated_aug),
     ("--train-subset --holdout", ALL, shares),
@@ -525,6 +569,8 @@ READY_FROM = [
 ]
 
 ELSEWHERE = {  # what a table cannot hold, and the test that does
+    "--dry-run": "test_plan.py::test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing",
+    "--model-ema": "test_training.py::test_averaged_weights_are_evaluated_saved_and_resumed",
     "--output-dir": "test_training.py::test_run_folder_holds_what_the_readme_says",
     "--resume": "test_training.py::test_a_run_killed_mid_epoch_ends_bit_equal_after_resume",
     "--select": "test_training.py::test_select_hands_on_the_best_or_the_last_epoch",
@@ -569,7 +615,7 @@ def test_what_a_flag_says_of_weights(line, check, start, done, words):
 
 def test_every_flag_of_a_training_mode_is_held():
     parser = main.build_parser()
-    training = [job for mode, job in main.MODES.items() if mode != "eval"]
+    training = [job for mode, job in main.MODES.items() if mode not in ("eval", "predict")]
     read = set().union(*(parser.titled(job.groups) - job.ignores | job.reads for job in training))
     flags = {action.option_strings[0] for action in parser._actions if action.dest in read}
     held = {flag for row in (*READY, *READY_FROM, *DONE, *DONE_FROM) for flag in row[0].split()}

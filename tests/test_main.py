@@ -13,6 +13,7 @@ from datasets.registry import SOURCES
 from engine import jobs
 from engine.distill import LOSSES, TERMS
 from engine.hoyer import REGULARIZERS
+from engine.predict import TABLES
 from engine.pruning import SCORES
 from engine.train import AMP
 from models.deit import TEACHERS, create_teacher
@@ -341,7 +342,7 @@ def test_the_parsers_names_are_those_of_the_registries():
         and tuple(AMP) == names.AMP
     )
     assert tuple(jobs.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
-    assert tuple(SCORES) == names.SCORES
+    assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES
     assert all(callable(getattr(jobs, mode.job)) for mode in main.MODES.values())
 
 

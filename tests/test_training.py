@@ -358,19 +358,45 @@ def test_the_loop_trains_and_evaluates_in_the_precision_asked_for(tmp_path):
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
-def test_of_epochs_with_the_same_accuracy_the_first_is_best(tmp_path, monkeypatch):
-    accuracies = iter([10.0, 40.0, 40.0, 30.0, 40.0, 0.0])  # before training, four epochs, the weights handed on
+def test_of_epochs_with_the_same_accuracy_the_one_of_the_lowest_loss_is_best(tmp_path, monkeypatch):
+    # Before training, five epochs, the weights handed on.
+    accuracies, losses = iter([10.0, 40.0, 40.0, 30.0, 40.0, 40.0, 0.0]), iter([9.0, 3.0, 2.0, 1.0, 2.0, 2.5, 0.0])
     after = {}
 
     def scripted(model, *_):
         after[len(after)] = {name: p.clone() for name, p in model.state_dict().items()}
-        return {"loss": 1.0, "acc1": next(accuracies), "acc5": 100.0, "images": 1}
+        return {"loss": next(losses), "acc1": next(accuracies), "acc5": 100.0, "images": 1}
 
     monkeypatch.setattr(train, "evaluate", scripted)
-    fit(tmp_path / "run", optim=replace(SGD, epochs=4), settings=Settings(select="best"))
-    assert_equal(weights(tmp_path / "run", "best.pth"), after[1])
-    assert_equal(after[5], after[1])  # and handed on
+    fit(tmp_path / "run", optim=replace(SGD, epochs=5), settings=Settings(select="best"))
+    assert_equal(weights(tmp_path / "run", "best.pth"), after[2])
+    assert_equal(after[6], after[2])  # and handed on
     assert not torch.equal(after[2]["head.weight"], after[1]["head.weight"])
+
+
+def test_averaged_weights_are_evaluated_saved_and_resumed(tmp_path, monkeypatch):
+    def failing(fail_at=0):
+        return lambda model: lambda stage, criterion: Distillation(model, None, stage, Loud(criterion, fail_at))
+
+    steps, update = [], train.Trainer._update
+
+    def watched(trainer, number):
+        update(trainer, number)
+        steps.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+
+    monkeypatch.setattr(train.Trainer, "_update", watched)
+    common = {"optim": Optim(2, 12, 1e-3, warmup_epochs=0), "settings": replace(LAST, model_ema=0.6)}
+    whole = fit(tmp_path / "whole", make_task=failing(), **common)
+    expected = steps[0]
+    for number, weights_then in enumerate(steps[1:], 1):
+        decay = min(0.6, 1 - (1 + number) ** (-2 / 3)) if number else 0
+        expected = {name: decay * value + (1 - decay) * weights_then[name] for name, value in expected.items()}
+    for name, value in weights(tmp_path / "whole", "best.pth").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    assert_equal(whole, weights(tmp_path / "whole", "best.pth"))  # handed on, and so evaluated at the end
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", make_task=failing(8), **common)
+    assert_equal(fit(tmp_path / "run", make_task=failing(), resume=True, **common), whole)
 
 
 def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(far, teacher, tmp_path):

@@ -9,7 +9,7 @@ import torch
 import main
 import prune
 from datasets import registry
-from datasets.loading import Data, DataConfig, eval_transform
+from datasets.loading import Data, DataConfig, preprocessing
 from models.deit import create_teacher, load_teacher_weights
 from models.replace import load_model
 from tests.conftest import BATCH, BLOCK_BATCH, QUIET, TRAIN, write_images
@@ -55,7 +55,7 @@ def test_a_folder_of_pictures_is_enough(pictures, teacher, tmp_path):
     reference = create_teacher("DeiT-Micro", 10, 32).eval()
     load_teacher_weights(reference, teacher)
     files = sorted(pictures.rglob("*.jpg"))
-    transform = eval_transform(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"])
+    transform = preprocessing(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"]).transform(32)
     batch = torch.stack([transform(registry.read_image(file)) for file in files[::10]])
     with torch.no_grad():
         same = (student(batch).argmax(1) == reference(batch).argmax(1)).sum().item()

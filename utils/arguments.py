@@ -99,6 +99,13 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def table(text: str) -> Path:
+    found = path(text)
+    if found.suffix.lower() not in names.TABLES:
+        raise argparse.ArgumentTypeError(f"{text:.80}: its name must end in {' or '.join(names.TABLES)}")
+    return found
+
+
 def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
@@ -136,6 +143,7 @@ def add_backend(group) -> None:
 
 
 def add_student(group) -> None:
+    add_average(group)
     group.add_argument("--drop", type=SHARE, default=0.0, help="dropout before the classifier")
     group.add_argument("--drop-path", type=SHARE, default=0.1, help="stochastic depth of the student at its last block")
 
@@ -154,6 +162,7 @@ def add_run_group(parser: Parser) -> None:
         choices=("must", "auto"),
         help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet",
     )
+    g.add_argument("--dry-run", action="store_true", help="say what would train, on what and where to, and stop")
     g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
     add_device(g)
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
@@ -201,12 +210,35 @@ def add_data_group(parser: Parser) -> None:
     g.add_argument(
         "--num-workers", type=number(int, 0, 1024), default=8, help="loader processes; results do not depend on it"
     )
-    g.add_argument("--eval-crop-ratio", type=number(float, 0.1, 1), default=0.875, help="centre crop over resized side")
+    g.add_argument(
+        *("--eval-crop-ratio", "--crop-pct"),
+        type=number(float, 0.1, 1),
+        default=0.875,
+        help="centre crop over resized side",
+    )
+    for name, low in (("mean", -1e3), ("std", 0)):
+        value = number(float, low, open_low=True)
+        g.add_argument(
+            f"--{name}", type=value, nargs=3, metavar=("R", "G", "B"), help="of values 0 to 1; default: the data set's"
+        )
+
+
+def add_average(group) -> None:
+    group.add_argument(
+        "--model-ema",
+        type=number(float, 0, 1, open_low=True),
+        nargs="?",
+        const=0.9998,
+        metavar="DECAY",
+        help="evaluate, save and hand on the moving average of a stage's weights; default decay 0.9998, less at first",
+    )
 
 
 def add_augmentation_group(parser: Parser) -> None:
     g = parser.add_argument_group("augmentation")
     g.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images used")
+    g.add_argument("--hflip", type=SHARE, help="mirror left and right: probability; default 0.5, DIGITS 0")
+    g.add_argument("--vflip", type=SHARE, default=0.0, help="upside down: probability")
     g.add_argument("--color-jitter", type=RATE, default=0.3, help="used where --aa is none")
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
     g.add_argument(
@@ -220,6 +252,7 @@ def add_augmentation_group(parser: Parser) -> None:
     )
     g.add_argument("--mixup", type=RATE, default=0.0, help="mixup alpha, 0 is off")
     g.add_argument("--cutmix", type=RATE, default=0.0, help="CutMix alpha, 0 is off")
+    g.add_argument("--mixup-prob", type=SHARE, default=1.0, help="probability that a batch is mixed, by either")
     g.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
 
 
@@ -243,6 +276,9 @@ def add_optim_group(parser: Parser, title: str, prefix: str, epochs: int, lr: fl
     add("min-lr", type=RATE, default=1e-6, help="rate at the end of the schedule")
     add("sched", choices=SCHEDULES, default="cosine", help="schedule, by timm")
     add("opt", default="adamw", help="optimiser, any of timm's")
+    add("opt-eps", type=RATE, default=None, help="the optimiser's epsilon; default: its own")
+    add("opt-betas", type=SHARE, nargs=2, default=None, metavar="B", help="Adam's two; default: its own")
+    add("decay-rate", type=RATE, default=None, help="--sched step: factor of a drop; poly: the power; default 0.1")
     add("momentum", type=RATE, default=0.9, help="for sgd and rmsprop")
     add("weight-decay", type=RATE, default=0.05, help="biases and norms never decay")
     add("clip-grad", type=optional_rate, default=None, help="clip the gradient's norm at this value, or none")

@@ -11,6 +11,7 @@ LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.disti
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
 AMP = ("off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
+TABLES = (".csv", ".json")  # engine.predict.TABLES
 SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
 SENSITIVITY = 1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's (README)

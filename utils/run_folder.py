@@ -23,7 +23,7 @@ from utils.records import read_lines, read_record
 
 LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
 # Flags that change where or how fast a run goes, not what it computes: a resumed run may change them.
-FREE_ON_RESUME = {"resume", "output_dir", "num_workers", "device", "download", "distributed"}
+FREE_ON_RESUME = {"resume", "output_dir", "num_workers", "device", "download", "distributed", "dry_run"}
 
 
 def versions() -> dict[str, str]:
@@ -46,6 +46,7 @@ class RunConfig:
     output_dir: Path | None
     resume: str | None  # "must": a run must be there; "auto": continue one, or begin
     record: dict[str, Any]
+    dry_run: bool = False  # say what would happen, and stop
 
     def check(self) -> None:
         """Told before any work; for rank 0, which alone writes. Raises FarError."""
@@ -187,7 +188,7 @@ def _own(path: Path) -> filelock.BaseFileLock:
 
 
 def _check_same(path: Path, record: dict[str, Any]) -> None:
-    before = {"processes": record["processes"], **read_record(path / "args.json")["args"]}  # older runs do not say
+    before = {**record, **read_record(path / "args.json")["args"]}  # older runs do not say all
     for key in sorted(before.keys() | record.keys()):
         if key not in FREE_ON_RESUME and before.get(key) != record.get(key):
             flag = "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"

@@ -1,0 +1,102 @@
+"""What a training would do, said before it begins: --dry-run."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from datasets.loading import Data
+from engine.stages import Stage, select_trainable
+from engine.train import Settings, turns
+from models.replace import FarConfig, count_parameters, describe, set_backend, swap_attention
+from utils.distributed import Context
+from utils.run_folder import RunConfig
+
+IMAGES = 2  # on which the activations are weighed
+STATES = 2  # of Adam and its kin, each as large as the weights
+WRITTEN = "args.json, log.jsonl, steps.jsonl, curves.png, result.json, last.pth, best.pth"
+
+
+def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int]:
+    """Bytes that a training step of `stage` needs: whatever the batch, and more for each image.
+
+    The latter are those of the tensors that the forward pass keeps for the backward one, weights not counted.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in task.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    count = min(IMAGES, len(data.train))
+    images = torch.stack([data.train[i, 0][0] for i in range(count)])
+    device = next(task.parameters()).device
+    targets = torch.zeros(count, dtype=torch.long, device=device)
+    task.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast():
+        loss, _ = task(images.to(device), targets)
+    del loss
+    trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
+    fixed = sum(p.numel() * p.element_size() for p in task.parameters())
+    return fixed + (1 + STATES) * trained, sum(kept.values()) // count
+
+
+def rate(data: Data, seconds: float = 1.0) -> float:
+    """Training images a second that one process reads and augments."""
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        data.train[count % len(data.train), 0]
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
+def describe_data(data: Data) -> str:
+    config, names = data.config, data.class_names
+    classes = f"{data.num_classes} classes" if data.labelled else "no labels"
+    shown = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    where = "" if data.config.dataset == "DIGITS" else f" in {config.root}"
+    return (
+        f"{config.dataset}{where}: {len(data.train):,} training, {len(data.val):,} evaluation images, {classes}{shown}"
+    )
+
+
+def show_plan(
+    model: nn.Module,
+    config: FarConfig,
+    stages: list[Stage],
+    make_task: Callable[[Stage, nn.Module], nn.Module],
+    data: Data,
+    run: RunConfig,
+    context: Context,
+    settings: Settings,
+) -> None:
+    """Prints data, model, stages, memory and files; the model is swapped as the stages would."""
+    if not context.main:
+        return
+    lines = [("data", describe_data(data))]
+    lines.append(("", f"{rate(data):,.0f} images a second and loader process, {data.config.num_workers} of them"))
+    lines.append(("model", f"{config.base_model}, {config.img_size} px: {count_parameters(model):,} parameters"))
+    for stage in stages:
+        swap_attention(model, stage.swapped, config.rep_by, settings.rep_init)
+        set_backend(model, settings.lstm_backend)
+        model.to(context.device)
+        trained, optim = select_trainable(model, stage), stage.optim
+        steps = len(data.train_loader(optim.batch_size))
+        updates = sum(turn.updates for turn in turns(0, steps, optim.accum_steps, 1))
+        lines.append((f"stage {stage.name}", f"{trained:,} of {count_parameters(model):,} parameters on {stage.loss}"))
+        batch = f"{optim.batch_size} images a process" + f" x {context.world}" * (context.world > 1)
+        lines.append(("", f"{optim.epochs} epochs of {updates:,} updates, {batch}, {optim.opt}, rate {optim.lr:.3g}"))
+        task = make_task(stage, settings.criterion()).to(context.device)
+        fixed, image = weigh(task, data, stage, settings.autocast(context.device))
+        total = fixed + image * min(optim.batch_size, len(data.train))
+        lines.append(
+            ("", f"about {total / 1e9:.2f} GB a process: {fixed / 1e6:.0f} MB and {image / 1e6:.1f} MB an image")
+        )
+    left = describe(model, config)
+    lines.append(("leaves", f"{len(left.replaced)} of {len(model.blocks)} blocks replaced by {config.rep_by}"))
+    lines.append(("files", f"{run.output_dir or f'runs/{run.mode}-<time>'}: {WRITTEN}"))
+    print("\n".join(f"{title:<14}{text}" for title, text in lines), flush=True)

@@ -1,0 +1,124 @@
+"""A model's likeliest classes for pictures, by name."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.images import find_files, read_image
+from datasets.loading import naming_dead_workers
+from models.replace import FarConfig
+from utils.checkpoint import write_atomic
+from utils.errors import FarError
+from utils.files import check_writable
+from utils.preprocessing import Preprocessing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What --mode predict asks for."""
+
+    images: Path | None
+    output: Path | None
+    top: int
+
+    def files(self) -> list[Path]:
+        """Raises FarError where there are none, or the output could not be written."""
+        if self.images is None:
+            raise FarError("--images: none given; name a picture or a folder of them")
+        if self.output is not None:
+            if self.output.is_dir() or not self.output.parent.is_dir():
+                raise FarError(f"--output {self.output}: no file in a folder that is there; name another")
+            check_writable(self.output.parent, "--output")
+        return find_files(self.images)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A class that a model sees in a file; `rank` counts from 1, `index` is the class's number."""
+
+    file: str
+    rank: int
+    index: int
+    name: str
+    probability: float
+
+
+class Pictures(Dataset):
+    """Files as a model reads them."""
+
+    def __init__(self, files: list[Path], transform):
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        return self.transform(read_image(self.files[index]))
+
+
+def preprocessing_of(config: FarConfig) -> Preprocessing:
+    """What its checkpoint says; for older ones, which say nothing, ImageNet's, told in one log line."""
+    if config.preprocessing is None:
+        log.warning("the checkpoint does not say how pictures are prepared; taken as ImageNet's")
+    return config.preprocessing or Preprocessing()
+
+
+def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:
+    """Batches (B, 3, S, S) of the files, in their order."""
+    pictures = Pictures(files, preprocessing_of(config).transform(config.img_size))
+    return DataLoader(pictures, batch, num_workers=min(workers, len(files) // batch))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, config: FarConfig, loader: DataLoader, top: int, device, autocast) -> Iterator[Answer]:
+    """The likeliest `top` classes of every file, in order. Raises FarError on a file that is no picture."""
+    files = iter(loader.dataset.files)
+    with naming_dead_workers(loader.num_workers):
+        for images in tqdm(loader, unit="batch", leave=False, disable=None):
+            with autocast():
+                logits = model(images.to(device))
+            found = logits.float().softmax(1).topk(min(top, config.num_classes), dim=1)
+            for values, classes, file in zip(found.values.tolist(), found.indices.tolist(), files, strict=False):
+                for rank, (probability, index) in enumerate(zip(values, classes, strict=True), 1):
+                    name = config.classes[index] if config.classes else f"class {index}"
+                    yield Answer(str(file), rank, index, name, probability)
+
+
+def as_text(answers: list[Answer]) -> str:
+    """For a terminal: each file and under it its classes."""
+    lines = []
+    for answer in answers:
+        lines += [answer.file] * (answer.rank == 1) + [f"  {100 * answer.probability:6.2f} %  {answer.name}"]
+    return "\n".join(lines)
+
+
+def as_csv(answers: list[Answer]) -> str:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, Answer.__dataclass_fields__, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, answers))
+    return table.getvalue()
+
+
+def as_json(answers: list[Answer]) -> str:
+    return json.dumps([asdict(answer) for answer in answers], indent=1) + "\n"
+
+
+TABLES = {".csv": as_csv, ".json": as_json}
+
+
+def write(answers: list[Answer], path: Path) -> None:
+    """As the suffix says."""
+    text = TABLES[path.suffix.lower()](answers)
+    write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))

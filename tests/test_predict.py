@@ -1,0 +1,166 @@
+"""Class names and preprocessing travel with the weights; --mode predict names what a checkpoint sees."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+
+import main
+from datasets.loading import Data, DataConfig
+from datasets.registry import Digits, class_names
+from models.replace import FarConfig, build, load_model, pack
+from tests.conftest import BATCH, PLAIN, QUIET, image_folder, write_images
+from utils.checkpoint import load, save
+from utils.distributed import Context
+from utils.preprocessing import Preprocessing
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Seven digits of the evaluation split as files, 8 x 8 pixels."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(7):
+        Digits(False)[i][0].save(folder / f"{i}.png")
+    write_images(tmp_path / "other", 1)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("fuse", "workers"), [([], "0"), (["--fuse", "float32"], "2")])
+def test_predict_gives_the_models_own_probabilities(pictures, far, tmp_path, fuse, workers):
+    out = tmp_path / "answers.csv"
+    flags = ["--images", str(pictures), "--output", str(out), "--batch-size", "3", "--num-workers", workers]
+    assert main.main(["--mode", "predict", "--far-weight", str(far / "best.pth"), *flags, *fuse]) == 0
+    data = Data(DataConfig("DIGITS", None, 32), Context())
+    model, config = load_model(far / "best.pth")
+    with torch.no_grad():
+        expected = model(torch.stack([data.val[i][0] for i in range(7)])).softmax(1)
+    found = rows(out)
+    assert [row["file"] for row in found[::5]] == [str(pictures / f"{i}.png") for i in range(7)] and len(found) == 35
+    for i in range(7):
+        order = expected[i].argsort(descending=True)[:5].tolist()
+        mine = found[5 * i : 5 * i + 5]
+        assert [int(row["index"]) for row in mine] == order and [int(row["rank"]) for row in mine] == [1, 2, 3, 4, 5]
+        assert [row["name"] for row in mine] == [str(digit) for digit in order]
+        for row in mine:
+            assert abs(float(row["probability"]) - expected[i, int(row["index"])].item()) < 1e-4
+    assert config.classes == tuple("0123456789") and config.preprocessing == data.preprocessing
+
+
+def test_predict_prints_names_and_takes_teachers_and_pruned_models(pictures, teacher, tmp_path, capsys):
+    model, config = load_model(teacher)
+    units = {"0": [[5, 32], [1, 7]]}
+    pruned = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2), units=units, classes=tuple("abcdefghij")))
+    save(tmp_path / "pruned.pth", pack(pruned, FarConfig("DeiT-Micro", 10, 32, classes=tuple("abcdefghij"))))
+    for path, names in ((teacher, "0123456789"), (tmp_path / "pruned.pth", "abcdefghij")):
+        capsys.readouterr()
+        assert main.main(["--mode", "predict", "--far-weight", str(path), "--images", str(pictures / "1.png")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == str(pictures / "1.png") and len(lines) == 6
+        shares = [re.fullmatch(r" +([0-9.]+) %  (.)", line).groups() for line in lines[1:]]
+        assert all(name in names for _, name in shares)
+        assert [float(share) for share, _ in shares] == sorted((float(share) for share, _ in shares), reverse=True)
+
+
+def test_a_folders_classes_are_named_and_go_with_the_weights_downstream(far, tmp_path):
+    root = image_folder(tmp_path / "shapes", classes=3)
+    command = ["--mode", "downstream", "--far-weight", str(far / "best.pth"), "--dataset", "FOLDER", *QUIET, *BATCH]
+    out = tmp_path / "run"
+    assert main.main([*command, "--data-path", str(root), "--epochs", "1", "--output-dir", str(out)]) == 0
+    config = load(out / "best.pth")["config"]
+    assert config["classes"] == ("class0", "class1", "class2")
+    assert config["preprocessing"]["mean"] == (0.485, 0.456, 0.406)  # the folder's, no longer the digits'
+    answers = tmp_path / "answers.json"
+    flags = ["--images", str(root / "val" / "class2"), "--output", str(answers), "--top", "9"]
+    assert main.main(["--mode", "predict", "--far-weight", str(out / "best.pth"), *flags]) == 0
+    found = json.loads(answers.read_text())
+    assert len(found) == 4 * 3 and {row["name"] for row in found} == {"class0", "class1", "class2"}
+
+
+def test_pictures_without_labels_leave_the_teachers_classes(teacher, tmp_path):
+    write_images(tmp_path / "flat", 12, size=32)
+    command = "--mode train --dataset IMAGES --scale Micro --train-loss preserve --block-ft-train-loss preserve".split()
+    command += [*PLAIN, "--num-workers", "0", "--epochs", "1", "--block-ft-epochs", "1", "--batch-size", "4"]
+    flags = [
+        "--base-weight",
+        str(teacher),
+        "--data-path",
+        str(tmp_path / "flat"),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    assert main.main([*command, *flags]) == 0
+    assert load(tmp_path / "run/best.pth")["config"]["classes"] == tuple("0123456789")
+
+
+def test_imagenets_classes_are_named_in_words():
+    class Split:
+        classes = ImageNetInfo().label_names()
+
+    names = class_names("IMNET", Split())
+    assert names[0].startswith("tench") and names[999].startswith("toilet tissue") and len(names) == 1000
+
+
+def test_preprocessing_is_resize_crop_and_normalise():
+    image = Image.new("RGB", (100, 60), (51, 102, 204))
+    x = Preprocessing((0.1, 0.2, 0.3), (0.5, 0.25, 0.5)).transform(48)(image)
+    assert x.shape == (3, 48, 48)
+    torch.testing.assert_close(x[:, 5, 40], torch.tensor([0.2, 0.8, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("classes", ["a"]),
+        ("classes", [1] * 10),
+        ("classes", "0123456789"),
+        ("preprocessing", {"mean": [0, 0], "std": [1, 1, 1]}),
+        ("preprocessing", {"std": [1, 0, 1]}),
+        ("preprocessing", {"mean": [0, 0, float("nan")]}),
+        ("preprocessing", {"crop_pct": 0}),
+        ("preprocessing", {"crop_mode": "border"}),
+        ("preprocessing", {"size": 3}),
+        ("preprocessing", [1]),
+    ],
+)
+def test_damaged_names_and_preprocessing_are_told(failure, far, tmp_path, field, value):
+    content = load(far / "best.pth")
+    content["config"][field] = value
+    save(tmp_path / "odd.pth", content)
+    line = failure("--mode", "predict", "--far-weight", tmp_path / "odd.pth", "--images", tmp_path)
+    assert field in line or "images" in line
+    line = failure("--mode", "eval", "--far-weight", tmp_path / "odd.pth", "--dataset", "DIGITS")
+    assert field in line and "damaged" in line
+
+
+def test_an_older_checkpoint_has_numbered_classes_and_a_word_about_it(far, pictures, tmp_path, capsys, caplog):
+    content = load(far / "best.pth")
+    del content["config"]["classes"], content["config"]["preprocessing"]
+    save(tmp_path / "old.pth", content)
+    assert main.main(["--mode", "predict", "--far-weight", str(tmp_path / "old.pth"), "--images", str(pictures)]) == 0
+    assert re.search("class [0-9]$", capsys.readouterr().out.strip()) and "ImageNet" in caplog.text
+
+
+def test_bad_predictions_are_one_line(failure, far, pictures, tmp_path):
+    model = ["--mode", "predict", "--far-weight", far / "best.pth"]
+    assert "--images: none given" in failure(*model)
+    assert "no such file" in failure(*model, "--images", tmp_path / "nowhere")
+    (pictures / "3.png").write_bytes(b"cut")
+    out = tmp_path / "a.csv"
+    assert "3.png: not a readable image" in failure(*model, "--images", pictures, "--output", out)
+    assert not out.exists()
+    assert ".csv or .json" in failure(*model, "--images", pictures, "--output", tmp_path / "a.txt")
+    for path in (tmp_path / "none" / "a.csv", tmp_path / "folder.csv"):
+        (tmp_path / "folder.csv").mkdir(exist_ok=True)
+        assert "name another" in failure(*model, "--images", pictures, "--output", path)
+    assert "--dataset: --mode predict does not use it" in failure(*model, "--images", pictures, "--dataset", "DIGITS")
