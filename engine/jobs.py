@@ -42,6 +42,7 @@ from models.replace import (
     parse_blocks,
     replaced_blocks,
     reset_classifier,
+    resize,
     set_backend,
 )
 from utils.distributed import Context
@@ -155,10 +156,10 @@ def student(
     if weight:
         model, found = load_model(weight, "--attn-weight", asked.drop, asked.drop_path)
         found = replace(found, preprocessing=config.preprocessing, classes=config.classes or found.classes)
-        size = asked.input_size or found.img_size
-        check_same(
-            weight, replace(config, img_size=size, replaced=blocks), replace(found, replaced=replaced_blocks(model))
-        )
+        check_same(weight, replace(config, replaced=blocks), replace(found, replaced=replaced_blocks(model)))
+        if found.img_size != config.img_size:
+            say(context, f"--attn-weight {weight}: its positions go from {found.img_size} to {config.img_size} px")
+            found = resize(model, found, config.img_size, f"--attn-weight {weight}")
         return model, found
     model = fresh(asked, config)
     model.load_state_dict(reference.state_dict())
@@ -174,7 +175,6 @@ def check_same(weight: Path, wanted: FarConfig, found: FarConfig) -> None:
         ("--dataset", f"{wanted.num_classes} classes", f"{found.num_classes} classes"),
         ("--rep-by", wanted.rep_by, found.rep_by),
         ("--replace", list(wanted.replaced), list(found.replaced)),
-        ("--input-size", wanted.img_size, found.img_size),
     ):
         if ours != theirs:
             raise FarError(f"--attn-weight {weight}: has {flag} {theirs}, the flags say {ours}; make them agree")

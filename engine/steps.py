@@ -14,7 +14,7 @@ from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
 from models.deit import TEACHERS, create_teacher, load_published_weights, load_teacher_weights, teacher_state
-from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, restore
+from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
 from utils.checkpoint import load
 from utils.distributed import Context
 from utils.errors import FarError
@@ -80,14 +80,17 @@ def load_teacher(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
 
 
 def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransformer, FarConfig]:
-    """A FAR checkpoint, which knows its model by itself. Raises FarError where the flags say another one."""
+    """A FAR checkpoint, which knows its model by itself, at the --input-size asked for or its own.
+
+    Raises FarError where the flags say another model.
+    """
     path = source.find(asked)
     model, config = load_model(path, source.flag, asked.drop, asked.drop_path)
     if asked.asked and asked.asked != config.base_model:
         flag = "--base-model" if asked.base_model else "--scale"
         raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
     if asked.input_size and asked.input_size != config.img_size:
-        raise FarError(f"--input-size {asked.input_size}: {path} was trained at {config.img_size}; leave the flag out")
+        config = resize(model, config, asked.input_size, f"{source.flag} {path}")
     return path, model, config
 
 

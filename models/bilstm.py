@@ -1,12 +1,15 @@
 """The multi-head bidirectional LSTM (arXiv 2505.21535): FAR's replacement for attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import kernels
 from models.birnn import Direction, MultiHeadBiRNN
+
+SUFFIXES = ("", "_reverse")  # of the directions in nn.LSTM's names
+Layout = list[tuple[str, str, Sequence[int], int]]  # LSTMs: name, its projection's, heads, units a head and direction
 
 
 class DirectionLSTM(Direction):
@@ -33,28 +36,70 @@ class MultiHeadBiLSTM(MultiHeadBiRNN):
 
     direction = DirectionLSTM
 
-    def to_dense(self) -> nn.LSTM:
-        """The published shape of the same function: one bidirectional LSTM with our blocks on its diagonal.
+    def published(self, per_head: bool = False) -> dict[str, Tensor]:
+        """The heads as the published code stores them, removed units as zeros.
 
-        Rows are gate-major (row = gate * H * u + head * u + unit). Ragged heads are padded with zero units. Its output
-        (B, N, 2 H u) holds all forward units, then all backward ones.
+        Dense: one nn.LSTM `lstm` of D units a direction with the heads' blocks on its diagonal, rows gate-major (row =
+        gate * D + head * d + unit), and `head_proj` (D, 2 D), columns all forward units, then all backward ones. Per
+        head: `lstms.{h}`, of the head's larger direction, and `head_projs.{h}`: the same with one head each.
         """
-        d, width = self.width, max(max(pair) for pair in self.sizes)
-        like = self.pre_proj.weight
+        return self._filled(self._layout(per_head))
+
+    @torch.no_grad()
+    def take_published(self, tensors: Mapping[str, Tensor], per_head: bool) -> dict[str, Tensor]:
+        """Weights out of that layout; returns what is left of its tensors, zero but where no head has a weight."""
+        layout = self._layout(per_head)
+        left = {name: zeros.copy_(tensors[name]) for name, zeros in self._zeros(layout).items()}
+        for own, block in self._blocks(layout, left):
+            own.copy_(block)
+            block.zero_()
+        return left
+
+    def to_dense(self) -> nn.LSTM:
+        """The dense nn.LSTM alone, as narrow as the largest head and direction allow. Gives (B, N, 2 H u)."""
+        width, like = max(map(max, self.sizes)), self.pre_proj.weight
         dense = nn.LSTM(self.dim, self.num_heads * width, batch_first=True, bidirectional=True)
         dense = dense.to(device=like.device, dtype=like.dtype)
-        with torch.no_grad():
-            for r, suffix in enumerate(("", "_reverse")):
-                w_ih, w_hh, b_ih, b_hh = (
-                    getattr(dense, f"{kind}_l0{suffix}").zero_().unflatten(0, (4, self.num_heads, width))
-                    for kind in kernels.Cell._fields
-                )
-                for h, head in enumerate(self.lstm):
-                    u, (own_ih, own_hh, own_bi, own_bh) = head[r].units, map(head[r].by_gate, head[r].cell())
-                    w_ih[:, h, :u, h * d : (h + 1) * d] = own_ih
-                    w_hh[:, h, :u, h * width : h * width + u] = own_hh
-                    b_ih[:, h, :u], b_hh[:, h, :u] = own_bi, own_bh
+        filled = self._filled([("", "head_proj", range(self.num_heads), width)])
+        dense.load_state_dict({name: filled[f".{name}"] for name in dense.state_dict()})
         return dense
+
+    def _layout(self, per_head: bool) -> Layout:
+        if per_head:
+            return [(f"lstms.{h}", f"head_projs.{h}", [h], max(pair)) for h, pair in enumerate(self.sizes)]
+        return [("lstm", "head_proj", range(self.num_heads), self.width)]
+
+    def _zeros(self, layout: Layout) -> dict[str, Tensor]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for lstm, proj, heads, width in layout:
+            units, channels = len(heads) * width, len(heads) * self.width
+            cell = kernels.Cell((4 * units, channels), (4 * units, units), (4 * units,), (4 * units,))
+            shapes |= {f"{lstm}.{kind}_l0{suffix}": s for suffix in SUFFIXES for kind, s in cell._asdict().items()}
+            shapes |= {f"{proj}.weight": (channels, 2 * units), f"{proj}.bias": (channels,)}
+        return {name: self.post_proj.weight.new_zeros(shape) for name, shape in shapes.items()}
+
+    @torch.no_grad()
+    def _filled(self, layout: Layout) -> dict[str, Tensor]:
+        tensors = self._zeros(layout)
+        for own, block in self._blocks(layout, tensors):
+            block.copy_(own)
+        return tensors
+
+    def _blocks(self, layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight of the heads and its block in a layout's tensors, of one shape: views, to copy either way."""
+        readouts = {place: readout for place, _, readout in self._places()}
+        for lstm, proj, heads, width in layout:
+            columns = tensors[f"{proj}.weight"].unflatten(1, (2, len(heads), width))
+            for k, h in enumerate(heads):
+                channels = slice(k * self.width, (k + 1) * self.width)
+                for r, cell in enumerate(self.lstm[h]):
+                    names = (f"{lstm}.{kind}_l0{SUFFIXES[r]}" for kind in kernels.Cell._fields)
+                    rows = [tensors[name].unflatten(0, (4, len(heads), width))[:, k, : cell.units] for name in names]
+                    rows[0] = rows[0][..., channels]
+                    rows[1] = rows[1][..., k * width : k * width + cell.units]
+                    yield from zip(map(cell.by_gate, cell.cell()), rows, strict=True)
+                    yield readouts[h, r], columns[channels, r, k, : cell.units]
+                yield self.head_proj[h].bias, tensors[f"{proj}.bias"][channels]
 
 
 class SingleLSTM(MultiHeadBiLSTM):

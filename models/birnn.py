@@ -61,6 +61,11 @@ class Direction(nn.Module):
         squares = w_ih.sum((0, 2)) + (b_ih + b_hh).sum(0) + readout.square().sum(0)
         return safe_root(squares + recurrent.sum((0, 2)) + recurrent.sum((0, 1)) - own)
 
+    def silent(self) -> Tensor:
+        """Units (u,) whose rows of all gates are zero, biases too: their value stays at the initial state's zero."""
+        rows = [self.by_gate(w).reshape(self.kind.gates, self.units, -1) for w in self.cell()]
+        return (torch.cat(rows, dim=2) == 0).all(2).all(0)
+
     def keep(self, index: Tensor) -> None:
         rows = [self.by_gate(w)[:, index].flatten(0, 1) for w in self.cell()]
         rows[1] = rows[1][:, index]
@@ -148,6 +153,9 @@ class MultiHeadBiRNN(Replacement):
 
     def unit_norms(self) -> dict[Place, Tensor]:
         return {place: direction.unit_norms(readout) for place, direction, readout in self._places()}
+
+    def silent(self) -> dict[Place, Tensor]:
+        return {place: direction.silent() for place, direction, _ in self._places()}
 
     @torch.no_grad()
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:

@@ -3,22 +3,37 @@
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.models import build_model_with_cfg
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from models.parts import Mlp
-from utils.checkpoint import FLOATS, check_dense, load, load_into, whole
+from utils.checkpoint import FLOATS, check_dense, load, load_into, weights_of, whole
 from utils.errors import FarError
 
 
+class DeiT(VisionTransformer):
+    """timm's, which asks its blocks before it takes another image size."""
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """timm's: positions are resized. Raises FarError where a block is tied to its number of tokens."""
+        own = self.patch_embed
+        size, patch = to_2tuple(img_size or own.img_size), to_2tuple(patch_size or own.patch_size)
+        tokens = self.num_prefix_tokens + math.prod(side // cut for side, cut in zip(size, patch, strict=True))
+        for block in self.blocks:
+            if check := getattr(block.attn, "check_tokens", None):
+                check(tokens)
+        super().set_input_size(img_size, patch_size)
+
+
 def _micro(img_size: int = 32, **kwargs) -> VisionTransformer:
-    model = VisionTransformer(img_size=img_size, patch_size=4, embed_dim=64, depth=4, num_heads=2, **kwargs)
+    model = DeiT(img_size=img_size, patch_size=4, embed_dim=64, depth=4, num_heads=2, **kwargs)
     # Learned positions that start as 2-D sines and cosines (MAE, arXiv 2111.06377): a patch of DIGITS is about one
     # pixel, and from random positions the teacher needs several times the epochs to find out which pixel it is.
     with torch.no_grad():
@@ -26,11 +41,16 @@ def _micro(img_size: int = 32, **kwargs) -> VisionTransformer:
     return model
 
 
-def _timm(name: str) -> Callable[..., VisionTransformer]:
-    def build(**kwargs) -> VisionTransformer:
-        return timm.create_model(name, **kwargs)
-
-    return build
+def create_deit(kind: type[DeiT], name: str, width: int, pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """timm's DeiT of this width as a class of ours; name: what timm's registry has its configuration under."""
+    return build_model_with_cfg(
+        kind,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{"patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": width // 64, **kwargs},
+    )
 
 
 def sincos_2d(rows: int, columns: int, dim: int) -> torch.Tensor:
@@ -55,13 +75,12 @@ class Teacher(NamedTuple):
 
 # What --base-model names; a new one is a line here and its name in utils.names.
 TEACHERS = {
-    "DeiT-Tiny": Teacher(_timm("deit_tiny_patch16_224")),
-    "DeiT-Small": Teacher(_timm("deit_small_patch16_224")),
-    "DeiT-Base": Teacher(_timm("deit_base_patch16_224")),
+    "DeiT-Tiny": Teacher(partial(create_deit, DeiT, "deit_tiny_patch16_224", 192)),
+    "DeiT-Small": Teacher(partial(create_deit, DeiT, "deit_small_patch16_224", 384)),
+    "DeiT-Base": Teacher(partial(create_deit, DeiT, "deit_base_patch16_224", 768)),
     "DeiT-Micro": Teacher(_micro, 32, 4, published=False),
 }
 LARGEST_INPUT = 4096
-WRAPPERS = ("model", "state_dict", "model_ema")  # under which training scripts store the weights
 
 
 def fits_patches(base_model: str, img_size) -> bool:
@@ -69,13 +88,18 @@ def fits_patches(base_model: str, img_size) -> bool:
     return whole(img_size, 1, LARGEST_INPUT) and img_size % TEACHERS[base_model].patch_size == 0
 
 
-def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float = 0.0, drop_path: float = 0.0):
-    """A DeiT with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
+def check_size(base_model: str, img_size: int) -> None:
+    """Raises FarError where a model cannot take images of this size."""
     if not fits_patches(base_model, img_size):
         patch = TEACHERS[base_model].patch_size
         raise FarError(
             f"--input-size {img_size}: {base_model} needs a multiple of its patch size, {patch}, up to {LARGEST_INPUT}"
         )
+
+
+def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float = 0.0, drop_path: float = 0.0):
+    """A DeiT with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
+    check_size(base_model, img_size)
     return TEACHERS[base_model].build(
         num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path, mlp_layer=Mlp
     )
@@ -83,16 +107,13 @@ def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float
 
 def teacher_state(content: dict, source: str) -> dict[str, Tensor]:
     """A vision transformer's weights by timm's names, whatever script wrapped them. Raises FarError on others."""
-    state = next((content[key] for key in WRAPPERS if key in content), content)
-    state = state if isinstance(state, dict) else {}
-    names = {str(key).removeprefix("module."): key for key in state}  # DataParallel's prefix
-    if "pos_embed" not in names:
+    state = weights_of(content)
+    if "pos_embed" not in state:
         raise FarError(f"{source}: holds no vision transformer's weights; give timm's or DeiT's layout")
-    if any(".post_proj." in name for name in names):
+    if any(".post_proj." in name for name in state):
         raise FarError(f"{source}: is a FAR model, not a teacher; give it as --far-weight or --attn-weight")
-    if "dist_token" in names:
+    if "dist_token" in state:
         raise FarError(f"{source}: is a distilled DeiT (holds dist_token), unknown here; give the plain DeiT's weights")
-    state = {name: state[key] for name, key in names.items()}
     for name, value in state.items():
         check_dense(value, FLOATS, name, source)
     return state

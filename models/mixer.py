@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.parts import Replacement, Unprunable
+from utils.errors import FarError
 
 
 class TokenMixer(Unprunable, Replacement):
@@ -24,6 +25,13 @@ class TokenMixer(Unprunable, Replacement):
     def macs(self, shape: Sequence[int]) -> int:
         b, n, dim = shape
         return b * dim * (self.fc1.weight.numel() + self.fc2.weight.numel()) + b * n * self.post_proj.weight.numel()
+
+    def check_tokens(self, tokens: int) -> None:
+        if tokens != self.num_tokens:
+            raise FarError(
+                f"a mixer works on its own {self.num_tokens} tokens, not on {tokens}; keep its image size, or replace "
+                "attention by one of the others"
+            )
 
     @classmethod
     def check_backend(cls, backend: str, device: torch.device) -> None:

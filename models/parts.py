@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.merged import Merged
+from utils.errors import FarError
 
 Place = tuple[int, ...]
 MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
@@ -63,6 +64,10 @@ class BlockPart(abc.ABC):
         """s_j, the norm of the group of every unit j, (u,), by place; differentiable."""
 
     @abc.abstractmethod
+    def silent(self) -> dict[Place, Tensor]:
+        """Which units (u,), by place, are always zero because what makes them is: a mask's trace."""
+
+    @abc.abstractmethod
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         """Keeps only the named units (ascending indices) of each place; tensors get smaller."""
 
@@ -81,6 +86,9 @@ class Unprunable(BlockPart):
     sizes = full_sizes = ()
 
     def unit_norms(self) -> dict[Place, Tensor]:
+        return {}
+
+    def silent(self) -> dict[Place, Tensor]:
         return {}
 
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
@@ -112,6 +120,9 @@ class Mlp(timm.layers.Mlp, BlockPart):
         """fc1's row and bias, fc2's column."""
         squares = self.fc1.weight.square().sum(1) + self.fc1.bias.square() + self.fc2.weight.square().sum(0)
         return {(): safe_root(squares)}
+
+    def silent(self) -> dict[Place, Tensor]:
+        return {(): (self.fc1.weight == 0).all(1) & (self.fc1.bias == 0)}
 
     @torch.no_grad()
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
@@ -171,6 +182,13 @@ class Replacement(nn.Module, BlockPart):
     @abc.abstractmethod
     def maps(self) -> Merged | None:
         """Its linear maps and cells, for the engine that computes whole models; None where it has others."""
+
+    def published(self, per_head: bool = False) -> dict[str, Tensor]:
+        """Its weights between the two projections as the published code stores them. FarError where that has none."""
+        raise FarError("the published code replaces attention by LSTMs alone; keep this model in FAR's own checkpoints")
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises FarError where it cannot work on so many tokens."""
 
     def mixing_parts(self) -> list[nn.Module]:
         """What stage attn trains: every child but post_proj."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
-from models.deit import LARGEST_INPUT, TEACHERS, create_teacher, fits_patches
+from models.deit import LARGEST_INPUT, TEACHERS, check_size, create_teacher, fits_patches
 from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
 from utils.checkpoint import load, load_into, whole
@@ -111,7 +111,10 @@ def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
     found = replacements(model)
     sizes = {"units": pruned_sizes(found), "mlp": pruned_sizes(mlps(model))}
     classes = config.classes if len(config.classes) == model.num_classes else ()
-    return replace(config, num_classes=model.num_classes, replaced=tuple(found), classes=classes, **sizes)
+    img_size = model.patch_embed.img_size[0]
+    return replace(
+        config, num_classes=model.num_classes, img_size=img_size, replaced=tuple(found), classes=classes, **sizes
+    )
 
 
 def set_backend(model: VisionTransformer, backend: str) -> None:
@@ -185,7 +188,9 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
     stored = content.get("config")
     known = {f.name for f in fields(FarConfig)}
     if not isinstance(stored, dict) or not isinstance(content.get("model"), dict) or not set(stored) <= known:
-        raise FarError(f"{source}: not a FAR checkpoint (no configuration inside); give one that FAR's main.py wrote")
+        raise FarError(
+            f"{source}: not a FAR checkpoint (no configuration inside); give one that main.py wrote or convert.py made"
+        )
     if lacking := {"base_model", "num_classes", "img_size"} - stored.keys():
         raise FarError(f"{source}: its configuration lacks {min(lacking)}; train or copy it again")
     config = FarConfig(**stored)
@@ -197,16 +202,22 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
     return replace(config, replaced=tuple(sorted(config.replaced)), **plain)
 
 
+def build_on_meta(config: FarConfig, source: str, drop: float = 0.0, drop_path: float = 0.0) -> VisionTransformer:
+    """The model of a file's configuration before anything is allocated. Raises FarError where it is too large."""
+    with torch.device("meta"):
+        model = build(config, drop, drop_path)
+    if (count := count_parameters(model)) > MOST_PARAMETERS:
+        raise FarError(f"{source}: describes {count:,} parameters, more than any model here; train or copy it again")
+    return model
+
+
 def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: float = 0.0):
     """The model a checkpoint's content holds, in eval mode, and its configuration. Raises FarError where they disagree.
 
     Nothing is allocated before the tensors are known to be the model's: it is built on meta, then takes copies of them.
     """
     config = read_config(content, source)
-    with torch.device("meta"):
-        model = build(config, drop, drop_path)
-    if (count := count_parameters(model)) > MOST_PARAMETERS:
-        raise FarError(f"{source}: describes {count:,} parameters, more than any model here; train or copy it again")
+    model = build_on_meta(config, source, drop, drop_path)
     load_into(model, content["model"], source)
     return model.eval(), config
 
@@ -214,6 +225,19 @@ def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: 
 def load_model(path: str | Path, flag: str = "", drop: float = 0.0, drop_path: float = 0.0):
     """Rebuilds a model from its checkpoint alone, in eval mode. Returns (model, configuration)."""
     return restore(load(path, flag), f"{flag} {path}".strip(), drop, drop_path)
+
+
+def resize(model: VisionTransformer, config: FarConfig, img_size: int, source: str) -> FarConfig:
+    """Takes the model to another image size, its positions interpolated by timm; the configuration of that.
+
+    Raises FarError where the size cuts patches off, or a replacement is tied to its number of tokens.
+    """
+    check_size(config.base_model, img_size)
+    try:
+        model.set_input_size(img_size)
+    except FarError as error:
+        raise FarError(f"--input-size {img_size}: {source}: {error}") from error
+    return replace(config, img_size=img_size)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import benchmark
+import convert
 import demo
 import main
 import prune
@@ -31,6 +32,7 @@ import visualization
 from datasets import loading, registry
 from engine import jobs, pictures, pruning, steps
 from models.deit import create_teacher
+from models.published import to_published
 from models.replace import FarConfig, build, pack
 from tests import faults
 from utils import arguments, checkpoint
@@ -211,6 +213,10 @@ SCRIPTS = {  # name: (script, lines that reach its work)
         visualization.main,
         [["--base-weight", "teacher.pth", "--far-weight", "far.pth"], ["--far-weight", "far.pth"]],
     ),
+    "convert": (
+        convert.main,
+        [["--published", "published.pth", "--output", "out.pth"], ["--far-weight", "far.pth", "--output", "out.pth"]],
+    ),
     "demo": (demo.demo, [["--output-dir", "demo"]]),
     "benchmark": (benchmark.benchmark, [["--output-dir", "speed"]]),
 }
@@ -234,6 +240,7 @@ def weights(tmp_path_factory) -> Path:
     far = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 2, 3))
     checkpoint.save(folder / "teacher.pth", pack(create_teacher("DeiT-Micro", 10, 32), FarConfig("DeiT-Micro", 10, 32)))
     checkpoint.save(folder / "far.pth", pack(build(far), far))
+    checkpoint.save(folder / "published.pth", to_published(build(far)))
     safetensors.torch.save_file(build(far).state_dict(), folder / "far.safetensors")
     (folder / "broken.pth").write_bytes((folder / "far.pth").read_bytes()[:5000])
     return folder

@@ -6,6 +6,8 @@ from tests.conftest import ROOT
 
 PARTS = (
     "main.py",
+    "convert.py",
+    "hubconf.py",
     "prune.py",
     "visualization.py",
     "export.py",

@@ -65,7 +65,7 @@ def test_a_gru_is_refused_by_kernels_for_lstms_before_a_run():
 
 
 QUESTIONS = (
-    *("macs", "unit_norms", "bundles", "saved", "shrink", "sizes", "full_sizes"),
+    *("macs", "unit_norms", "silent", "bundles", "saved", "shrink", "sizes", "full_sizes"),
     *("merged", "maps", "check_backend"),
 )
 

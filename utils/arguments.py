@@ -134,8 +134,8 @@ def loss(text: str) -> str:
     return text
 
 
-def add_file(group, flag: str, meaning: str) -> None:
-    group.add_argument(flag, type=path, metavar="FILE", help=meaning)
+def add_file(group, flag: str, meaning: str, required: bool = False) -> None:
+    group.add_argument(flag, type=path, metavar="FILE", help=meaning, required=required)
 
 
 def add_device(group) -> None:

@@ -1,9 +1,11 @@
 """Checkpoints: tensors and plain data, written atomically, never unpickled."""
 
+import argparse
 import io
 import json
 import os
 import pickle
+import re
 import stat
 import warnings
 import zipfile
@@ -20,6 +22,10 @@ from utils.errors import FarError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SAFE = "far"  # where safetensors' metadata hold our plain data
+# Under which training scripts store the weights, and what wrappers put before their names. `model` comes before its
+# moving average: it is what such a script evaluates and reports, and DeiT's published files hold.
+WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+PREFIXES = re.compile(r"(?:(?:module|_orig_mod)\.)*")  # DataParallel's and torch.compile's
 FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
@@ -86,8 +92,9 @@ def _load(path: Path, source: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise FarError(
-                f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; "
-                "save its state_dict with torch.save(model.state_dict(), FILE)"
+                f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; if you trust "
+                'it, save its weights where the code that wrote it is: python3 -c "import torch; m = '
+                "torch.load('FILE', 'cpu', weights_only=False); torch.save(m.state_dict(), 'weights.pth')\""
             ) from error
         raise FarError(f"{source}: not a checkpoint, or damaged; copy or train it again") from error
     except Exception as error:  # noqa: BLE001  (parsers of damaged bytes raise a dozen unrelated types)
@@ -123,7 +130,14 @@ def _parse(file: BinaryIO) -> Any:
             if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
                 raise zipfile.BadZipFile
         file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # plain data: a script's flags, in DeiT's checkpoints
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def weights_of(content: dict[str, Any]) -> dict[str, Any]:
+    """A model's weights by their own names, whatever script wrapped them; unchecked."""
+    state = next((content[key] for key in WRAPPERS if key in content), content)
+    return {PREFIXES.sub("", str(key), 1): value for key, value in state.items()} if isinstance(state, dict) else {}
 
 
 def whole(value: Any, low: int, high: int) -> bool:

@@ -1,0 +1,48 @@
+"""FAR: weights of the published code to a FAR checkpoint, and back. See docs/exchange.md."""
+
+import sys
+
+from utils import arguments, names
+from utils.arguments import Parser, pick
+from utils.errors import run_script
+
+READS = {"published": {"base_model", "scale", "rep_by", "tolerance", "remove_zeroed"}, "far_weight": {"per_head"}}
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    given = parser.add_mutually_exclusive_group(required=True)
+    arguments.add_file(given, "--published", "weights of the published code, dense or per head: to a FAR checkpoint")
+    arguments.add_file(given, "--far-weight", "a FAR checkpoint: to a state dict of the published code")
+    arguments.add_file(parser, "--output", "what to write: .pth; a state dict may be .safetensors too", required=True)
+    g = parser.add_argument_group("from the published code")
+    g.add_argument("--base-model", choices=names.MODELS, help="default: told by the tensors' shapes")
+    g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
+    g.add_argument(
+        "--rep-by",
+        choices=("multi-lstm", "lstm"),
+        default="multi-lstm",
+        help="lstm: the dense LSTM as one head, whatever joins its units",
+    )
+    g.add_argument(
+        "--tolerance", type=arguments.RATE, default=1e-6, help="values off the heads' blocks up to this are dropped"
+    )
+    g.add_argument("--remove-zeroed", action="store_true", help="take units out that a mask left at zero, MLPs' too")
+    g = parser.add_argument_group("to the published code")
+    g.add_argument("--per-head", action="store_true", help="one nn.LSTM a head, its deployment form, not a dense one")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given, other = ("published", "far_weight") if args.published else ("far_weight", "published")
+    parser.refuse(argv, READS[other], f"--{given.replace('_', '-')} does not use it")
+    from engine.convert import ConvertConfig, convert
+
+    print(convert(pick(ConvertConfig, args)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,93 @@
+"""FAR models in timm's registry: `import models.timm_models`, then `timm.create_model("far_deit_tiny_patch16_224")`."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+from models.deit import DeiT, create_deit, resize_positions
+from models.hub import data_config
+from models.infer import infer_far
+from models.parts import Mlp
+from models.replace import build, swap_attention
+from utils.errors import FarError
+
+log = logging.getLogger(__name__)
+
+
+class FarDeiT(DeiT):
+    """A DeiT of timm's registry, every attention replaced by a multi-head BiLSTM until weights say otherwise.
+
+    The first weights it loads shape it: which blocks are replaced and by what, the units left, and what of `adopts`
+    (num_classes, img_size) nobody asked for by value. Later ones are loaded as torch does.
+    """
+
+    def __init__(self, adopts: frozenset[str] = frozenset(), **kwargs):
+        super().__init__(mlp_layer=Mlp, **kwargs)
+        self.adopts: frozenset[str] | None = adopts
+        swap_attention(self, range(len(self.blocks)), "multi-lstm")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        if self.adopts is not None:
+            state_dict, self.adopts = self._shaped_by(dict(state_dict), self.adopts), None
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _shaped_by(self, state: dict[str, Any], adopts: frozenset[str]) -> dict[str, Any]:
+        """Takes the shape of FAR weights, and gives them in its own image size and classes."""
+        config = infer_far(state, "checkpoint_path")
+        if state["pos_embed"].shape[2] != self.embed_dim:
+            raise FarError(f"checkpoint_path: holds a {config.base_model}; create the far_deit model of that scale")
+        like = self.pos_embed
+        for block, shaped in zip(self.blocks, build(config).blocks, strict=True):
+            block.mlp.resize(shaped.mlp.sizes)
+            block.attn, block.mlp = shaped.attn.to(like), block.mlp.to(like)
+        self.train(self.training)
+        self.set_input_size(config.img_size if "img_size" in adopts else self.patch_embed.img_size)
+        if "num_classes" in adopts:
+            self.reset_classifier(config.num_classes)
+        elif config.num_classes != self.num_classes:
+            log.warning(
+                "checkpoint_path: knows %d classes, not %d: the classifier is fresh",
+                config.num_classes,
+                self.num_classes,
+            )
+            state = {name: value for name, value in state.items() if not name.startswith("head.")}
+            state |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        self.pretrained_cfg = self.default_cfg = data_config(self)
+        return resize_positions(state, self, "checkpoint_path")
+
+
+def _create(name: str, width: int, pretrained: bool, **kwargs) -> VisionTransformer:
+    return create_deit(FarDeiT, name, width, pretrained, adopts={"num_classes", "img_size"} - kwargs.keys(), **kwargs)
+
+
+_DATA = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "fixed_input_size": True,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
+default_cfgs = generate_default_cfgs({f"far_deit_{scale}_patch16_224": _DATA for scale in ("tiny", "small", "base")})
+
+
+@register_model
+def far_deit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """FAR of DeiT-Tiny; `checkpoint_path` is a FAR checkpoint."""
+    return _create("far_deit_tiny_patch16_224", 192, pretrained, **kwargs)
+
+
+@register_model
+def far_deit_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """FAR of DeiT-Small."""
+    return _create("far_deit_small_patch16_224", 384, pretrained, **kwargs)
+
+
+@register_model
+def far_deit_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """FAR of DeiT-Base."""
+    return _create("far_deit_base_patch16_224", 768, pretrained, **kwargs)
