@@ -77,6 +77,14 @@ def add_removal_group(parser: Parser) -> None:
     g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
     g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
     g.add_argument(
+        "--target-latency",
+        type=arguments.latency,
+        metavar="MS",
+        help="as many units as let the fused model answer in so many milliseconds on this CPU, or in a share of the "
+        "teacher's time (60%%): by a table measured on as many threads as torch uses, kept in the run's folder",
+    )
+    g.add_argument("--latency-batch", type=arguments.SIZE, help="images in the batch that --target-latency times; 1")
+    g.add_argument(
         "--sweep",
         type=ratios,
         metavar="R,R,...",

@@ -1,12 +1,13 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from engine import latency
 from engine.activations import Grams, carried, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
 from engine.count import count_all
@@ -31,6 +32,7 @@ from engine.train import Trainer
 from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from utils import names
+from utils.arguments import Latency
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
@@ -59,14 +61,18 @@ class PruneCommand(Command):
     sensitivity: float | None
     keep_ratio: float | None
     target_params: int | None
+    target_latency: Latency | None
+    latency_batch: int | None  # None: 1
     sweep: list[float] | None
     prune_mlp: float | None
 
     def __post_init__(self):
-        rules = ("sensitivity", "keep_ratio", "target_params", "sweep")
+        rules = ("sensitivity", "keep_ratio", "target_params", "target_latency", "sweep")
         chosen = ["--" + rule.replace("_", "-") for rule in rules if getattr(self, rule) is not None]
         if len(chosen) > 1:
             raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
+        if self.latency_batch and not self.target_latency:
+            raise FarError("--latency-batch: is the batch of --target-latency MS; give both")
         if self.distill and not self.model.base_weight:
             raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
         if self.distill_loss and (self.distill is False or not self.model.base_weight):
@@ -99,14 +105,21 @@ class Pruning:
         if self.regularize.epochs or self.fine_tune.epochs:
             stages = [self._stage("regularize", self.regularize), self._stage("fine-tune", self.fine_tune)]
             planned(stages, self.data, self.settings)
+        self.latency = context.on_main(self._latency) if command.target_latency else None
         for ratio in command.sweep or [command.keep_ratio]:
             self._select(
                 self.model, ratio, unit_norms
             )  # a selection that cannot be met is told before hours of training
 
+    def _latency(self) -> latency.Table:
+        command = self.command
+        return latency.obtain(command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp)
+
     def run(self) -> dict:
         """All three steps; what an earlier, interrupted call finished is not done again. Returns the report."""
         with open_run(self.command.run, self.context) as top:
+            if self.latency:
+                top.write_json(latency.FILE, {"table": asdict(self.latency)})
             report = self._steps(top)
             top.write_json("prune_report.json", report)
             if self.teacher is not None:
@@ -194,6 +207,8 @@ class Pruning:
             return keep_share(norms, ratio, "--sweep" if command.sweep else "--keep-ratio"), mlp
         if command.target_params:
             return keep_within(model, norms, command.target_params, mlp), mlp
+        if self.latency:
+            return latency.keep_fast(norms, self.latency, command.target_latency), mlp
         return keep_above(norms, command.threshold), mlp
 
     def _prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
@@ -203,7 +218,7 @@ class Pruning:
             if self.command.refit and units:
                 refit(parts, units, self._seen(model, parts))
             shrink(parts, units)
-        rows = [self._measure("pruned", model)]
+        rows = [{**self._measure("pruned", model), **self._timed(model)}]
         model = self._train(run, model, self.fine_tune, "fine-tune")
         if self.context.main:
             config = describe(model, self.config)
@@ -213,6 +228,15 @@ class Pruning:
                 kept_units(units, max(max(pair) for part in parts.values() for pair in part.full_sizes)), "units.png"
             )
         return model, [*rows, self._measure("fine-tuned", model)]
+
+    def _timed(self, model) -> dict:
+        """How fast the shrunk model is, where that was asked for, also said in one line."""
+        if not self.latency:
+            return {}
+        args = model, self.config, self.latency, self.command.target_latency
+        found = self.context.on_main(lambda: latency.check(*args))
+        say(self.context, latency.summary(found))
+        return {"latency": found}
 
     def _evaluate(self, model) -> dict[str, float]:
         return evaluate(model, *self._evaluation())

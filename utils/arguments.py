@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from utils import names
 from utils.errors import one_line
@@ -101,6 +101,20 @@ def path(text: str) -> Path:
 
 def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
+
+
+class Latency(NamedTuple):
+    """A time: milliseconds, or percent of the teacher's."""
+
+    amount: float
+    percent: bool
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}{'%' * self.percent}"
+
+
+def latency(text: str) -> Latency:
+    return Latency(number(float, 0, open_low=True)(text.removesuffix("%")), text.endswith("%"))
 
 
 def loss(text: str) -> str:
