@@ -13,7 +13,7 @@ from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.fidelity import fidelity
+from engine.fidelity import farthest, fidelity
 from engine.hoyer import Norms, Regularized, unit_norms
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
 from engine.stages import Optim, Stage
@@ -262,7 +262,13 @@ class Column(NamedTuple):
 
 
 BASIC = [Column("top-1 %", "acc1", 9, ".2f"), Column("top-5 %", "acc5", 9, ".2f")]
-TAUGHT = [Column("agrees %", "agreement", 10, ".2f"), Column("KL", "kl", 8, ".4f")]  # where there is a teacher
+TAUGHT = [  # where there is a teacher
+    Column("agrees %", "agreement", 10, ".2f"),
+    Column("KL", "kl", 8, ".4f"),
+    Column("repeats", "repeated_errors", 9, ""),
+    Column("least z", "least_z", 9, ".3f"),
+    Column("error", "most_error", 7, ".3f"),
+]
 SIZES = [
     Column("units", "units", 8, ""),
     Column("parameters", "parameters", 13, ","),
@@ -275,7 +281,7 @@ def table(report: dict) -> str:
     """The report as text: one line a step, or a keep ratio."""
     rows = [*report["rows"], *({**r, "when": f"keep {r['keep_ratio']:g}"} for r in report.get("sweep", []))]
     if "teacher" in report:
-        rows = [report["teacher"], *rows]
+        rows = [{**row, **farthest(row)} for row in (report["teacher"], *rows)]
     columns = [*BASIC, *(TAUGHT if "teacher" in report else []), *SIZES]
     lines = [" " * 13 + "".join(f"{c.title:>{c.width}}" for c in columns)]
     for row in rows:

@@ -203,6 +203,14 @@ def add_model_group(parser: Parser) -> None:
 def add_data_group(parser: Parser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", choices=names.DATASETS, default="IMNET", help="the data set")
+    g.add_argument(
+        "--images-only",
+        dest="dataset",
+        action="store_const",
+        const="IMAGES",
+        default=argparse.SUPPRESS,
+        help="the same as --dataset IMAGES: a folder of pictures, without classes",
+    )
     g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default 224, DeiT-Micro 32")
