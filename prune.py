@@ -66,10 +66,9 @@ def add_removal_group(parser: Parser) -> None:
         "--target-latency",
         type=arguments.latency,
         metavar="MS",
-        help="as many units as let the fused model answer in so many milliseconds on this CPU, or in a share of the "
-        "teacher's time (60%%): by a table measured on as many threads as torch uses, kept in the run's folder",
+        help="as many units as leave a fused model that answers in so many milliseconds on this CPU, or in a share of "
+        "the teacher's time (60%%): by a table measured on as many threads as torch uses, kept in the run's folder",
     )
-    g.add_argument("--latency-batch", type=arguments.SIZE, help="images in the batch that --target-latency times; 1")
     g.add_argument(
         "--sweep",
         type=ratios,
@@ -80,6 +79,7 @@ def add_removal_group(parser: Parser) -> None:
 
 def add_choice_group(parser: Parser) -> None:
     g = parser.add_argument_group("how to remove")
+    g.add_argument("--latency-batch", type=arguments.SIZE, help="images in the batch that --target-latency times; 1")
     g.add_argument(
         "--score",
         choices=names.SCORES,
