@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.hoyer import Norms
+from engine.hoyer import Norms, unit_norms
 from engine.resume import real
 from engine.shrink import Kept, relative
 from engine.speed import interleaved
@@ -91,19 +91,21 @@ def keep_fast(norms: Norms, table: Table, target: Latency) -> Kept:
 def obtain(run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
     """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
     path = run.output_dir / FILE if run.resume and run.output_dir else None
-    return read(path) if path and path.exists() else measure(model, config, batch, mlp)
+    return read(path, _most(model)) if path and path.exists() else measure(model, config, batch, mlp)
 
 
-def read(path: Path) -> Table:
-    """Raises FarError on what no run wrote."""
+def read(path: Path, most: int) -> Table:
+    """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
     record = read_record(path, "table")["table"]
     steps = record.pop("ms", None)
-    right = set(record) == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict) and "1" in steps
+    right = set(record) == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
     right = right and all(whole(record[name], 1, 2**31) for name in ("batch", "threads"))
     right = right and all(real(value, 0.0) for value in (record["teacher_ms"], *steps.values()))
-    if not right or not all(key.isdecimal() for key in steps):
+    right = right and all(map(str.isdecimal, steps))
+    ms = {int(units): steps[units] for units in sorted(steps, key=int)} if right else {}
+    if not {1, most} <= ms.keys() or list(ms.values()) != sorted(ms.values()):
         raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
-    return Table(**record, ms={int(units): steps[units] for units in sorted(steps, key=int)})
+    return Table(**record, ms=ms)
 
 
 def measure(model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
@@ -111,7 +113,7 @@ def measure(model: VisionTransformer, config: FarConfig, batch: int, mlp: float 
     shape, parts = describe(model, config), replacements(model)
     if mlp:
         shape = replace(shape, mlp={str(i): max(1, round(mlp * part.sizes)) for i, part in mlps(model).items()})
-    most = max(len(s) for part in parts.values() for s in part.unit_norms().values())
+    most = _most(model)
     step = cpu.load(cpu.TUNED).vector_width() if cpu.available() else 8
     levels = [1, *range(step, most, step), most]
     sizes = {u: {str(i): _filled(part.sizes, u) for i, part in parts.items()} for u in levels}
@@ -132,9 +134,14 @@ def check(model: VisionTransformer, config: FarConfig, table: Table, target: Lat
     with seeded(0):
         teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
         times = _times({"model": own, "teacher": teacher}, config.img_size, table.batch)
-    sizes = [len(s) for part in replacements(model).values() for s in part.unit_norms().values()]
-    found = {"target_ms": table.target_ms(target), "predicted_ms": table.predict(sizes)}
+    predicted = table.predict(map(len, unit_norms(replacements(model)).values()))
+    found = {"target_ms": table.target_ms(target), "predicted_ms": predicted}
     return {**found, "measured_ms": times["model"], "measured_teacher_ms": times["teacher"], "table": asdict(table)}
+
+
+def _most(model: VisionTransformer) -> int:
+    """The units of the fullest place."""
+    return max(map(len, unit_norms(replacements(model)).values()))
 
 
 def _filled(sizes: Any, units: int) -> Any:

@@ -85,11 +85,23 @@ def test_a_table_is_measured_at_full_vectors_and_read_back_as_it_was(tmp_path, m
     assert times == sorted(times) and times[0] > 0 and table.teacher_ms > 0
     file = tmp_path / latency.FILE
     file.write_text(json.dumps({"table": asdict(table)}))
-    assert latency.read(file) == table
-    for damage in ({"ms": {}}, {"ms": {"1": -1.0}}, {"ms": {"1": 1.0, "x": 2.0}}, {"teacher_ms": "1"}, {"batch": 0.5}):
+    assert latency.read(file, 32) == table
+    ends = {"1": 1.0, "32": 2.0}
+    file.write_text(json.dumps({"table": {**asdict(table), "ms": ends}}))
+    assert latency.read(file, 32).ms == {1: 1.0, 32: 2.0}
+    steps = (
+        {},
+        {"1": 1.0},
+        {"32": 1.0},
+        {**ends, "x": 2.0},
+        {**ends, "1": -1.0},
+        {**ends, "9": 3.0},
+        {**ends, "9": "2"},
+    )
+    for damage in (*({"ms": ms} for ms in steps), {"ms": [1]}, {"teacher_ms": "1"}, {"batch": 0.5}):
         file.write_text(json.dumps({"table": {**asdict(table), **damage}}))
         with pytest.raises(FarError, match="damaged"):
-            latency.read(file)
+            latency.read(file, 32)
 
 
 def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
@@ -126,7 +138,7 @@ def test_prune_meets_a_latency_and_a_resumed_run_decides_the_same(far, tmp_path,
     assert "ms of 6.00 asked (" in capsys.readouterr().out
     found = report["rows"][2]["latency"]
     assert 3 <= found["predicted_ms"] <= found["target_ms"] == 6 and found["measured_ms"] > 0
-    assert latency.read(tmp_path / "run" / latency.FILE) == TABLE_32
+    assert latency.read(tmp_path / "run" / latency.FILE, 32) == TABLE_32
     units = load_model(tmp_path / "run/best.pth")[1].units
     sizes = [u for heads in units.values() for pair in heads for u in pair]
     assert set(sizes) <= {1, 16, 32} and TABLE_32.predict([*sizes, *[32] * (16 - len(sizes))]) <= 6
