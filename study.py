@@ -67,6 +67,10 @@ PRUNED = {
         ]
         for decay in ("1e-3", "1e-2", "1e-1")
     },
+    "by norm, preserve, no regularizer, six epochs before": [
+        *("--reg", "0", *REGULARIZED),
+        *("--distill-loss", "preserve", "--sweep", "0.3"),
+    ],
     FIRST: [*HALF_TUNED, "--sweep", "0.55"],
     SECOND: [*HALF_TUNED, "--sweep", f"{0.3 / 0.55:.4f}"],  # to 0.3, after FIRST
 }
