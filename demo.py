@@ -19,7 +19,7 @@ import prune
 import visualization
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
-from engine.fidelity import fidelity
+from engine.fidelity import farthest, fidelity
 from engine.train import Settings
 from models.replace import load_model, swap_attention
 from utils.arguments import PART, SEED, SIZE, Parser, path
@@ -168,18 +168,19 @@ class Demo:
 
 
 def table(summary: dict) -> str:
-    lines = [f"{'model':<30}{'top-1 %':>9}{'agrees %':>10}{'parameters':>12}{'seconds':>9}"]
+    lines = [f"{'model':<30}{'top-1 %':>9}{'agrees %':>10}{'KL':>7}{'least z':>9}{'parameters':>12}{'seconds':>9}"]
     seconds = summary["seconds"]
-    for label, model, params, time_s in (
-        ("teacher (attention)", "teacher", "teacher_params", seconds["teacher"]),
-        ("FAR after stage attn", "attn", "far_params", seconds["attn"]),
-        ("FAR after stage block", "far", "far_params", seconds["far"]),
-        ("FAR pruned to half its units", "pruned", "pruned_params", seconds["prune"]),
-        ("FAR downstream (even/odd)", "downstream", "far_params", seconds["downstream"]),
+    for label, model, params, time_s, when in (
+        ("teacher (attention)", "teacher", "teacher_params", seconds["teacher"], ""),
+        ("FAR after stage attn", "attn", "far_params", seconds["attn"], "after stage attn"),
+        ("FAR after stage block", "far", "far_params", seconds["far"], "after stage block"),
+        ("FAR pruned to half its units", "pruned", "pruned_params", seconds["prune"], "pruned"),
+        ("FAR downstream (even/odd)", "downstream", "far_params", seconds["downstream"], ""),
     ):
-        agrees = f"{summary[f'{model}_agreement']:.2f}" if f"{model}_agreement" in summary else ""
-        accuracy = summary[f"{model}_acc1"]
-        lines.append(f"{label:<30}{accuracy:>9.2f}{agrees:>10}{summary[params]:>12,}{time_s:>9.1f}")
+        kept = f"{'':>26}"
+        if found := summary["fidelity"].get(when):
+            kept = f"{found['agreement']:>10.2f}{found['kl']:>7.3f}{farthest(found)['least_z']:>9.3f}"
+        lines.append(f"{label:<30}{summary[f'{model}_acc1']:>9.2f}{kept}{summary[params]:>12,}{time_s:>9.1f}")
     return "\n".join(lines)
 
 

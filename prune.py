@@ -60,6 +60,26 @@ def add_removal_group(parser: Parser) -> None:
         help=f"units whose --score is below this share of their block's mean; default {names.SENSITIVITY}, "
         "the units weaker than average: about two fifths of the digits model's",
     )
+    g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
+    g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
+    g.add_argument(
+        "--target-latency",
+        type=arguments.latency,
+        metavar="MS",
+        help="as many units as leave a fused model that answers in so many milliseconds on this CPU, or in a share of "
+        "the teacher's time (60%%): by a table measured on as many threads as torch uses, kept in the run's folder",
+    )
+    g.add_argument(
+        "--sweep",
+        type=ratios,
+        metavar="R,R,...",
+        help="prune and fine-tune at each of these keep ratios, and plot them",
+    )
+
+
+def add_choice_group(parser: Parser) -> None:
+    g = parser.add_argument_group("how to remove")
+    g.add_argument("--latency-batch", type=arguments.SIZE, help="images in the batch that --target-latency times; 1")
     g.add_argument(
         "--score",
         choices=names.SCORES,
@@ -73,14 +93,6 @@ def add_removal_group(parser: Parser) -> None:
         default=False,
         help="what reads removed units reads their best linear guess from the kept ones instead (least squares on "
         "training images, in closed form)",
-    )
-    g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
-    g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
-    g.add_argument(
-        "--sweep",
-        type=ratios,
-        metavar="R,R,...",
-        help="prune and fine-tune at each of these keep ratios, and plot them",
     )
     g.add_argument(
         "--prune-mlp",
@@ -98,6 +110,7 @@ def build_parser() -> Parser:
     add_model_group(parser)
     add_regularization_group(parser)
     add_removal_group(parser)
+    add_choice_group(parser)
     arguments.add_data_group(parser)
     arguments.add_augmentation_group(parser)
     arguments.add_optim_group(parser, "optimisation while regularizing", "", 200, 5e-4, 1e-5)

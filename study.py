@@ -45,7 +45,9 @@ DISTILLING: dict[str, tuple[list[str] | None, list[str]]] = {
 }
 REGULARIZED = "--epochs 6 --ft-epochs 12".split()
 TUNED_ONLY = "--reg 0 --epochs 0 --ft-epochs 18".split()
-# By name: flags of prune.py besides the demo's; 18 epochs in each row, from the row `preserve`.
+HALF_TUNED = "--reg 0 --epochs 0 --ft-epochs 9 --distill-loss preserve".split()
+FIRST, SECOND = "by norm, preserve, the first of two steps", "by norm, preserve, two steps"
+# By name: flags of prune.py besides the demo's; 18 epochs in each row (9 in a step of two), from the row `preserve`.
 PRUNED = {
     "by norm, Hoyer-square, combine": ["--reg", "3", *REGULARIZED],
     "by norm, group L1, combine": ["--reg", "1", *REGULARIZED],
@@ -58,6 +60,19 @@ PRUNED = {
         *("--reg", "3", *REGULARIZED),
         *("--distill-loss", "preserve", "--score", "carried", "--refit"),
     ],
+    **{
+        f"by norm, preserve, Hoyer-square at {decay}": [
+            *("--reg", "3", *REGULARIZED, "--decay", decay),
+            *("--distill-loss", "preserve", "--sweep", "0.3"),
+        ]
+        for decay in ("1e-3", "1e-2", "1e-1")
+    },
+    "by norm, preserve, no regularizer, six epochs before": [
+        *("--reg", "0", *REGULARIZED),
+        *("--distill-loss", "preserve", "--sweep", "0.3"),
+    ],
+    FIRST: [*HALF_TUNED, "--sweep", "0.55"],
+    SECOND: [*HALF_TUNED, "--sweep", f"{0.3 / 0.55:.4f}"],  # to 0.3, after FIRST
 }
 KEEP = "0.5,0.3,0.1"
 COLUMNS = {"top-1 %": "acc1", "agrees %": "agreement", "KL": "kl"}
@@ -78,9 +93,10 @@ def distil(demo: Demo, row: str) -> dict:
 
 
 def prune(demo: Demo, row: str) -> dict[str, dict]:
-    """A row of PRUNED at each of KEEP, by name."""
+    """A row of PRUNED at each of KEEP, or of its own --sweep, by name."""
     weight = ["--base-weight", demo.best("teacher"), *demo.data]
-    model = ["--model-path", demo.best(folder("block", "preserve"))]
+    start = folder("prune", FIRST) + "/keep-0.55" if row == SECOND else folder("block", "preserve")
+    model = ["--model-path", demo.best(start)]
     rule = PRUNING.index("--keep-ratio")
     asked = [*PRUNING[:rule], *PRUNING[rule + 2 :], "--sweep", KEEP]
     report = demo.prune(*asked, *weight, *model, *PRUNED[row], name=folder("prune", row))
@@ -114,12 +130,15 @@ def table(found: dict[str, list[dict]]) -> str:
 
 
 def chosen(words: list[str]) -> list[str]:
-    """The rows that hold one of the words; those that are pruned need the row `preserve`. Raises FarError on none."""
+    """The rows that hold one of the words; pruned ones need the row `preserve`, a second step the first.
+
+    Raises FarError where there is none.
+    """
     rows = [row for row in (*DISTILLING, *PRUNED) if any(word in row for word in words)]
     if not rows:
         raise FarError(f"--rows {' '.join(words)}: no row is named like this; there are {'; '.join(DISTILLING)}; ...")
-    needed = ["preserve"] * (bool(PRUNED.keys() & rows) and "preserve" not in rows)
-    return [*needed, *rows]
+    needed = {*rows, *(["preserve"] if PRUNED.keys() & rows else []), *([FIRST] if SECOND in rows else [])}
+    return [row for row in (*DISTILLING, *PRUNED) if row in needed]
 
 
 def main(argv: list[str] | None = None) -> int:

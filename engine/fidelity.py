@@ -92,9 +92,20 @@ def _report(totals: list[float], blocks: Iterable[int]) -> dict[str, Any]:
     return report
 
 
+def farthest(report: dict[str, Any]) -> dict[str, float]:
+    """The least cosine of z and the largest output error of all blocks; nothing where no block was looked at."""
+    if "z_similarity" not in report:
+        return {}
+    return {"least_z": min(report["z_similarity"].values()), "most_error": max(report["output_error"].values())}
+
+
 def summary(report: dict[str, Any]) -> str:
-    """The report in one line, without its blocks."""
+    """The report in one line; of its blocks the farthest from the teacher's."""
+    inside = farthest(report)
+    far = (
+        ", z's cosine at least {least_z:.2f}, output error at most {most_error:.2f}".format(**inside) if inside else ""
+    )
     return (
         f"agrees with its teacher on {report['agreement']:.2f} %, KL {report['kl']:.4f}, repeats "
-        f"{report['repeated_errors']} of its {report['teacher_errors']} errors"
+        f"{report['repeated_errors']} of its {report['teacher_errors']} errors{far}"
     )

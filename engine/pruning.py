@@ -1,18 +1,19 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from engine import latency
 from engine.activations import Grams, carried, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.fidelity import fidelity
+from engine.fidelity import farthest, fidelity
 from engine.hoyer import Norms, Regularized, unit_norms
 from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
@@ -33,6 +34,7 @@ from engine.train import Trainer
 from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from utils import names
+from utils.arguments import Latency
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
@@ -61,14 +63,18 @@ class PruneCommand(Command):
     sensitivity: float | None
     keep_ratio: float | None
     target_params: int | None
+    target_latency: Latency | None
+    latency_batch: int | None  # None: 1
     sweep: list[float] | None
     prune_mlp: float | None
 
     def __post_init__(self):
-        rules = ("sensitivity", "keep_ratio", "target_params", "sweep")
+        rules = ("sensitivity", "keep_ratio", "target_params", "target_latency", "sweep")
         chosen = ["--" + rule.replace("_", "-") for rule in rules if getattr(self, rule) is not None]
         if len(chosen) > 1:
             raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
+        if self.latency_batch and not self.target_latency:
+            raise FarError("--latency-batch: is the batch of --target-latency MS; give both")
         if self.distill and not self.model.base_weight:
             raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
         if self.distill_loss and (self.distill is False or not self.model.base_weight):
@@ -102,10 +108,15 @@ class Pruning:
         if self.regularize.epochs or self.fine_tune.epochs:
             stages = [self._stage("regularize", self.regularize), self._stage("fine-tune", self.fine_tune)]
             planned(stages, self.data, self.settings)
+        self.latency = context.on_main(self._latency) if command.target_latency else None
         for ratio in command.sweep or [command.keep_ratio]:
             self._select(
                 self.model, ratio, unit_norms
             )  # a selection that cannot be met is told before hours of training
+
+    def _latency(self) -> latency.Table:
+        command = self.command
+        return latency.obtain(command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp)
 
     def run(self) -> dict:
         """All three steps; what an earlier, interrupted call finished is not done again. Returns the report.
@@ -115,6 +126,8 @@ class Pruning:
         if self.command.run.dry_run:
             return self._say_plan()
         with open_run(self.command.run, self.context) as top:
+            if self.latency:
+                top.write_json(latency.FILE, {"table": asdict(self.latency)})
             report = self._steps(top)
             top.write_json("prune_report.json", report)
             if self.teacher is not None:
@@ -209,6 +222,8 @@ class Pruning:
             return keep_share(norms, ratio, "--sweep" if command.sweep else "--keep-ratio"), mlp
         if command.target_params:
             return keep_within(model, norms, command.target_params, mlp), mlp
+        if self.latency:
+            return latency.keep_fast(norms, self.latency, command.target_latency), mlp
         return keep_above(norms, command.threshold), mlp
 
     def _prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
@@ -218,7 +233,7 @@ class Pruning:
             if self.command.refit and units:
                 refit(parts, units, self._seen(model, parts))
             shrink(parts, units)
-        rows = [self._measure("pruned", model)]
+        rows = [{**self._measure("pruned", model), **self._timed(model)}]
         model = self._train(run, model, self.fine_tune, "fine-tune")
         if self.context.main:
             config = describe(model, self.config)
@@ -228,6 +243,15 @@ class Pruning:
                 kept_units(units, max(max(pair) for part in parts.values() for pair in part.full_sizes)), "units.png"
             )
         return model, [*rows, self._measure("fine-tuned", model)]
+
+    def _timed(self, model) -> dict:
+        """How fast the shrunk model is, where that was asked for, also said in one line."""
+        if not self.latency:
+            return {}
+        args = model, self.config, self.latency, self.command.target_latency
+        found = self.context.on_main(lambda: latency.check(*args))
+        say(self.context, latency.summary(found))
+        return {"latency": found}
 
     def _evaluate(self, model) -> dict[str, float]:
         return evaluate(model, *self._evaluation())
@@ -253,7 +277,13 @@ class Column(NamedTuple):
 
 
 BASIC = [Column("top-1 %", "acc1", 9, ".2f"), Column("top-5 %", "acc5", 9, ".2f")]
-TAUGHT = [Column("agrees %", "agreement", 10, ".2f"), Column("KL", "kl", 8, ".4f")]  # where there is a teacher
+TAUGHT = [  # where there is a teacher
+    Column("agrees %", "agreement", 10, ".2f"),
+    Column("KL", "kl", 8, ".4f"),
+    Column("repeats", "repeated_errors", 9, ""),
+    Column("least z", "least_z", 9, ".3f"),
+    Column("error", "most_error", 7, ".3f"),
+]
 SIZES = [
     Column("units", "units", 8, ""),
     Column("parameters", "parameters", 13, ","),
@@ -266,7 +296,7 @@ def table(report: dict) -> str:
     """The report as text: one line a step, or a keep ratio."""
     rows = [*report["rows"], *({**r, "when": f"keep {r['keep_ratio']:g}"} for r in report.get("sweep", []))]
     if "teacher" in report:
-        rows = [report["teacher"], *rows]
+        rows = [{**row, **farthest(row)} for row in (report["teacher"], *rows)]
     columns = [*BASIC, *(TAUGHT if "teacher" in report else []), *SIZES]
     lines = [" " * 13 + "".join(f"{c.title:>{c.width}}" for c in columns)]
     for row in rows:

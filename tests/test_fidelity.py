@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import main
 import prune
-from engine.fidelity import fidelity
+from engine.fidelity import fidelity, summary
 from engine.pruning import table
 from engine.train import Settings
 from models.deit import create_teacher
@@ -140,6 +140,11 @@ def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tm
         rows = [*report["rows"], report.get("teacher", report["rows"][0])]
         assert all((row.keys() >= KEYS) == bool(more) for row in rows)
     assert report["teacher"]["agreement"] == 100 > report["rows"][-1]["agreement"]
+    last = report["rows"][-1]
+    cosine, error = min(last["z_similarity"].values()), max(last["output_error"].values())
+    shown = [f"{last['kl']:.4f}", str(last["repeated_errors"]), f"{cosine:.3f}", f"{error:.3f}", str(last["units"])]
+    assert " ".join(shown) in " ".join(said.splitlines()[-1].split())
+    assert f"z's cosine at least {cosine:.2f}, output error at most {error:.2f}" in summary(last)
 
 
 def test_the_figure_draws_what_it_is_given():

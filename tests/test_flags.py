@@ -579,6 +579,7 @@ ELSEWHERE = {  # what a table cannot hold, and the test that does
     "--lstm-backend": "test_flags.py::test_lstm_backend_names_the_kernel_that_runs",
     "--dataset": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
     "--data-path": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
+    "--images-only": "test_unlabelled.py::test_a_folder_of_pictures_is_enough",
     "--download": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
     "--base-model": "test_flags.py::test_base_model_and_scale_name_the_teacher",
     "--scale": "test_flags.py::test_base_model_and_scale_name_the_teacher",

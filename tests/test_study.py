@@ -46,4 +46,21 @@ def test_every_row_has_the_same_budget(row):
     else:
         lines, flags = [[*study.PRUNING, *study.PRUNED[row]]], {"--epochs", "--ft-epochs"}
     last = [{flag: int(value) for flag, value in zip(line, line[1:], strict=False) if flag in flags} for line in lines]
-    assert sum(sum(found.values()) for found in last) == (32 if row in study.DISTILLING else 18)
+    assert sum(sum(found.values()) for found in last) == (
+        32 if row in study.DISTILLING else 9 if row in (study.FIRST, study.SECOND) else 18
+    )
+
+
+def test_a_second_step_prunes_what_the_first_left(tmp_path):
+    assert study.chosen(["preserve, two steps", "then combine"]) == [
+        *("preserve", "preserve, then combine", study.FIRST, study.SECOND)
+    ]
+    demo, asked = study.Demo(tmp_path, 4, []), {}
+    demo.prune = lambda *argv, name: asked.update({name: argv}) or {"sweep": [{"keep_ratio": 0.5}]}
+    for row in (study.FIRST, study.SECOND):
+        assert list(study.prune(demo, row)) == [f"{row}, keep 0.5"]
+    one, two = asked.values()
+    ratios = [next(argv[i + 1] for i in range(len(argv) - 1, 0, -1) if argv[i] == "--sweep") for argv in (one, two)]
+    assert float(ratios[0]) * float(ratios[1]) == pytest.approx(0.3, abs=1e-4)
+    assert str(tmp_path / "block-preserve/best.pth") in one and "--keep-ratio" not in one
+    assert str(tmp_path / list(asked)[0] / f"keep-{float(ratios[0]):g}/best.pth") in two

@@ -64,7 +64,7 @@ def test_a_folder_of_pictures_is_enough(pictures, teacher, tmp_path):
     assert result["teacher_acc1"] == 100 and result["teacher_errors"] == 0
     assert len(Data(DataConfig("IMAGES", pictures, 32), Context()).train) == 21
 
-    far = ["--far-weight", str(tmp_path / "run/best.pth"), "--dataset", "IMAGES", "--data-path", str(pictures)]
+    far = ["--far-weight", str(tmp_path / "run/best.pth"), "--images-only", "--data-path", str(pictures)]
     assert main.main(["--mode", "eval", *far, *weight, "--num-workers", "0", "--output-dir", str(tmp_path / "e")]) == 0
     assert json.loads((tmp_path / "e/result.json").read_text())["agreement"] == result["agreement"]
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from utils import names
 from utils.errors import one_line
@@ -121,6 +121,20 @@ def optional_rate(text: str) -> float | None:
     return None if text == "none" else number(float, 0, open_low=True)(text)
 
 
+class Latency(NamedTuple):
+    """A time: milliseconds, or percent of the teacher's."""
+
+    amount: float
+    percent: bool
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}{'%' * self.percent}"
+
+
+def latency(text: str) -> Latency:
+    return Latency(number(float, 0, open_low=True)(text.removesuffix("%")), text.endswith("%"))
+
+
 def loss(text: str) -> str:
     """A loss by name, or a sum of terms."""
     try:
@@ -209,6 +223,14 @@ def add_model_group(parser: Parser) -> None:
 def add_data_group(parser: Parser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", choices=names.DATASETS, default="IMNET", help="the data set")
+    g.add_argument(
+        "--images-only",
+        dest="dataset",
+        action="store_const",
+        const="IMAGES",
+        default=argparse.SUPPRESS,
+        help="the same as --dataset IMAGES: a folder of pictures, without classes",
+    )
     g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default 224, DeiT-Micro 32")

@@ -1,0 +1,169 @@
+"""Select hidden units by what they cost in time: from a table of measured times, checked by measuring the result.
+
+A cell is computed in vectors of the CPU's width, so time is a staircase over a place's units: only full steps are kept.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from engine.hoyer import Norms, unit_norms
+from engine.resume import real
+from engine.shrink import Kept, relative
+from engine.speed import interleaved
+from models.deit import create_teacher
+from models.fuse import fuse
+from models.kernels import cpu
+from models.parts import Place
+from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
+from utils.arguments import Latency
+from utils.checkpoint import whole
+from utils.errors import FarError
+from utils.records import read_record
+from utils.run_folder import RunConfig
+from utils.seeding import seeded
+
+FILE = "latency.json"  # in a run's folder: what is decided twice is decided by the same table
+SECONDS = 5.0  # of measuring
+
+
+@dataclass(frozen=True)
+class Table:
+    """Milliseconds of whole models, fused on a CPU: of the teacher, and with the same number of units in every place.
+
+    ms: by that number, ascending, never less than before; the first is 1.
+    """
+
+    batch: int
+    threads: int
+    teacher_ms: float
+    ms: dict[int, float]
+
+    def at(self, units: int) -> float:
+        """On the staircase: as long as the next number in the table takes."""
+        return next(ms for level, ms in self.ms.items() if level >= units)
+
+    def predict(self, sizes: Iterable[int]) -> float:
+        """A model with so many units by place: each place has its share of the time."""
+        return mean(map(self.at, sizes))
+
+    def target_ms(self, target: Latency) -> float:
+        return target.amount / 100 * self.teacher_ms if target.percent else target.amount
+
+
+def keep_fast(norms: Norms, table: Table, target: Latency) -> Kept:
+    """Keeps each place's best units, so many that the predicted time is within the target.
+
+    As long as it is not, the place that loses the least of s_j / mean(s) for a millisecond goes down to a number of the
+    table. Raises FarError where one unit a place takes longer.
+    """
+    limit, ms = table.target_ms(target), table.ms
+    if table.at(1) > limit:
+        raise FarError(
+            f"--target-latency {target}: is {limit:.2f} ms, and one unit a head and direction takes {table.at(1):.2f} "
+            f"(batch {table.batch}, {table.threads} threads; the teacher {table.teacher_ms:.2f}); raise it (or shrink "
+            "the MLPs too, --prune-mlp)"
+        )
+    ranked = {place: s.sort(descending=True, stable=True) for place, s in relative(norms).items()}
+    sums = {place: [0.0, *s.values.double().cumsum(0).tolist()] for place, s in ranked.items()}
+    sizes = {place: len(s) for place, s in norms.items()}
+
+    def prices() -> Iterable[tuple[float, Place, int]]:
+        for place, size in sizes.items():
+            for level in ms:
+                if level < size and (saved := table.at(size) - ms[level]) > 0:
+                    yield (sums[place][size] - sums[place][level]) / saved, place, level
+
+    while table.predict(sizes.values()) > limit:
+        _, place, level = min(prices())
+        sizes[place] = level
+    return {place: s.indices[: sizes[place]].sort().values for place, s in ranked.items()}
+
+
+def obtain(run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
+    """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
+    path = run.output_dir / FILE if run.resume and run.output_dir else None
+    return read(path, _most(model)) if path and path.exists() else measure(model, config, batch, mlp)
+
+
+def read(path: Path, most: int) -> Table:
+    """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
+    record = read_record(path, "table")["table"]
+    steps = record.pop("ms", None)
+    right = set(record) == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
+    right = right and all(whole(record[name], 1, 2**31) for name in ("batch", "threads"))
+    right = right and all(real(value, 0.0) for value in (record["teacher_ms"], *steps.values()))
+    right = right and all(map(str.isdecimal, steps))
+    ms = {int(units): steps[units] for units in sorted(steps, key=int)} if right else {}
+    if not {1, most} <= ms.keys() or list(ms.values()) != sorted(ms.values()):
+        raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
+    return Table(**record, ms=ms)
+
+
+def measure(model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
+    """Times models of the shape of this one, random weights, with the numbers of units at which vectors are full."""
+    shape, parts = describe(model, config), replacements(model)
+    if mlp:
+        shape = replace(shape, mlp={str(i): max(1, round(mlp * part.sizes)) for i, part in mlps(model).items()})
+    most = _most(model)
+    step = cpu.load(cpu.TUNED).vector_width() if cpu.available() else 8
+    levels = [1, *range(step, most, step), most]
+    sizes = {u: {str(i): _filled(part.sizes, u) for i, part in parts.items()} for u in levels}
+    with seeded(0):
+        models = {f"{u}": build(replace(shape, units=units)).eval() for u, units in sizes.items()}
+        models["teacher"] = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
+        times = _times(models, config.img_size, batch)
+    longest, ms = 0.0, {}
+    for u in levels:  # noise must not make fewer units slower
+        ms[u] = longest = max(longest, times[f"{u}"])
+    return Table(batch, torch.get_num_threads(), times["teacher"], ms)
+
+
+def check(model: VisionTransformer, config: FarConfig, table: Table, target: Latency) -> dict[str, Any]:
+    """Measures the shrunk model, and the teacher in turns with it, beside what was predicted."""
+    own = copy.deepcopy(model).cpu().eval()
+    set_backend(own, "auto")
+    with seeded(0):
+        teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
+        times = _times({"model": own, "teacher": teacher}, config.img_size, table.batch)
+    predicted = table.predict(map(len, unit_norms(replacements(model)).values()))
+    found = {"target_ms": table.target_ms(target), "predicted_ms": predicted}
+    return {**found, "measured_ms": times["model"], "measured_teacher_ms": times["teacher"], "table": asdict(table)}
+
+
+def _most(model: VisionTransformer) -> int:
+    """The units of the fullest place."""
+    return max(map(len, unit_norms(replacements(model)).values()))
+
+
+def _filled(sizes: Any, units: int) -> Any:
+    """Nested like sizes, so many units in each place."""
+    return units if isinstance(sizes, int) else [_filled(size, units) for size in sizes]
+
+
+@torch.inference_mode()
+def _times(models: Mapping[str, nn.Module], side: int, batch: int) -> dict[str, float]:
+    """Milliseconds of each model fused on the CPU, taking turns; lower quartiles, as other work only adds time."""
+    images = torch.randn(batch, 3, side, side)
+    calls = {name: partial(fuse(model), images) for name, model in models.items()}
+    return {name: found["quartiles_ms"][0] for name, found in interleaved(calls, SECONDS).items()}
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What `check` found, in one line."""
+    over = found["measured_ms"] / found["target_ms"] - 1
+    table, share = found["table"], found["measured_ms"] / found["measured_teacher_ms"]
+    return (
+        f"fused, batch {table['batch']}, {table['threads']} threads: {found['measured_ms']:.2f} ms of "
+        f"{found['target_ms']:.2f} asked ({found['predicted_ms']:.2f} predicted), the teacher "
+        f"{found['measured_teacher_ms']:.2f}: {share:.0%}"
+        + (f"; the target is missed by {over:.0%}" if over > 0.005 else "")
+    )
