@@ -269,7 +269,7 @@ def idle() -> Iterator[None]:
             (demo.Demo, "stage"),
         ):
             patch.setattr(owner, name, begin)
-        for owner in (jobs, pictures, steps):
+        for owner in (jobs, steps):
             patch.setattr(owner, "create_teacher", small)
         patch.setattr(loading, "build_split", local)
         patch.setattr(registry, "Digits", functools.cache(registry.Digits))

@@ -28,7 +28,8 @@ STAGES = [
     for name, epochs, accum in (("attn", 2, 2), ("block", 1, 1))
 ]
 BATCHES = {"attn": 5, "block": 3}
-HALFWAY = {"stage": 0, "epoch": 1, "step": 4, "best": 91.5, "sums": {"images": 64.0, "loss": 80.5, "similarity": 3.0}}
+SUMS = {"images": 64.0, "loss": 80.5, "similarity": 3.0}
+HALFWAY = {"stage": 0, "epoch": 1, "step": 4, "best": 91.5, "best_loss": 0.25, "sums": SUMS}
 
 
 def batches(stage):
@@ -42,6 +43,11 @@ def line_of(call, *args):
     line = str(caught.value)
     assert line.startswith(f"{FILE}: ") and line.endswith("start again with another --output-dir"), line
     return line
+
+
+def test_a_position_of_an_earlier_version_has_no_best_loss():
+    older = {name: value for name, value in HALFWAY.items() if name != "best_loss"}
+    assert check_position(older, STAGES, batches, FILE) == older and Position(**older).best_loss == 0.0
 
 
 def test_a_position_is_accepted_exactly_where_a_run_can_stop():
@@ -68,6 +74,7 @@ def test_a_position_is_accepted_exactly_where_a_run_can_stop():
             for value in (True, 1.0, "1", None, 10**300, math.nan, [1])
         ),
         *({"best": value} for value in (math.nan, math.inf, -2.0, 101.0, "9", None, 10**400, True, [1.0])),
+        *({"best_loss": value} for value in (math.nan, -math.inf, "9", None, 1, True)),
         *(
             {"sums": value}
             for value in ({}, None, [1.0], {"loss": 1.0}, {"images": 8.0}, {1: 2.0}, {"images": 0.0, "loss": 1.0})
@@ -93,7 +100,7 @@ def test_any_change_of_a_position_gives_one_that_a_run_can_have_or_one_line(data
     except FarError as error:
         assert str(error).startswith(FILE)
     else:
-        numbers = [at.stage, at.epoch, at.step, at.best, *at.sums.values()]
+        numbers = [at.stage, at.epoch, at.step, at.best, at.best_loss, *at.sums.values()]
         assert not any(isinstance(v, bool) for v in numbers) and all(map(math.isfinite, numbers))
         assert at.epoch <= (STAGES[at.stage].optim.epochs if at.stage < 2 else 0) and bool(at.step) == bool(at.sums)
 
