@@ -159,7 +159,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go"
     )
-    parser.add_argument("--seconds", type=SECONDS, default=2.0, help="measured for each group of things compared")
+    parser.add_argument("--seconds", type=SECONDS, default=1.5, help="measured for each group of things compared")
     parser.add_argument("--batches", type=SIZE, nargs="+", default=[1, 8, 32], help="batch sizes")
     parser.add_argument(
         "--image-size",
