@@ -147,7 +147,7 @@ def configure(args: Namespace):
     return pick(
         ModeCommand,
         args,
-        run=pick(RunConfig, args, record=vars(args)),
+        run=pick(RunConfig, args, record=vars(args), defaults=vars(build_parser().parse_args([]))),
         rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),
         block_rates=Rates(pick(Optim, args, "block_ft_"), "--block-ft-opt", args.unscale_lr),
         plan=pick(Plan, args, skip_train_attn=args.skip_train_attn or args.mode == "block-distill"),

@@ -129,7 +129,7 @@ def configure(args: Namespace):
     return pick(
         PruneCommand,
         args,
-        run=pick(RunConfig, args, mode="prune", record=vars(args)),
+        run=pick(RunConfig, args, mode="prune", record=vars(args), defaults=vars(build_parser().parse_args([]))),
         rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),
         ft_rates=Rates(pick(Optim, args, "ft_"), "--ft-opt", args.unscale_lr),
         far=FarSource("--model-path", args.model_path, (PRETRAINED_PATH,)),

@@ -28,7 +28,7 @@ from datasets.registry import SOURCES, Digits, photographs
 from engine.configs import ModelName
 from engine.pictures import find_files
 from engine.rivals import PAUSE_S, measure, open_onnx_runtime, open_openvino
-from engine.steps import load_any
+from engine.steps import check_named, load_any
 from models.deit import TEACHERS
 from models.fuse import merge_blocks
 from models.replace import FarConfig, describe, load_model, set_backend
@@ -110,9 +110,7 @@ def read(asked: ExportConfig) -> Exported:
     """The model and what its checkpoint says of its images. Raises FarError where the flags name another model."""
     flag = "--far-weight" if asked.far_weight else "--base-weight"
     model, config = load_any(asked, asked.weight, flag, teacher=not asked.far_weight)
-    if asked.asked and asked.asked != config.base_model:
-        named = "--base-model" if asked.base_model else "--scale"
-        raise FarError(f"{named}: says {asked.asked}, but {asked.weight} holds a {config.base_model}; make them agree")
+    check_named(asked, asked.weight, config)
     if config.preprocessing is None:
         if asked.far_weight:
             print(f"{asked.weight}: does not say how its images were prepared; taken as evaluation prepares them")

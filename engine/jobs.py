@@ -95,15 +95,12 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
     """A run of one stage that needs no teacher."""
     stages = planned([stage], data, command.settings)
     if command.run.dry_run:
-        alone = partial(Distillation, model, None)
-        show_plan(model, config, stages, alone, data, command.run, context, command.settings)
+        task = partial(Distillation, model, None)
+        show_plan(model, config, stages, task, data, command.run, context, command.settings)
         return
     with open_run(command.run, context) as run:
         model, last = resumed(run, model, command.model)
-
-        def task(stage: Stage, criterion) -> Distillation:
-            return Distillation(model, None, stage, criterion)
-
+        task = partial(Distillation, model, None)
         result = Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
         finish(run, model, result, context)
 
@@ -131,16 +128,14 @@ def train(command: ModeCommand, context: Context) -> None:
     settings = command.settings
     stages = planned(distillation(blocks, command.plan, attn, block), data, settings)
     if command.run.dry_run:
-        pair = partial(Distillation, model, reference, distill_input=command.distill_input)
-        show_plan(model, config, stages, pair, data, command.run, context, settings)
+        task = partial(Distillation, model, reference, distill_input=command.distill_input)
+        show_plan(model, config, stages, task, data, command.run, context, settings)
         return
     with open_run(command.run, context) as run:
         model, last = resumed(run, model, command.model)
         reference.to(context.device)
 
-        def task(stage: Stage, criterion) -> Distillation:
-            return Distillation(model, reference, stage, criterion, command.distill_input)
-
+        task = partial(Distillation, model, reference, distill_input=command.distill_input)
         result = Trainer(model, config, stages, task, data, run, context, settings, last).fit()
         loader = data.val_loader(block.batch_size)
         kept = fidelity(model, reference, loader, context, settings.autocast(context.device))

@@ -86,12 +86,17 @@ def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransfo
     """
     path = source.find(asked)
     model, config = load_model(path, source.flag, asked.drop, asked.drop_path)
-    if asked.asked and asked.asked != config.base_model:
-        flag = "--base-model" if asked.base_model else "--scale"
-        raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
+    check_named(asked, path, config)
     if asked.input_size and asked.input_size != config.img_size:
         config = resize(model, config, asked.input_size, f"{source.flag} {path}")
     return path, model, config
+
+
+def check_named(asked: ModelName, path: Path, config: FarConfig) -> None:
+    """Raises FarError where the flags name another model than a file holds."""
+    if asked.asked and asked.asked != config.base_model:
+        flag = "--base-model" if asked.base_model else "--scale"
+        raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
 
 
 def load_any(asked: ModelName, path: Path, flag: str, teacher: bool) -> tuple[VisionTransformer, FarConfig]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import safetensors.torch
@@ -300,6 +301,17 @@ def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, 
     args = [*TRAIN, "--base-weight", teacher, "--epochs", "1", "--output-dir", far]
     assert "--block-ft-epochs 1, not 2" in failure(*args, "--block-ft-epochs", "2", "--resume")
     assert "already holds a run" in failure(*args, "--block-ft-epochs", "1")
+
+
+def test_a_run_of_an_earlier_version_had_the_defaults_of_flags_it_did_not_know(failure, far, teacher, tmp_path):
+    run = shutil.copytree(far, tmp_path / "run")
+    record = json.loads((run / "args.json").read_text())
+    del record["args"]["mixup_prob"], record["args"]["model_ema"]
+    (run / "args.json").write_text(json.dumps(record))
+    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
+    args += ["--output-dir", str(run), "--resume"]
+    assert "with --mixup-prob 1.0, not 0.5" in failure(*args, "--mixup-prob", "0.5")
+    assert main.main(args) == 0
 
 
 def test_an_undecodable_image_stops_the_run_by_name(failure, tmp_path):

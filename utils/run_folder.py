@@ -7,7 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,16 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run goes. `mode` names a new folder, `record` are all flags, which args.json keeps."""
+    """Where a run goes. `mode` names a new folder, `record` are all flags, which args.json keeps.
+
+    `defaults` of the flags stand for those that an older run's record does not know.
+    """
 
     mode: str
     output_dir: Path | None
     resume: str | None  # "must": a run must be there; "auto": continue one, or begin
     record: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False  # say what would happen, and stop
 
     def check(self) -> None:
@@ -109,6 +113,13 @@ class RunFolder:
             self.figure(training_curves(rows), "curves.png")
 
 
+def plain(flags: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return json.loads(
+        json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in flags.items()})
+    )
+
+
 @contextlib.contextmanager
 def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
     """Makes a run's folder, or opens an old one as `resume` says, and owns it until the end of the block.
@@ -118,8 +129,7 @@ def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
             processes, or none to resume, or another run owns it now.
     """
     lock: list[filelock.BaseFileLock] = []
-    record = {key: str(value) if isinstance(value, Path) else value for key, value in asked.record.items()}
-    record = json.loads(json.dumps({**record, "processes": context.world}))
+    record, defaults = (plain({**flags, "processes": context.world}) for flags in (asked.record, asked.defaults))
 
     def claim() -> list:
         path = asked.output_dir or _new_folder(asked.mode)
@@ -130,7 +140,7 @@ def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
         path.mkdir(parents=True, exist_ok=True)
         lock.append(_own(path))
         if resumed:
-            _check_same(path, record)
+            _check_same(path, record, defaults)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
             raise FarError(
                 f"--output-dir {path}: already holds a run; continue it by its own command with "
@@ -187,8 +197,8 @@ def _own(path: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _check_same(path: Path, record: dict[str, Any]) -> None:
-    before = {**record, **read_record(path / "args.json")["args"]}  # older runs do not say all
+def _check_same(path: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
+    before = {**defaults, **read_record(path / "args.json")["args"]}
     for key in sorted(before.keys() | record.keys()):
         if key not in FREE_ON_RESUME and before.get(key) != record.get(key):
             flag = "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"
