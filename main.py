@@ -141,13 +141,13 @@ def configure(args: Namespace):
     from engine.configs import FarSource, Rates
     from engine.jobs import ModeCommand
     from engine.stages import Optim, Plan
-    from utils.run_folder import RunConfig
+    from utils.run_folder import Record, RunConfig
 
     tables = (PRETRAINED_PATH_PRUNE, PRETRAINED_PATH) if args.ds_pruned else (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE)
     return pick(
         ModeCommand,
         args,
-        run=pick(RunConfig, args, record=vars(args), defaults=vars(build_parser().parse_args([]))),
+        run=pick(RunConfig, args, record=Record(vars(args), vars(build_parser().parse_args([])))),
         rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),
         block_rates=Rates(pick(Optim, args, "block_ft_"), "--block-ft-opt", args.unscale_lr),
         plan=pick(Plan, args, skip_train_attn=args.skip_train_attn or args.mode == "block-distill"),

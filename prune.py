@@ -124,12 +124,12 @@ def configure(args: Namespace):
     from engine.configs import FarSource, Rates
     from engine.pruning import PruneCommand
     from engine.stages import Optim
-    from utils.run_folder import RunConfig
+    from utils.run_folder import Record, RunConfig
 
     return pick(
         PruneCommand,
         args,
-        run=pick(RunConfig, args, mode="prune", record=vars(args), defaults=vars(build_parser().parse_args([]))),
+        run=pick(RunConfig, args, mode="prune", record=Record(vars(args), vars(build_parser().parse_args([])))),
         rates=Rates(pick(Optim, args), "--opt", args.unscale_lr),
         ft_rates=Rates(pick(Optim, args, "ft_"), "--ft-opt", args.unscale_lr),
         far=FarSource("--model-path", args.model_path, (PRETRAINED_PATH,)),

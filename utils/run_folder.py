@@ -7,10 +7,10 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 
@@ -38,18 +38,21 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "commit": commit, **packages}
 
 
+class Record(NamedTuple):
+    """All flags, which args.json keeps; their defaults stand for those that an older run's args.json does not know."""
+
+    flags: dict[str, Any]
+    defaults: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run goes. `mode` names a new folder, `record` are all flags, which args.json keeps.
-
-    `defaults` of the flags stand for those that an older run's record does not know.
-    """
+    """Where a run goes. `mode` names a new folder, `record` holds all flags."""
 
     mode: str
     output_dir: Path | None
     resume: str | None  # "must": a run must be there; "auto": continue one, or begin
-    record: dict[str, Any]
-    defaults: dict[str, Any] = field(default_factory=dict)
+    record: Record
     dry_run: bool = False  # say what would happen, and stop
 
     def check(self) -> None:
@@ -129,7 +132,7 @@ def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
             processes, or none to resume, or another run owns it now.
     """
     lock: list[filelock.BaseFileLock] = []
-    record, defaults = (plain({**flags, "processes": context.world}) for flags in (asked.record, asked.defaults))
+    record, defaults = (plain({**flags, "processes": context.world}) for flags in asked.record)
 
     def claim() -> list:
         path = asked.output_dir or _new_folder(asked.mode)
