@@ -40,7 +40,7 @@ from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError, run_script
 from utils.figures import save_figure
-from utils.run_folder import RunConfig, open_run
+from utils.run_folder import Record, RunConfig, open_run
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(undisturbe
 def test_a_kill_before_a_run_has_its_record_leaves_no_file_to_the_next(tmp_path):
     for name in (".args.json.12.tmp", ".last.pth.12.tmp"):  # the second one cannot be ours: nothing was trained here
         (tmp_path / name).write_text("half")
-    with open_run(RunConfig("train", tmp_path, "auto", {}), Context()):
+    with open_run(RunConfig("train", tmp_path, "auto", Record({}, {})), Context()):
         assert {p.name for p in tmp_path.iterdir()} == {".lock", ".last.pth.12.tmp", "args.json"}
 
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, w
 from utils import distributed
 from utils.checkpoint import load
 from utils.errors import FarError
-from utils.run_folder import RunConfig, open_run
+from utils.run_folder import Record, RunConfig, open_run
 
 MAIN = str(ROOT / "main.py")
 
@@ -201,7 +201,8 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
 
 
 def asked(mode="train", output_dir=None, resume=None):
-    return RunConfig(mode, output_dir, resume, {"output_dir": output_dir, "resume": resume, "epochs": 1})
+    flags = {"output_dir": output_dir, "resume": resume, "epochs": 1}
+    return RunConfig(mode, output_dir, resume, Record(flags, {}))
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
