@@ -3,6 +3,7 @@
 python3 benchmark.py                 everything, DeiT-Tiny, random weights (speed does not depend on them)
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from engine import rivals, speed
 from engine.count import count_macs
@@ -60,13 +62,13 @@ def count_sizes() -> dict[str, dict[str, int]]:
     return sizes
 
 
-def start_programs(runtimes: list[str], setting: rivals.Setting) -> list[rivals.Worker]:
+def start_rivals(runtimes: list[str], setting: rivals.Setting) -> rivals.Rivals:
     """Those that can run here; the others are named."""
     found = rivals.programs(runtimes)
     for program in found:
         if reason := program.lacks():
             print(f"  skipped: {program}: {reason}")
-    return [rivals.Worker(program, setting) for program in found if not program.lacks()]
+    return rivals.Rivals([program for program in found if not program.lacks()], setting)
 
 
 def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict[str, dict]]:
@@ -74,20 +76,15 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict
     found: dict[tuple[int, int], dict[str, dict]] = {}
     shapes = [(batch, 224) for batch in config.batches] + [(1, size) for size in config.image_size if size != 224]
     print(f"\nwhole models, {threads} threads, median ms; programs take turns")
-    folder = tempfile.TemporaryDirectory()
-    workers = start_programs(config.runtimes, rivals.Setting(threads, folder.name))
-    try:
-        for batch, size in shapes:
-            asked = [w for w in workers if size == 224 or w.program.large]
-            found[batch, size] = rivals.compare(asked, batch, size, config.seconds / 5)
-            for worker in asked:
-                if str(worker.program) not in found[batch, size]:
-                    print(f"  failed at batch {batch}, {size} px: {worker.program}: {worker.complaint()}", flush=True)
-                    worker.restart()
-    finally:
-        for worker in workers:
-            worker.close()
-        folder.cleanup()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(start_rivals(config.runtimes, rivals.Setting(threads, folder))) as running,
+    ):
+        for batch, size in tqdm(shapes, desc="shapes", unit="shape", leave=False, disable=None):
+            asked = [program for program in running.programs if size == 224 or program.large]
+            found[batch, size] = running.compare(asked, batch, size, config.seconds / 5)
+            for program, complaint in running.failed.items():
+                print(f"  failed at batch {batch}, {size} px: {program}: {complaint}", flush=True)
     print(f"  {'':<46}" + "".join(f"{f'{b} x {s} px':>13}" for b, s in shapes))
     for name in dict.fromkeys(name for times in found.values() for name in times):
         cells = [times.get(name, {}).get("median_ms") for times in found.values()]

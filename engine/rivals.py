@@ -1,4 +1,4 @@
-"""Whole models in the runtimes that people deploy them with, each in a process of its own, timed in turns.
+"""Whole models in the runtimes that people deploy them with, each runtime in a process of its own, timed in turns.
 
 Thread pools that spin spoil each other's numbers, so one program runs for a while, all rest, and the next one runs.
 `python -m engine.rivals` is such a process: it reads questions, a JSON object a line, and answers with milliseconds.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import nn
 from models import kernels
 from models.fuse import fuse
 from models.replace import FarConfig, build, count_parameters
+from utils.errors import FarError
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 OPENVINO, OURS = "OpenVINO", "FAR engine"
@@ -179,32 +181,34 @@ def programs(runtimes: Collection[str]) -> list[Program]:
     return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].precisions]
 
 
-def answer(program: Program, setting: Setting) -> Iterator[None]:
-    """A process's life: questions (batch, size, seconds) on standard input, times in ms on what was standard output."""
+def answer(name: str, precision: str, setting: Setting) -> Iterator[None]:
+    """A process's life: questions on standard input (model, size, batch, seconds), times in ms on its first output."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(setting.threads)
-    runtime, calls = RUNTIMES[program.runtime], {}
+    calls: dict[tuple[str, int], Call] = {}
     with torch.no_grad():
         for line in sys.stdin:
-            batch, size, seconds = (question := json.loads(line))["batch"], question["size"], question["seconds"]
-            if size not in calls:
-                calls[size] = runtime.make(VARIANTS[program.model].build(size), program.precision, setting)
+            model, size, batch, seconds = json.loads(line)
+            if (model, size) not in calls:
+                calls[model, size] = RUNTIMES[name].make(VARIANTS[model].build(size), precision, setting)
             images = torch.randn(batch, 3, size, size)
-            times = measure(lambda: calls[size](images), seconds)  # noqa: B023  (called within the turn)
+            times = measure(lambda: calls[model, size](images), seconds)  # noqa: B023  (called within the turn)
             print(json.dumps(times), file=out, flush=True)
             yield
 
 
 def measure(call: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of repeated calls, at least two, after one to warm up."""
-    call()
+    """Milliseconds of repeated calls, two at least. The first warms up; it counts only where calls are as long as that.
+
+    With 0 seconds it is called once.
+    """
     times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 2:
+    while time.perf_counter() < end or len(times) < min(2, 1 + bool(seconds)):
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
-    return times
+    return times[1:] if len(times) > 2 else times
 
 
 # what, at least, aim, precision, (batch, size), the program it is compared with, ours: ratios of times
@@ -241,37 +245,35 @@ def reached(found: dict[tuple[int, int], dict[str, dict]]) -> list[dict]:
 
 
 class Worker:
-    """A program in a process of its own."""
+    """A runtime at one precision, in a process of its own."""
 
-    def __init__(self, program: Program, setting: Setting):
-        self.program, self.setting = program, setting
-        self._start()
-
-    def restart(self) -> None:
-        """A new process, which has built nothing yet."""
-        self.close()
+    def __init__(self, runtime: str, precision: str, setting: Setting):
+        self.runtime, self.precision, self.setting = runtime, precision, setting
         self._start()
 
     def _start(self) -> None:
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close)
         root = str(Path(__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "engine.rivals", json.dumps([asdict(self.program), asdict(self.setting)])]
+        what = json.dumps([self.runtime, self.precision, asdict(self.setting)])
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.setting.threads)}
         pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "engine.rivals", what]
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
 
-    def send(self, batch: int, size: int, seconds: float) -> None:
-        question = json.dumps({"batch": batch, "size": size, "seconds": seconds})
+    def ask(self, model: str, batch: int, size: int, seconds: float) -> list[float]:
+        """Times in ms. Raises FarError where the program fails; a new process, with nothing built, then stands by."""
         with contextlib.suppress(BrokenPipeError):
-            print(question, file=self.process.stdin, flush=True)
+            print(json.dumps([model, size, batch, seconds]), file=self.process.stdin, flush=True)
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        complaint = self._complaint()
+        self.close()
+        self._start()
+        raise FarError(complaint)
 
-    def receive(self) -> list[float]:
-        """Times in ms; empty where the program failed."""
-        return json.loads(self.process.stdout.readline() or "[]")
-
-    def complaint(self) -> str:
-        """Of one that gave no times: its last line, or how it ended."""
+    def _complaint(self) -> str:
+        """Of a process that ends: its last line, or how it ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=10)
         self.said.seek(0)
@@ -284,27 +286,54 @@ class Worker:
         self.said.close()
 
 
-def compare(workers: list[Worker], batch: int, size: int, seconds: float) -> dict[str, dict]:
-    """Median and quartiles of each program at one shape, in ROUNDS rounds of turns."""
-    times: dict[str, list[float]] = {str(worker.program): [] for worker in workers}
-    for worker in workers:  # all at once: what is built and warmed up now is not timed
-        worker.send(batch, size, 0)
-    for worker in workers:
-        worker.receive()
-    for _ in range(ROUNDS):
-        for worker in workers:
-            time.sleep(PAUSE_S)
-            worker.send(batch, size, seconds / ROUNDS)
-            times[str(worker.program)] += worker.receive()
-    result = {}
-    for name, t in times.items():
-        if t:
-            low, median, high = statistics.quantiles(t, n=4)
-            result[name] = {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(t)}
-    return result
+class Rivals:
+    """Programs, each with the worker that runs it; to be closed."""
+
+    def __init__(self, programs: list[Program], setting: Setting):
+        kinds = dict.fromkeys((program.runtime, program.precision) for program in programs)
+        self.workers = {kind: Worker(*kind, setting) for kind in kinds}
+        self.programs = programs
+        self.failed: dict[Program, str] = {}  # of the last comparison: what it said
+
+    def compare(self, programs: list[Program], batch: int, size: int, seconds: float) -> dict[str, dict]:
+        """Median and quartiles of each program at one shape, in ROUNDS rounds of turns; without those that fail."""
+        times: dict[Program, list[float]] = {program: [] for program in programs}
+        self.failed = {}
+
+        def ask(program: Program, seconds: float) -> None:
+            if program not in self.failed:
+                try:
+                    worker = self.workers[program.runtime, program.precision]
+                    times[program] += worker.ask(program.model, batch, size, seconds)
+                except FarError as error:
+                    self.failed[program] = str(error)
+
+        def prepare(kind: tuple[str, str]) -> None:
+            for program in programs:
+                if (program.runtime, program.precision) == kind:
+                    ask(program, 0)
+
+        with ThreadPoolExecutor(len(self.workers)) as pool:  # at once: what is built and warmed up now is not timed
+            list(pool.map(prepare, self.workers))
+        for found in times.values():
+            found.clear()
+        for _ in range(ROUNDS):
+            for program in programs:
+                time.sleep(PAUSE_S)
+                ask(program, seconds / ROUNDS)
+        return {str(program): summary(found) for program, found in times.items() if program not in self.failed}
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+
+def summary(times: list[float]) -> dict:
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(times)}
 
 
 if __name__ == "__main__":
-    wanted, shared = json.loads(sys.argv[1])
-    for _ in answer(Program(**wanted), Setting(**shared)):
+    *kind, shared = json.loads(sys.argv[1])
+    for _ in answer(*kind, Setting(**shared)):
         pass

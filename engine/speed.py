@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datasets.loading import Data, DataConfig
 from engine.count import count_macs
 from engine.evaluate import evaluate
-from engine.rivals import BASE, DIM, HEADS
+from engine.rivals import BASE, DIM, HEADS, summary
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
@@ -73,11 +73,7 @@ def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> T
             started = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - started) * 1e3)
-    result = {}
-    for name, t in times.items():
-        low, median, high = statistics.quantiles(t, n=4)
-        result[name] = {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(t)}
-    return result
+    return {name: summary(found) for name, found in times.items()}
 
 
 def peak_bytes(call: Callable) -> int:

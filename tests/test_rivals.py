@@ -1,5 +1,7 @@
 """Whole models in other runtimes: they compute the model, take turns, and a missing or failing one is told."""
 
+import time
+
 import pytest
 import torch
 
@@ -21,22 +23,28 @@ def test_every_runtime_computes_the_model(program, tmp_path):
     assert error < {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.2}[program.precision], error
 
 
-def test_a_worker_answers_and_a_failing_one_complains(monkeypatch):
-    good = rivals.Worker(rivals.Program(rivals.BASE, "timm eager", "float32"), rivals.Setting(1, ""))
-    bad = rivals.Worker(rivals.Program("no model", "timm eager", "float32"), rivals.Setting(1, ""))
-    monkeypatch.setattr(rivals, "ROUNDS", 2)
+def test_programs_take_turns_and_a_failing_one_is_told():
+    good = [rivals.Program(name, "timm eager", "float32") for name in (rivals.BASE, "FAR 0.25")]
+    bad = rivals.Program("no model", "timm eager", "float32")
+    running = rivals.Rivals([good[0], bad, good[1]], rivals.Setting(1, ""))
     try:
-        found = rivals.compare([good, bad], 2, 32, 0.02)
-        assert list(found) == [str(good.program)] and found[str(good.program)]["repeats"] >= 4
-        assert "no model" in bad.complaint()
-        good.process.kill()  # as for want of memory
-        assert rivals.compare([good], 2, 32, 0.02) == {}
-        assert "exit code is -9" in good.complaint()
-        good.restart()
-        assert str(good.program) in rivals.compare([good], 1, 32, 0.02)
+        found = running.compare(running.programs, 2, 32, 0.02)
+        assert list(found) == [str(program) for program in good] and "no model" in running.failed[bad]
+        assert found[str(good[0])]["repeats"] >= 2 * rivals.ROUNDS
+        running.workers["timm eager", "float32"].process.kill()  # as for want of memory
+        assert list(running.compare(good, 2, 32, 0.02)) == [str(good[1])]
+        assert "exit code is -9" in running.failed[good[0]]
+        assert len(running.compare(good, 1, 32, 0.02)) == 2 and not running.failed
     finally:
-        good.close()
-        bad.close()
+        running.close()
+
+
+def test_the_first_call_warms_up_unless_calls_are_as_long_as_the_time():
+    calls = []
+    assert len(rivals.measure(lambda: calls.append(1), 0)) == len(calls) == 1
+    calls.clear()
+    assert len(rivals.measure(lambda: calls.append(1), 0.01)) == len(calls) - 1 > 2
+    assert len(rivals.measure(lambda: time.sleep(0.02), 0.01)) == 2
 
 
 def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
