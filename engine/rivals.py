@@ -29,7 +29,7 @@ from utils.errors import FarError
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 OPENVINO, OURS = "OpenVINO", "FAR engine"
-ROUNDS, PAUSE_S = 2, 0.2
+ROUNDS, PAUSE_S = 3, 0.2
 ONNX_OPSET = 18
 
 
