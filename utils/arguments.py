@@ -198,8 +198,15 @@ def add_run_group(parser: Parser) -> None:
         metavar="MINUTES",
         help="how long processes wait for one another: longer than a download, shorter than you would for a dead node",
     )
-    g.add_argument("--amp", choices=names.AMP, default="off", help="mixed precision")
+    g.add_argument(
+        "--amp",
+        choices=names.AMP,
+        default="auto",
+        help="mixed precision; auto: bf16 on a GPU that computes in it, else off. Gates and cell state stay float32",
+    )
     add_backend(g)
+    g.add_argument("--eval-every", type=SIZE, default=1, metavar="EPOCHS", help="evaluate so often, and at the end")
+    g.add_argument("--save-every", type=SIZE, default=1, metavar="EPOCHS", help="write last.pth so often, and at stops")
     g.add_argument(
         "--select",
         choices=("best", "last"),
