@@ -1,4 +1,4 @@
-"""Teachers by name, and their weights: timm's VisionTransformers, and DeiT-Micro, a small one of ours for the digits."""
+"""Teachers by name, and their weights. DeiT-Micro is a small one of ours, for the digits."""
 
 import logging
 import math
@@ -95,9 +95,7 @@ def resize_positions(state: dict[str, Tensor], model: VisionTransformer, source:
     """The weights with their position embeddings (1, prefix + n * n, D) interpolated to the model's grid, by timm."""
     own, positions, prefix = model.pos_embed, state["pos_embed"], prefix_positions(model)
     if ("dist_token" in state) > hasattr(model, "dist_token"):
-        raise FarError(
-            f"{source}: is a distilled DeiT; name it, --base-model deit_tiny_distilled_patch16_224 or its kin"
-        )
+        raise FarError(f"{source}: is a distilled DeiT; name it, as --base-model deit_tiny_distilled_patch16_224")
     if positions.shape == own.shape:
         return state
     side = math.isqrt(max(0, positions.shape[1] - prefix)) if positions.ndim == 3 else 0

@@ -58,7 +58,7 @@ def _measures(model: VisionTransformer) -> tuple[int, int, int]:
 
 
 def infer(state: Mapping[str, Any], source: str, base_model: str | None = None) -> FarConfig:
-    """The model around what replaces attention, one of DeiT's where none is named: its classes, image size, MLPs' units."""
+    """The model around what replaces attention, one of TEACHERS where none is named."""
     width, _, _, patch = _shape(state, "patch_embed.proj.weight", 4, source)
     classes, tokens = _shape(state, "head.weight", 2, source)[0], _shape(state, "pos_embed", 3, source)[1]
     blocks, known = blocks_of(state), [base_model] if base_model else list(TEACHERS)

@@ -76,7 +76,7 @@ def is_vit(architecture: str) -> bool:
 def find_fault(model: nn.Module) -> str:
     """What of a model cannot be replaced here, in words; empty where all can."""
     if type(model) not in KINDS:
-        return f"is a {type(model).__name__}, no VisionTransformer"
+        return f"is a {type(model).__name__}, no plain VisionTransformer"
     if type(model.patch_embed) is not PatchEmbed:
         return f"is a hybrid, its patches come from a {type(model.patch_embed).__name__}"
     for block in model.blocks:
@@ -103,8 +103,9 @@ def timm_teacher(name: str) -> Teacher:
     except RuntimeError as error:  # timm's, on an unknown tag
         raise FarError(f"{name}: timm has no such weights of {match[1]}; leave {match[2]} out") from error
     if not is_vit(match[1]):
-        made = getattr(model_entrypoint(match[1]).__annotations__.get("return"), "__name__", "something else")
-        raise FarError(f"{name}: is a {made}, whose attention FAR does not know how to replace; {mend}")
+        make = model_entrypoint(match[1])
+        kind = getattr(make.__annotations__.get("return"), "__name__", make.__module__.rpartition(".")[2])
+        raise FarError(f"{name}: is a {kind}, no VisionTransformer whose attention could be replaced; {mend}")
     with torch.device("meta"):
         model = create_model(name)
     if fault := find_fault(model):
@@ -113,7 +114,7 @@ def timm_teacher(name: str) -> Teacher:
         functools.partial(create_model, name),
         known.input_size[-1],
         model.patch_embed.patch_size[0],
-        known.has_weights,
+        bool(known.has_weights),
         known.num_classes,
         match[1],
         Preprocessing(known.mean, known.std, known.crop_pct, known.crop_mode, known.interpolation),
@@ -121,7 +122,7 @@ def timm_teacher(name: str) -> Teacher:
 
 
 def adopt(model: VisionTransformer) -> VisionTransformer:
-    """A model of timm's as one of ours, in place: it checks its size, and its MLPs can be pruned where they are plain."""
+    """timm's model as one of ours, in place: it checks its size, and its MLPs can be pruned where they are plain."""
     model.__class__ = KINDS.get(type(model), type(model))
     for block in model.blocks:
         mlp = block.mlp

@@ -258,14 +258,18 @@ def add_data_group(parser: Parser) -> None:
         g.add_argument(
             f"--{name}", type=value, nargs=3, metavar=("R", "G", "B"), help="of values 0 to 1; default: the model's"
         )
-    g.add_argument(
+    add_classes(g)
+
+
+def add_classes(group) -> None:
+    group.add_argument(
         "--nb-classes",
         type=SIZE,
         metavar="N",
-        help="classes of the model; default: the data set's, which must not be more. --mode teacher and downstream give "
-        "weights of another number a fresh classifier",
+        help="classes of the model; default: the data set's, which must not be more. Weights of another number get a "
+        "fresh classifier in --mode teacher and downstream",
     )
-    g.add_argument(
+    group.add_argument(
         "--inat-category",
         choices=names.INAT_CATEGORIES,
         default="name",
