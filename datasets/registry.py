@@ -183,6 +183,8 @@ def _grouped(name: str, root: Path, data: Dataset, category: str) -> Grouped:
     if name not in ("INAT18", "INAT19"):
         raise FarError(f"{flag}: --dataset {name} has no such classes, INAT18 and INAT19 have; leave it out")
     try:
+        if not listing.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError(listing)
         known = {entry["id"]: entry[category] for entry in json.loads(listing.read_text(encoding="utf-8"))}
         groups = [known[int(Path(species).name)] for species in data.classes]
         if not all(isinstance(group, str) for group in groups):

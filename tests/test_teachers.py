@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from functools import partial
 
 import pytest
