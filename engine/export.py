@@ -116,7 +116,9 @@ def read(asked: ExportConfig) -> Exported:
         if asked.far_weight:
             print(f"{asked.weight}: does not say how its images were prepared; taken as evaluation prepares them")
         source = SOURCES[asked.dataset or ("DIGITS" if config.img_size <= 32 else "IMNET")]
-        config = replace(config, preprocessing=preprocessing(DataConfig("", None, config.img_size), source))
+        config = replace(
+            config, preprocessing=preprocessing(DataConfig("", None, config.img_size), source, config.reading)
+        )
     return Exported(model, describe(model, config))
 
 

@@ -28,8 +28,7 @@ def say(context: Context, text: str) -> None:
 
 def load_data(asked: DataConfig, config: FarConfig, context: Context) -> Data:
     """The data set as a model reads it: at its image side, prepared as its weights know pictures."""
-    own = config.preprocessing or find_teacher(config.base_model).preprocessing
-    return Data(replace(asked, input_size=config.img_size), context, own)
+    return Data(replace(asked, input_size=config.img_size), context, config.reading)
 
 
 def load_labelled(asked: DataConfig, config: FarConfig, context: Context) -> Data:

@@ -142,6 +142,11 @@ def load_published_weights(model: VisionTransformer, base_model: str) -> None:
         raise FarError(
             f"--base-weight: {base_model} has no published weights; train one with --mode teacher, then name it"
         )
+    if not teacher.classes:
+        raise FarError(
+            f"--base-weight: the published {base_model} has no classifier; give it one with --mode teacher "
+            "--base-weight FILE, on your data, and name its best.pth"
+        )
     if model.num_classes != teacher.classes:
         raise FarError(
             f"--base-weight: the published {base_model} knows {teacher.classes} classes, --dataset has "

@@ -53,6 +53,11 @@ class FarConfig:
     classes: tuple[str, ...] = ()
 
     @property
+    def reading(self) -> Preprocessing | None:
+        """How pictures become its input: as stored, else as the teacher's weights know them; None is unknown."""
+        return self.preprocessing or find_teacher(self.base_model).preprocessing
+
+    @property
     def pruned(self) -> bool:
         return bool(self.units or self.mlp)
 

@@ -23,6 +23,7 @@ from models.deit import TEACHERS, create_teacher, load_teacher_weights
 from models.fuse import fuse
 from models.kernels import cpu
 from models.onnx_graph import find_faults, to_onnx
+from models.published import from_published, to_published
 from models.replace import FarConfig, describe, load_model, mlps, pack, replacements, reset_classifier, swap_attention
 from models.vit import Teacher
 from models.whole import why_not
@@ -90,7 +91,9 @@ def test_a_teacher_is_replaced_distilled_pruned_and_read_back(name, tmp_path):
     tokens = (size // teacher.patch_embed.patch_size[0]) ** 2 + prefix
     assert {part.num_tokens for part in replacements(student).values()} == {tokens}
     for i, part in replacements(student).items():
-        assert torch.equal(part.post_proj.weight, teacher.blocks[i].attn.proj.weight)
+        own = teacher.blocks[i].attn.proj
+        assert torch.equal(part.post_proj.weight, own.weight)
+        assert torch.equal(part.post_proj.bias, torch.zeros(teacher.embed_dim) if own.bias is None else own.bias)
 
     stage = Stage("attn", config.replaced, config.replaced, "full", "preserve", "z", Optim(1, 1, 1e-3))
     select_trainable(student, stage)
@@ -166,6 +169,20 @@ def test_its_own_weights_go_to_another_size_and_class_count(name, tmp_path):
     assert not load_teacher_weights(other, tmp_path / "a.pth", head=False)
     reset_classifier(other, CLASSES + 2)
     assert logits(other, size).shape == (3, CLASSES + 2) and logits(other, size).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "norms"])
+@pytest.mark.parametrize("per_head", [True, False])
+def test_the_published_codes_form_keeps_it(name, per_head):
+    _, model, config = student_of(name)
+    again, found, _ = from_published(to_published(model, per_head), "x", name)
+    assert (found.replaced, found.img_size, found.mlp) == (config.replaced, config.img_size, {})
+    torch.testing.assert_close(logits(again, config.img_size), logits(model, config.img_size), rtol=1e-4, atol=1e-5)
+
+
+def test_published_weights_without_a_classifier_are_no_teacher(failure):
+    line = failure("--mode", "train", "--base-model", "vit_small_patch14_dinov2", "--dataset", "DIGITS")
+    assert "has no classifier; give it one with --mode teacher" in line
 
 
 REFUSED = {
