@@ -25,7 +25,7 @@ from models.kernels import cpu
 from models.onnx_graph import find_faults, to_onnx
 from models.published import from_published, to_published
 from models.replace import FarConfig, describe, load_model, mlps, pack, replacements, reset_classifier, swap_attention
-from models.vit import Teacher
+from models.vit import Teacher, classifiers
 from models.whole import why_not
 from tests.conftest import PLAIN
 from utils.checkpoint import load, save
@@ -168,6 +168,7 @@ def test_its_own_weights_go_to_another_size_and_class_count(name, tmp_path):
         load_teacher_weights(other, tmp_path / "a.pth")
     assert not load_teacher_weights(other, tmp_path / "a.pth", head=False)
     reset_classifier(other, CLASSES + 2)
+    assert not any(head.bias.any() for head in classifiers(other))  # fresh, both of a distilled one
     assert logits(other, size).shape == (3, CLASSES + 2) and logits(other, size).abs().max() > 0
 
 
