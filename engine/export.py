@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import math
-import re
 import shutil
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
 from engine.configs import ModelName
 from engine.pictures import find_files
+from engine.predict import preprocessing_of
 from engine.rivals import PAUSE_S, measure, open_onnx_runtime, open_openvino
 from engine.steps import check_named, load_any
 from models.deit import find_teacher
@@ -73,8 +73,12 @@ class ExportConfig(ModelName):
                 raise FarError(f"{flag}: means something for --to {target} alone; leave it out")
         if self.images and (self.dataset or self.data_path):
             raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
+        if self.data_path and not self.dataset:
+            raise FarError(f"--data-path {self.data_path}: is the folder of --dataset NAME; name that too, or --images")
         if self.output and self.output.suffix != f".{self.to}":
             raise FarError(f"--output {self.output}: --to {self.to} writes .{self.to} files; end its name so")
+        if self.file.resolve() == self.weight.resolve():
+            raise FarError(f"--output {self.file}: would take the place of the weights; name another file")
 
     @property
     def weight(self) -> Path:
@@ -102,9 +106,8 @@ class Exported:
 
     @property
     def architecture(self) -> str:
-        """timm's name of it, its image side in place of the usual one."""
-        name = find_teacher(self.config.base_model).architecture
-        return "far_" * bool(self.config.replaced) + re.sub(r"_\d+$", f"_{self.config.img_size}", name)
+        """timm's name of it."""
+        return "far_" * bool(self.config.replaced) + find_teacher(self.config.base_model).architecture
 
 
 def read(asked: ExportConfig) -> Exported:
@@ -112,14 +115,11 @@ def read(asked: ExportConfig) -> Exported:
     flag = "--far-weight" if asked.far_weight else "--base-weight"
     model, config = load_any(asked, asked.weight, flag, teacher=not asked.far_weight)
     check_named(asked, asked.weight, config)
-    if config.preprocessing is None:
-        if asked.far_weight:
-            print(f"{asked.weight}: does not say how its images were prepared; taken as evaluation prepares them")
-        source = SOURCES[asked.dataset or ("DIGITS" if config.img_size <= 32 else "IMNET")]
-        config = replace(
-            config, preprocessing=preprocessing(DataConfig("", None, config.img_size), source, config.reading)
-        )
-    return Exported(model, describe(model, config))
+    if config.preprocessing or not asked.dataset:
+        seen = preprocessing_of(config)
+    else:
+        seen = preprocessing(DataConfig("", None, config.img_size), SOURCES[asked.dataset], config.reading)
+    return Exported(model, describe(model, replace(config, preprocessing=seen)))
 
 
 def write_onnx(exported: Exported, asked: ExportConfig, path: Path) -> str:
@@ -186,12 +186,13 @@ def write_safetensors(exported: Exported, asked: ExportConfig, path: Path) -> st
     """Weights and configuration, and config.json as timm writes it for the hub."""
     model = exported.model
     beside = asked.file.with_name("config.json")
-    if beside.exists() and '"far"' not in beside.read_text(errors="replace"):
+    if beside.exists() and not (beside.is_file() and '"far"' in beside.read_text(errors="replace")):
         raise FarError(f"--output {asked.file}: {beside} is there and not ours; name another folder")
     save_safe(path, model.state_dict(), {"config": asdict(exported.config)})
     fixed = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
     hub = {
         "architecture": exported.architecture,
+        "model_args": {"img_size": exported.config.img_size},
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "pretrained_cfg": {"num_classes": model.num_classes, **exported.data, **fixed},
@@ -347,5 +348,6 @@ def export(asked: ExportConfig) -> Path:
         for made in sorted(Path(folder).iterdir()):
             with made.open("rb") as source:
                 write_atomic(asked.file.parent / made.name, lambda file: shutil.copyfileobj(source, file))  # noqa: B023
-        print(f"{asked.file}: {exported.architecture}, {holds}, {asked.file.stat().st_size / 1e6:.1f} MB")
+        holds = f"{exported.architecture} at {exported.config.img_size} px, {holds}"
+        print(f"{asked.file}: {holds}, {asked.file.stat().st_size / 1e6:.1f} MB")
     return asked.file

@@ -11,8 +11,8 @@ from utils.preprocessing import Preprocessing
 
 
 def data_config(model: VisionTransformer, preprocessing: Preprocessing | None = None) -> dict[str, Any]:
-    """timm's configuration of a model's data at its image size; unless told, what main.py evaluates with."""
-    known = {**getattr(model, "pretrained_cfg", {}), **asdict(preprocessing or Preprocessing())}
+    """timm's configuration of a model's data, at its image size."""
+    known = {**getattr(model, "pretrained_cfg", {}), **(asdict(preprocessing) if preprocessing else {})}
     return {**known, "input_size": (3, *model.patch_embed.img_size), "num_classes": model.num_classes}
 
 
@@ -29,5 +29,5 @@ def load(
         resize(model, config, input_size, str(checkpoint))
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
-    model.pretrained_cfg = model.default_cfg = data_config(model, config.reading)
+    model.pretrained_cfg = model.default_cfg = data_config(model, config.reading or Preprocessing())
     return model

@@ -4,19 +4,27 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import export
-from engine.export import TARGETS, Row, compare
+import models.timm_models  # noqa: F401  (registers)
+from datasets.loading import Data, DataConfig
+from engine.export import TARGETS, ExportConfig, Row, compare, read
+from engine.predict import preprocessing_of
+from models.hub import load
 from models.onnx_graph import to_onnx
 from models.replace import FarConfig, build, load_model, pack, set_backend
 from tests.conftest import launch, write_images
 from utils import checkpoint
+from utils.distributed import Context
 from utils.preprocessing import Preprocessing
 
 DEPTH = 4
@@ -215,11 +223,34 @@ def test_answers_of_one_image_alone_count_too_and_nan_stays():
     assert not rows["sometimes"].difference <= 1e9
 
 
-def test_a_checkpoint_that_does_not_say_how_images_were_prepared_is_told(tmp_path, capsys):
-    store(tmp_path / "far.pth", micro(**KINDS["merged"]))
-    assert "does not say" in run(capsys, "--far-weight", tmp_path / "far.pth", "--to", "safetensors")
-    hub = json.loads((tmp_path / "config.json").read_text())
-    assert hub["pretrained_cfg"]["mean"] == [0.5] * 3 and "label_names" not in hub
+def test_how_images_are_read_where_no_checkpoint_says_is_one_answer_everywhere(tmp_path, caplog):
+    old = tmp_path / "far.pth"
+    store(old, micro(**KINDS["merged"]))
+    asked = {"to": "safetensors", "far_weight": old}
+    assert read(ExportConfig(**asked)).config.preprocessing == Preprocessing() and "ImageNet" in caplog.text
+    assert preprocessing_of(load_model(old)[1]) == Preprocessing()
+    hub = load(old).pretrained_cfg
+    assert all(hub[name] == value for name, value in asdict(Preprocessing()).items())
+    digits = read(ExportConfig(**asked, dataset="DIGITS")).config.preprocessing
+    assert digits == Data(DataConfig("DIGITS", None, 32), Context()).preprocessing != Preprocessing()
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_timm_makes_the_model_of_an_exported_folder(size, tmp_path, capsys):
+    seen = Preprocessing((0.4,) * 3, (0.6,) * 3, 1.0, interpolation="bilinear")
+    config = FarConfig("DeiT-Tiny", 3, size, replaced=(0, 11), units={"0": [[3, 4]] * 3}, preprocessing=seen)
+    model = store(tmp_path / "far.pth", config)
+    write_images(tmp_path / "pictures", 1)
+    flags = ("--output", tmp_path / "model.safetensors", "--images", tmp_path / "pictures")
+    assert f"far_deit_tiny_patch16_224 at {size} px" in run(
+        capsys, "--far-weight", tmp_path / "far.pth", "--to", "safetensors", *flags
+    )
+    theirs, images = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(theirs(images), model(images))
+    data = timm.data.resolve_model_data_config(theirs)
+    assert data == {"input_size": (3, size, size), **{name: data[name] for name in asdict(seen)}}
+    assert Preprocessing.read({name: data[name] for name in asdict(seen)}) == seen
 
 
 @pytest.mark.parametrize(
@@ -234,6 +265,7 @@ def test_a_checkpoint_that_does_not_say_how_images_were_prepared_is_told(tmp_pat
         ("--to onnx --scale Tiny", "--scale"),
         ("--to onnx --images none", "--images none"),
         ("--to onnx --images . --dataset DIGITS", "--images"),
+        ("--to onnx --data-path .", "--data-path ."),
         ("--to onnx --base-weight far.pth", "--far-weight, --base-weight"),
     ],
 )
@@ -286,6 +318,18 @@ def test_a_config_of_something_else_is_not_overwritten(far, failure, tmp_path):
     flags = ("--to", "safetensors", "--output", tmp_path / "far.safetensors")
     assert "config.json" in failure("--far-weight", far, *flags, script=export.main)
     assert left(tmp_path) == {"config.json"} and (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_neither_a_folder_nor_the_weights_themselves_are_written_over(far, failure, tmp_path, capsys):
+    (tmp_path / "config.json").mkdir()
+    flags = ("--to", "safetensors", "--output", tmp_path / "far.safetensors")
+    assert "config.json is there and not ours" in failure("--far-weight", far, *flags, script=export.main)
+    (tmp_path / "config.json").rmdir()
+    save_file(build(micro()).state_dict(), own := tmp_path / "timm.safetensors")
+    before = own.read_bytes()
+    flags = ("--base-weight", own, "--scale", "Micro", "--to", "safetensors")
+    assert "timm.safetensors: would take the place of the weights" in failure(*flags, script=export.main)
+    assert left(tmp_path) == {own.name} and own.read_bytes() == before
 
 
 def test_no_compiler_is_one_line(far, failure, tmp_path, monkeypatch):

@@ -289,7 +289,7 @@ def test_a_distilled_far_model_is_evaluated_pruned_moved_and_exported(distilled,
     assert export.main(["--far-weight", str(out / "best.pth"), "--to", "safetensors"]) == 0
     again, _ = load_model(out / "best.safetensors")
     assert torch.equal(logits(again, 32), logits(pruned, 32))
-    assert json.loads((out / "config.json").read_text())["architecture"] == "far_deit_tiny_distilled_patch16_32"
+    assert json.loads((out / "config.json").read_text())["architecture"] == "far_deit_tiny_distilled_patch16_224"
 
 
 def test_onnx_of_a_distilled_deit_is_one_line(distilled, failure, tmp_path):
