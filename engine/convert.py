@@ -78,6 +78,8 @@ def _check_output(asked: ConvertConfig) -> None:
     known = SUFFIXES["far_weight" if asked.far_weight else "published"]
     if asked.output.suffix not in known:
         raise FarError(f"--output {asked.output}: unknown suffix; write one of {', '.join(known)}")
+    if asked.output.resolve() == (asked.far_weight or asked.published).resolve():
+        raise FarError(f"--output {asked.output}: would take the place of the weights; name another file")
     check_writable(asked.output.absolute().parent, "--output")
 
 

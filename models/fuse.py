@@ -22,6 +22,8 @@ class ClassTokenViT(VisionTransformer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.global_pool != "token":  # since reset_classifier
+            return super().forward(x)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         *blocks, last = self.blocks
         for block in blocks:

@@ -200,6 +200,7 @@ def without(*names):
         (STATE, ["--output", "b.ckpt"], "b.ckpt: unknown suffix"),
         (STATE, ["--output", "b.safetensors"], "unknown suffix"),
         (STATE, ["--output", "nowhere/b.pth"], "nowhere/b.pth: cannot be written"),
+        (STATE, ["--output", "a.pth"], "a.pth: would take the place of the weights"),
         (STATE, ["--per-head"], "--per-head: --published does not use it"),
         (STATE, ["--scale", "Tiny"], "width 64, 4 blocks and patches of 4 px, which is no DeiT-Tiny"),
         (without("blocks.3."), [], "3 blocks"),

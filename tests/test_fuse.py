@@ -104,6 +104,18 @@ def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
         assert plain - count_macs(fused) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
 
 
+@pytest.mark.parametrize("pool", ["token", "avg", ""])
+@torch.no_grad()
+def test_a_fused_model_takes_a_classifier_that_reads_other_tokens(pool):
+    model = build(FarConfig("DeiT-Micro", 10, 32, "gru", replaced=(0, 3))).eval()
+    fused = merge_blocks(model)
+    for each in (model, fused):
+        each.reset_classifier(5, pool)
+    fused.head.load_state_dict(model.head.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
+
+
 def micro(**kwargs):
     return build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units={"1": [[5, 32], [1, 7]]}, **kwargs)).eval()
 
