@@ -17,7 +17,7 @@ from datasets.images import find_files, read_image
 from datasets.loading import naming_dead_workers
 from models.replace import FarConfig
 from utils.checkpoint import write_atomic
-from utils.errors import FarError
+from utils.errors import FarError, one_line
 from utils.files import check_writable
 from utils.preprocessing import Preprocessing
 
@@ -96,10 +96,11 @@ def predict(model: nn.Module, config: FarConfig, loader: DataLoader, top: int, d
 
 
 def as_text(answers: list[Answer]) -> str:
-    """For a terminal: each file and under it its classes."""
+    """For a terminal: each file and under it its classes. Names may hold what a terminal obeys or cannot show."""
     lines = []
     for answer in answers:
-        lines += [answer.file] * (answer.rank == 1) + [f"  {100 * answer.probability:6.2f} %  {answer.name}"]
+        lines += [one_line(answer.file)] * (answer.rank == 1)
+        lines += [f"  {100 * answer.probability:6.2f} %  {one_line(answer.name)}"]
     return "\n".join(lines)
 
 

@@ -258,7 +258,7 @@ def to_onnx(model: VisionTransformer, opset: int, properties: Mapping[str, str])
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise FarError(f"--opset {opset}: this needs one from {OPSETS[0]} to {OPSETS[1]}, the newest installed")
     if fault := find_faults(model):
-        raise FarError(f"--to onnx: {fault} has no form in the ONNX graph; use --to pt2 or safetensors")
+        raise FarError(f"--to onnx: {fault}: the ONNX graph has no form for it; use --to pt2 or safetensors")
     model = without_scales(model)
     graph, embed = Graph(opset), model.patch_embed
     x = _embed(graph, model, "images")

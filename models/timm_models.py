@@ -37,10 +37,10 @@ class FarDeiT(ViT):
     def _shaped_by(self, state: dict[str, Any], adopts: frozenset[str]) -> dict[str, Any]:
         """Takes the shape of FAR weights, and gives them in its own image size and classes."""
         config = infer_far(state, "checkpoint_path")
-        if state["pos_embed"].shape[2] != self.embed_dim:
+        like, own = self.pos_embed, build(config)
+        if (own.embed_dim, len(own.blocks)) != (self.embed_dim, len(self.blocks)):
             raise FarError(f"checkpoint_path: holds a {config.base_model}; create the far_deit model of that scale")
-        like = self.pos_embed
-        for block, shaped in zip(self.blocks, build(config).blocks, strict=True):
+        for block, shaped in zip(self.blocks, own.blocks, strict=True):
             block.mlp.resize(shaped.mlp.sizes)
             block.attn, block.mlp = shaped.attn.to(like), block.mlp.to(like)
         self.train(self.training)

@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 import main
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits, class_names
+from engine.predict import Answer, as_text
 from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import BATCH, PLAIN, QUIET, image_folder, write_images
 from utils.checkpoint import load, save
@@ -70,6 +71,11 @@ def test_predict_prints_names_and_takes_teachers_and_pruned_models(pictures, tea
         shares = [re.fullmatch(r" +([0-9.]+) %  (.)", line).groups() for line in lines[1:]]
         assert all(name in names for _, name in shares)
         assert [float(share) for share, _ in shares] == sorted((float(share) for share, _ in shares), reverse=True)
+
+
+def test_names_cannot_move_the_terminal_nor_stop_the_print():
+    odd = [Answer("a\udcff\n.png", 1, 0, "ü \x1b[2J", 0.5), Answer("a\udcff\n.png", 2, 1, "b\rc", 0.25)]
+    assert as_text(odd) == "a\\udcff\\n.png\n   50.00 %  ü \\x1b[2J\n   25.00 %  b\\rc"
 
 
 def test_a_folders_classes_are_named_and_go_with_the_weights_downstream(far, tmp_path):

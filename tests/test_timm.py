@@ -7,6 +7,7 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import create_model, is_model, list_models
+from timm.models._features import FeatureGetterNet
 
 import main
 import models.timm_models  # noqa: F401  (registers)
@@ -86,6 +87,8 @@ def test_a_checkpoint_that_does_not_fit_says_so(files):
     for name, said in (("far_deit_small_patch16_224", "holds a DeiT-Tiny"), (NAME, "DeiT-Micro")):
         with pytest.raises(FarError, match=said):
             create_model(name, checkpoint_path=files / ("ragged.pth" if name != NAME else "micro.pth"))
+    with pytest.raises(FarError, match="holds a DeiT-Tiny"):
+        create_model(NAME, checkpoint_path=files / "ragged.pth", depth=6)
     with pytest.raises(FarError, match="a mixer works on its own 17 tokens, not on 37"):
         create_model(NAME, checkpoint_path=files / "mixer.pth", img_size=96)
 
@@ -107,6 +110,16 @@ def test_features_are_what_the_blocks_give(files):
         assert torch.equal(grid.flatten(2).transpose(1, 2), model.norm(states[i + 1])[:, 1:])
     model.reset_classifier(3)
     assert torch.equal(model(x), model.head(model.norm(states[-1])[:, 0])) and model(x).shape == (2, 3)
+
+
+@torch.no_grad()
+def test_timm_takes_the_features_of_a_checkpoint(files):
+    """What features_only=True wraps a model in; with checkpoint_path that fails in timm, for its own models too."""
+    model, x = create_model(NAME, checkpoint_path=files / "ragged.pth").eval(), images(64)
+    expected = model.forward_intermediates(x, [1, 11], norm=False, intermediates_only=True)
+    for got, want in zip(FeatureGetterNet(model, out_indices=[1, 11])(x), expected, strict=True):
+        assert torch.equal(got, want)
+    assert [f.shape for f in create_model(NAME, features_only=True)(images(224))] == [(2, 192, 14, 14)] * 3
 
 
 def test_another_input_size_resizes_positions_and_travels_with_the_checkpoint(files, tmp_path):
