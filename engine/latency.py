@@ -135,8 +135,9 @@ def check(model: VisionTransformer, config: FarConfig, table: Table, target: Lat
         teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
         times = _times({"model": own, "teacher": teacher}, config.img_size, table.batch)
     predicted = table.predict(map(len, unit_norms(replacements(model)).values()))
-    found = {"target_ms": table.target_ms(target), "predicted_ms": predicted}
-    return {**found, "measured_ms": times["model"], "measured_teacher_ms": times["teacher"], "table": asdict(table)}
+    found = {"target_ms": table.target_ms(target), "predicted_ms": predicted, "measured_ms": times["model"]}
+    found |= {"measured_teacher_ms": times["teacher"], "measured_threads": torch.get_num_threads()}
+    return {**found, "table": asdict(table)}
 
 
 def _most(model: VisionTransformer) -> int:
@@ -161,9 +162,10 @@ def summary(found: dict[str, Any]) -> str:
     """What `check` found, in one line."""
     over = found["measured_ms"] / found["target_ms"] - 1
     table, share = found["table"], found["measured_ms"] / found["measured_teacher_ms"]
+    other = f" for {table['threads']} threads" * (table["threads"] != found["measured_threads"])  # a resumed run
     return (
-        f"fused, batch {table['batch']}, {table['threads']} threads: {found['measured_ms']:.2f} ms of "
-        f"{found['target_ms']:.2f} asked ({found['predicted_ms']:.2f} predicted), the teacher "
+        f"fused, batch {table['batch']}, {found['measured_threads']} threads: {found['measured_ms']:.2f} ms of "
+        f"{found['target_ms']:.2f} asked ({found['predicted_ms']:.2f} predicted{other}), the teacher "
         f"{found['measured_teacher_ms']:.2f}: {share:.0%}"
         + (f"; the target is missed by {over:.0%}" if over > 0.005 else "")
     )
