@@ -1,5 +1,6 @@
 """Figures: functions from plain data to a Matplotlib figure."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, pairwise, product
 from pathlib import Path
@@ -28,7 +29,9 @@ COLOURS = (
 
 def save_figure(figure: Figure, path: Path) -> None:
     """In the format that the path's ending names. Raises `write_atomic`'s FarError."""
-    write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, bbox_inches="tight"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks: boxes, no news
+        write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, bbox_inches="tight"))
 
 
 LOG_TICKS = {20: (1, 2, 3, 5, 7), 300: (1, 2, 5), np.inf: (1,)}  # up to this ratio of ends, in each decade
