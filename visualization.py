@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from engine.pictures import PictureConfig, visualize
 
-    visualize(pick(PictureConfig, args))
+    page, _ = visualize(pick(PictureConfig, args))
+    print(f"open {page}")
     return 0
 
 

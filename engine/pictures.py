@@ -190,8 +190,8 @@ def sampling(tokens: int, dim: int, seed: int) -> tuple[list[int], int | None, s
     return chosen, probes, f"sampled: {count} of {tokens} output tokens, {probes} random directions each, seed {seed}"
 
 
-def visualize(asked: PictureConfig) -> list[Section]:
-    """All figures, and index.html of them in their folder; returns the page's sections."""
+def visualize(asked: PictureConfig) -> tuple[Path, list[Section]]:
+    """All figures, and index.html of them in their folder; returns that page and its sections."""
     device = pick_device(asked.device)
     kernels.check(asked.lstm_backend, device)
     models, config, folder = find_models(asked)
@@ -203,15 +203,14 @@ def visualize(asked: PictureConfig) -> list[Section]:
         model.to(device).requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
     draw = Pictures(models, images, blocks, folder, asked.format, asked.seed, device)
-    sections = [draw.importance(), draw.similarity(), draw.influence()]
-    write_page(folder / "index.html", "FAR: what the models look at", [draw.answers(), *sections])
-    print(f"{folder / 'index.html'} shows all of it")
-    return sections
+    sections = [draw.answers(), draw.importance(), draw.similarity(), draw.influence()]
+    write_page(folder / "index.html", "FAR: what the models look at", sections)
+    return folder / "index.html", sections
 
 
 HOW_IMPORTANT = (
-    "Purple speaks for the class that the model names, orange against it: the gradient of its logit times what the\n"
-    "block reads, patch by patch. One scale a model, which ends where 99 % of the values lie."
+    "Purple speaks for the class that the model names, orange against it: the gradient of its logit times what the "
+    "block reads, patch by patch. One scale a model, which ends where 99 % of the values lie."
 )
 
 
@@ -274,7 +273,7 @@ class Pictures:
         """Token importance of every model, image by image, and the teacher's attention rollout."""
         found = {name: token_importance(model, self.read, self.blocks) for name, model in self.models.items()}
         rollout = attention_rollout(self.models["teacher"], self.read) if self.first == "teacher" else None
-        text = HOW_IMPORTANT + f"\nρ: rank correlation with the {self.first}'s map of the same block." * bool(
+        text = HOW_IMPORTANT + f" ρ: rank correlation with the {self.first}'s map of the same block." * bool(
             self.others
         )
         figures, rho = [], {name: [] for name in self.others}
@@ -335,7 +334,7 @@ class Pictures:
         bar.close()
         text = (
             f"How strongly z of output token i depends on input token j, yellow the strongest ({self.images.names[0]}; "
-            f"{how}). Scales end where 99 % of the values lie."
+            f"{how}). Scales end where 99 % of the values lie."
         )
         axes = ("input token j", "output token i")
         return self._matrices("influence", "Which tokens a token depends on", text, rows, axes)

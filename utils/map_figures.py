@@ -1,5 +1,6 @@
 """Figures of token maps: functions from arrays to a Matplotlib figure, colours safe for colour-blind readers."""
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.transforms import Transform
 
 SIGNED, AMOUNT = "PuOr", "cividis"
 ACROSS = 12  # panels in a line; more blocks go on in the next
-MARGIN, COLOUR_BAR, TITLE, CAPTION, HEAD = 0.5, 0.9, 0.4, 0.7, 1.75  # inches
+MARGIN, COLOUR_BAR, TITLE, CAPTION, HEAD = 0.5, 0.9, 0.4, 0.8, 1.75  # inches
 
 
 def signed(value: float) -> str:
@@ -68,7 +70,8 @@ def importance_maps(
         _overlay(axes, image, values, colours)
 
     figure, (head, *rest) = _page(rows, HEAD, ticks=0)
-    shown = head.subplots(1, 3, width_ratios=(HEAD, HEAD + COLOUR_BAR, figure.get_figwidth() - 2 * HEAD - COLOUR_BAR))
+    rest_of_width = figure.get_figwidth() - 2 * HEAD - COLOUR_BAR
+    shown = head.subplots(1, 3, width_ratios=(HEAD, HEAD + COLOUR_BAR, rest_of_width))
     for axes in shown:
         axes.set_axis_off()
         axes.set_anchor("W")
@@ -79,8 +82,7 @@ def importance_maps(
         _overlay(shown[1], image, rollout, amount)
         shown[1].set_title("teacher's attention rollout", fontsize=8)
         _bar(amount, shown[1], "neither", "reaches the class token")
-    shown[2].text(0, 1, name, fontsize=12, weight="bold", parse_math=False, va="top", transform=shown[2].transAxes)
-    shown[2].text(0, 0.78, caption, fontsize=8.5, va="top", parse_math=False, transform=shown[2].transAxes)
+    _write(shown[2], shown[2].transAxes, rest_of_width, name, caption)
     _fill(rest, rows, draw)
     return figure
 
@@ -98,8 +100,7 @@ def token_matrices(title: str, rows: list[Row], labels: tuple[str, str], caption
         axes.tick_params(labelsize=6)
 
     figure, (head, *rest) = _page(rows, CAPTION, ticks=0.35)
-    head.text(0.01, 0.95, title, fontsize=12, weight="bold", parse_math=False, va="top")
-    head.text(0.01, 0.5, caption, fontsize=8.5, va="top", parse_math=False)
+    _write(head, head.transSubfigure, figure.get_figwidth(), title, caption)
     for sub in rest:
         sub.supxlabel(labels[0], fontsize=7)
         sub.supylabel(labels[1], fontsize=7)
@@ -128,6 +129,7 @@ def _fill(parts: list[SubFigure], rows: list[Row], draw: Draw) -> None:
         colours = row.colours
         for axes, (block, values) in zip(grid.flat, row.panels.items(), strict=False):
             draw(axes, values, colours)
+            axes.set_anchor("W")
             note = f", ρ {signed(row.rho[block])}" if block in row.rho else ""
             axes.set_title(f"block {block}{note}", fontsize=7, pad=3)
         for axes in list(grid.flat)[len(row.panels) :]:
@@ -143,6 +145,15 @@ def _bar(colours: ScalarMappable, beside: Axes, clipped: str, unit: str) -> None
     bar.ax.tick_params(labelsize=6)
     bar.ax.yaxis.get_offset_text().set_size(6)
     bar.set_label(unit, fontsize=7)
+
+
+def _write(part: Axes | SubFigure, coordinates: Transform, inches: float, title: str, caption: str) -> None:
+    """A title and a caption at a part's upper left, in lines so wide."""
+    lines = textwrap.fill(title, int(8 * inches)), textwrap.fill(caption, int(13 * inches))
+    for height, text, style in zip(
+        (0.98, 0.66), lines, ({"fontsize": 12, "weight": "bold"}, {"fontsize": 8.5}), strict=True
+    ):
+        part.text(0.01, height, text, va="top", transform=coordinates, parse_math=False, **style)
 
 
 def _overlay(axes: Axes, image: np.ndarray, values: np.ndarray, colours: ScalarMappable) -> None:

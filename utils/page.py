@@ -11,7 +11,8 @@ from utils.checkpoint import write_atomic
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1200px;margin:2em auto;padding:0 1em}
 h1,h2{line-height:1.2}h2{margin-top:2em;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;margin:1em 0}th,td{padding:.3em .8em;text-align:right;border-bottom:1px solid #eee}
+table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}
+th,td{padding:.3em .8em;text-align:right;border-bottom:1px solid #eee}
 th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1.5em}
 figure{margin:0}img{width:100%;max-height:340px;object-fit:contain;object-position:top left;border:1px solid #ddd}
@@ -47,7 +48,8 @@ def _section(section: Section, folder: Path) -> str:
         parts += [] if kind == "td" else ["<table>"]
         parts.append("<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>")
     parts += ["</table>"] if section.table else []
-    parts += ['<div class="figures">', *(_figure(*shown, folder) for shown in section.figures), "</div>"]
+    figures = [_figure(*shown, folder) for shown in section.figures]
+    parts += ['<div class="figures">', *figures, "</div>"] if figures else []
     return "\n".join(parts)
 
 
