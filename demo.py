@@ -88,10 +88,7 @@ def claim(root: Path) -> None:
     (root / MARK).touch()
 
 
-FOLDERS, WEIGHTS = (
-    ("teacher", "far", "prune"),
-    ("base_weight", "far_weight", "pruned_weight"),
-)  # what is drawn and timed
+SHOWN = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": "prune"}  # what is drawn and timed
 CURVES = {
     "teacher": "The teacher's training",
     "attn": "Stage attn: LSTMs in attention's place learn from it",
@@ -101,8 +98,8 @@ CURVES = {
     "prune": "After pruning: fine-tuning",
 }
 READING = (
-    "Agrees: the share of evaluation images on which a model names its teacher's class. Milliseconds: one image on this "
-    "machine's CPU."
+    "Agrees: the share of evaluation images on which a model names its teacher's class. ms: milliseconds for one image "
+    "on this CPU."
 )
 INSIDE = ("agreement", "kl", "z_similarity", "output_error")
 
@@ -157,7 +154,7 @@ class Demo:
         last = pruned["rows"][-1]
         inside = {"before training": self.before(), "after stage attn": attn, "after stage block": far, "pruned": last}
         save_figure(fidelity_by_block(inside), self.root / "fidelity.png")
-        models = {name: load_model(self.best(name))[0] for name in FOLDERS}
+        models = {name: load_model(self.best(name))[0] for name in SHOWN.values()}
         return {
             "seed": self.seed,
             "teacher_acc1": teacher["acc1"],
@@ -223,7 +220,7 @@ def table(summary: dict) -> str:
 
 def gallery(root: Path, summary: dict) -> Path:
     """Draws what the models look at, and one page of all that the demo found and drew; returns its path."""
-    weights = {flag: root / folder / "best.pth" for flag, folder in zip(WEIGHTS, FOLDERS, strict=True)}
+    weights = {flag: root / folder / "best.pth" for flag, folder in SHOWN.items()}
     _, looks = visualize(PictureConfig(**weights, output_dir=root / "figures"))
     blocks = [
         [when, *(f"{v:.2f}" for v in report["z_similarity"].values())] for when, report in summary["fidelity"].items()
@@ -241,7 +238,7 @@ def gallery(root: Path, summary: dict) -> Path:
         Section("How it was trained and pruned", "", (), [*curves, units]),
         *looks,
     ]
-    write_page(root / "index.html", "FAR: the demo", [*sections])
+    write_page(root / "index.html", "FAR: the demo", sections)
     return root / "index.html"
 
 
@@ -307,11 +304,13 @@ def demo(argv: list[str] | None = None) -> int:
         folder = root if len(args.seeds) == 1 else root / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", f"{args.train_subset:g}"], epochs).run())
-        print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
-    write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
-    print(f"\nwritten to {root}: summary.json, and a folder of curves and weights for each stage", flush=True)
-    if len(summaries) == 1:
-        print(f"\n{table(summaries[0])}\n\nopen {gallery(root, summaries[0])}")
+        if len(args.seeds) > 1:
+            print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
+    page = gallery(root, summaries[0]) if len(summaries) == 1 else None
+    write_json(root / "summary.json", summaries if page is None else summaries[0])  # the last: the demo is finished
+    print(f"\nwritten to {root}: summary.json, and a folder of curves and weights for each stage")
+    if page:
+        print(f"\n{table(summaries[0])}\n\nopen {page}")
     return 0
 
 
