@@ -40,7 +40,7 @@ MODES = {
         "evaluate a FAR model, against its teacher where --base-weight names one, or a teacher alone",
         "eval_mode",
         frozenset({"run", "model", "data", "FAR model"}),
-        frozenset({"resume", "select", "dry_run", "ds_mode"}),
+        frozenset({"resume", "select", "dry_run", "ds_mode", "eval_every", "save_every"}),
         frozenset({"batch_size"}),
     ),
     "predict": Mode(
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     from models import kernels
     from utils import distributed
 
-    with distributed.joined(args.distributed, args.device) as context:
+    with distributed.joined(args.distributed, args.device, args.dist_timeout) as context:
         command = configure(args)
         context.on_main(command.run.check)
         kernels.check(args.lstm_backend, context.device)

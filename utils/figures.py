@@ -102,7 +102,12 @@ def _losses(row: dict[str, Any]) -> dict[str, float]:
     """The lines of a row in the loss panel: the sum that trains, its terms where there are several, evaluation's."""
     terms = {name: value for name, value in row["train"].items() if name in names.TERMS}
     total = {"training loss": row["train"]["loss"]} if row["train"] else {}
-    return {**total, **(terms if len(terms) > 1 else {}), "evaluation cross entropy": row["val"]["loss"]}
+    seen = {"evaluation cross entropy": row["val"]["loss"]} if row["val"] else {}
+    return {**total, **(terms if len(terms) > 1 else {}), **seen}
+
+
+def _accuracies(row: dict[str, Any]) -> dict[str, float]:
+    return {f"top-{k}": row["val"][f"acc{k}"] for k in (1, 5)} if row["val"] else {}
 
 
 def training_curves(rows: Rows) -> Figure:
@@ -111,9 +116,7 @@ def training_curves(rows: Rows) -> Figure:
     loss, accuracy, rate = figure.subplots(1, 3)
     stages = list(_by_stage(rows))
     _draw_stages(loss, stages, "loss", _losses)
-    _draw_stages(
-        accuracy, stages, "accuracy (%)", lambda row: {"top-1": row["val"]["acc1"], "top-5": row["val"]["acc5"]}
-    )
+    _draw_stages(accuracy, stages, "accuracy (%)", _accuracies)
     _draw_stages(rate, stages, "learning rate", lambda row: {"rate": row["lr"]} if row["train"] else {})
     logarithmic(loss.yaxis, [value for row in rows for value in _losses(row).values()])
     rate.yaxis.set_major_formatter(FuncFormatter(plain))

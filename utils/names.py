@@ -9,7 +9,7 @@ DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19",
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
-AMP = ("off", "bf16", "fp16")  # engine.train.AMP
+AMP = ("auto", "off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # engine.export.TARGETS
 TABLES = (".csv", ".json")  # engine.predict.TABLES
