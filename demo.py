@@ -32,7 +32,8 @@ from utils.files import check_writable
 from utils.page import Section, write_page
 
 RUN = "--scale Micro --num-workers 0".split()
-TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last""".split()
+TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last
+--eval-every 4""".split()
 OPTIM, BLOCK_OPTIM = "--batch-size 64 --clip-grad 1".split(), "--block-ft-batch-size 64 --block-ft-clip-grad 1".split()
 DIGITS = ["--dataset", "DIGITS"]
 TEACHER = ["--mode", "teacher", *OPTIM, *"--epochs 50 --lr 2e-3 --warmup-epochs 8".split()]
