@@ -406,6 +406,14 @@ def input_size(trainer):
     assert trainer.model.pos_embed.shape[1] == 12 * 12 + 1
 
 
+def nb_classes(trainer, teacher):
+    """A fresh classifier of so many classes on the weights of a model of ten."""
+    state = trainer.model.state_dict()
+    assert len(state["head.weight"]) == len(state["head.bias"]) == trainer.data.num_classes == 13
+    assert {name for name in state if not torch.equal(state[name], teacher[name])} == {"head.weight", "head.bias"}
+    assert trainer.config.num_classes == 13 and trainer.config.classes == ()
+
+
 def eval_crop_ratio(trainer):
     whole = image_ops.resize(trainer.data.val.data[4][0], 96, InterpolationMode.BICUBIC)
     expected = (image_ops.to_tensor(image_ops.center_crop(whole, 48)) - 0.5) / 0.5
@@ -564,6 +572,7 @@ READY = [
 ]
 SIMILARITY = f"{TRAIN} {SMALL} --train-loss similarity"
 READY_FROM = [
+    ("--nb-classes", f"{TEACHER} --nb-classes 13 --base-weight TEACHER", nb_classes, "teacher"),
     ("--distill-input", f"{SIMILARITY} --distill-input teacher", reads_the_teacher, "teacher"),
     ("--distill-input", SIMILARITY, reads_its_own_state, "teacher"),
 ]
@@ -582,6 +591,7 @@ ELSEWHERE = {  # what a table cannot hold, and the test that does
     "--lstm-backend": "test_flags.py::test_lstm_backend_names_the_kernel_that_runs",
     "--dataset": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
     "--data-path": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
+    "--inat-category": "test_datasets.py::test_inaturalists_species_may_be_taken_by_what_they_belong_to",
     "--images-only": "test_unlabelled.py::test_a_folder_of_pictures_is_enough",
     "--download": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
     "--base-model": "test_flags.py::test_base_model_and_scale_name_the_teacher",
@@ -632,7 +642,7 @@ def test_every_flag_of_a_training_mode_is_held():
 def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkeypatch, ready):
     asked = []
 
-    def digits(name, root, train, download=False):
+    def digits(name, root, train, download=False, category="name"):
         asked.append((name, str(root), train, download))
         return build_split("DIGITS", root, train)
 
@@ -645,7 +655,14 @@ def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkey
 
 
 @pytest.mark.parametrize(
-    ("flags", "width"), [("--scale Micro", 64), ("--base-model DeiT-Micro", 64), ("--scale Tiny", 192), ("", 192)]
+    ("flags", "width"),
+    [
+        ("--scale Micro", 64),
+        ("--base-model DeiT-Micro", 64),
+        ("--scale Tiny", 192),
+        ("", 192),
+        ("--base-model deit3_small_patch16_224", 384),
+    ],
 )
 def test_base_model_and_scale_name_the_teacher(flags, width, ready):
     line = TEACHER.replace("--scale Micro", flags)

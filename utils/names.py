@@ -6,6 +6,7 @@ REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEM
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
