@@ -187,12 +187,12 @@ def test_importance_maps_share_a_scale_a_row_and_use_the_page(blocks):
 
 
 def crossings(axes: Axes) -> list[tuple[str, str]]:
-    """What covers what: texts beside points with one another and with points; the legend with points."""
+    """What covers what: texts beside points with one another and with points; a legend with the panel."""
     axes.figure.draw_without_rendering()
     notes = [text for text in axes.texts if isinstance(text, Annotation)]
     boxes = [(text.get_text(), text.get_window_extent()) for text in notes]
     found = [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if one.overlaps(other)]
-    boxes += [("legend", legend.get_window_extent()) for legend in axes.figure.legends]
+    found += [("legend", "panel") for legend in axes.figure.legends if legend.get_window_extent().overlaps(axes.bbox)]
     for line in axes.lines:
         points = axes.transData.transform(np.column_stack(line.get_data()))
         found += [(name, line.get_label()) for name, box in boxes if box.count_contains(points)]
