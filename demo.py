@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 import main
 import prune
 from datasets.loading import Data, DataConfig
@@ -180,6 +178,8 @@ class Demo:
         """How the teacher with fresh modules compares with the teacher, on the evaluation split."""
         teacher, config = load_model(self.best("teacher"), "--base-weight")
         student, _ = load_model(self.best("teacher"), "--base-weight")
+        import torch  # after main.py, which asks its threads not to spin
+
         torch.manual_seed(self.seed)
         swap_attention(student, range(len(student.blocks)), "multi-lstm")
         loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(64)
