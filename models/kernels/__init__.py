@@ -17,7 +17,7 @@ from torch import Tensor
 from models.kernels import cpu, gpu
 from models.kernels.cells import LSTM, Cell, CellKind, Task
 from models.kernels.reference import reference
-from models.kernels.stock import stock
+from models.kernels.stock import dense, stock
 from utils.errors import FarError
 
 
@@ -39,6 +39,7 @@ def _anything(task: Task) -> str:
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(reference, _anything),
     "torch": Kernel(stock, _anything),
+    "dense": Kernel(dense, _anything),
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
 }
