@@ -42,6 +42,7 @@ KERNELS: dict[str, Kernel] = {
     "dense": Kernel(dense, _anything),
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
+    "triton-lean": Kernel(gpu.lean, gpu.refusal),
 }
 AUTO = ("cpu", "torch")  # the first that can; Triton's is checked but not yet timed on a GPU
 BACKENDS = ("auto", *KERNELS)
