@@ -21,17 +21,23 @@ ROWS = (4, 8, 16)  # of the batch in one program; more do not fit beside the wei
 NOTHING, STATES, ALL = 0, 1, 2  # what is kept for the way back: cell states, or activated gates as well
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def installed() -> bool:
+    return bool(importlib.util.find_spec("triton"))
+
+
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET=1 makes Triton run on the CPU, slowly: for tests."""
-    return bool(importlib.util.find_spec("triton")) and importlib.import_module("triton").knobs.runtime.interpret
+    return installed() and importlib.import_module("triton").knobs.runtime.interpret
 
 
 def refusal(task: Task) -> str:
     """Why Triton cannot do a task; empty where it can."""
     if task.kind != LSTM:
         return "computes LSTMs"
-    device = importlib.util.find_spec("triton") and (task.device.type == "cuda" or interpreting())
-    fits = bool(device) and task.dtype != torch.float64 and task.units <= MOST
+    device = installed() and (task.device.type == "cuda" or interpreting())
+    fits = device and task.dtype != torch.float64 and task.units <= MOST
     return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"
 
 
@@ -158,6 +164,11 @@ def launch_options(u: int) -> dict[str, int]:
     return {"num_warps": 8 if u > 32 else 4, "num_stages": 1}
 
 
+def tf32_allowed() -> bool:
+    """To cuDNN's recurrent layers, and so to what takes their place."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
 LARGE = 144 * 2**10  # bytes of shared memory that three TF32 products take
 
 
@@ -166,7 +177,7 @@ def precision_on(device: torch.device) -> str:
 
     Else full float32: on tensor cores as three TF32 products where the chip has room for both halves of the weights.
     """
-    if torch.backends.cudnn.rnn.fp32_precision == "tf32":
+    if tf32_allowed():
         return "tf32"
     large = device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE
     return "tf32x3" if large else "ieee"
