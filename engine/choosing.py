@@ -28,7 +28,7 @@ FILE = "kernels.json"
 CANDIDATES = {"cuda": ("torch", "dense", "triton", "triton-lean")}
 NUMBERS = ("units", "heads", "channels", "batch", "tokens")
 ROW = dict.fromkeys(("kind", "device", "dtype", "kernel"), str) | dict.fromkeys(NUMBERS, int)
-ROW |= {"learns": bool, "ms": dict}
+ROW |= {"learns": bool, "ms": dict, "left_out": dict}  # times, and reasons, by kernel
 
 
 class Memory:
@@ -95,14 +95,14 @@ def measure(task: Task, layers: int, memory: Memory, clock: Clock) -> dict[str, 
         probe = Probe.of(task)
         expected = probe.run("torch")
         trials = {name: attempt(name, probe, expected, memory, clock) for name in names}
-    for name, found in trials.items():
-        if found.fault:
-            print(f"{what} {name} is left out: {found.fault}", flush=True)
+    left_out = {name: found.fault for name, found in trials.items() if found.fault}
+    for name, reason in left_out.items():
+        print(f"{what} {name} is left out: {reason}", flush=True)
     right = {name: found for name, found in trials.items() if not found.fault} or {"torch": trials["torch"]}
     times = {name: round(found.ms, 4) for name, found in sorted(right.items(), key=lambda item: item[1].ms)}
     taken = pick(right, room(task.device) / layers)
     print(f"{what} {taken} of {', '.join(f'{name} {ms:.3g} ms' for name, ms in times.items())}", flush=True)
-    return {**place(task), "kernel": taken, "ms": times}
+    return {**place(task), "kernel": taken, "ms": times, "left_out": left_out}
 
 
 def decide(tasks: Collection[Task], layers: int, run: RunFolder | None, clock: Clock) -> list[dict[str, Any]]:
