@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     from models import kernels
     from utils import distributed
 
-    with distributed.joined(args.distributed, args.device) as context:
+    with distributed.joined(args.distributed, args.device, args.dist_timeout) as context:
         command = configure(args)
         context.on_main(command.run.check)
         kernels.check(args.lstm_backend, context.device)

@@ -574,6 +574,7 @@ ELSEWHERE = {  # what a table cannot hold, and the test that does
     "--output-dir": "test_training.py::test_run_folder_holds_what_the_readme_says",
     "--resume": "test_training.py::test_a_run_killed_mid_epoch_ends_bit_equal_after_resume",
     "--select": "test_training.py::test_select_hands_on_the_best_or_the_last_epoch",
+    "--dist-timeout": "test_launch.py::test_a_process_that_does_not_come_is_missed_after_the_time_given",
     "--distributed": "test_main.py::test_two_processes_with_half_the_batch_give_the_weights_of_one",
     "--device": "test_flags.py::test_cpu_can_be_asked_for_and_cuda_is_refused_without_one",
     "--lstm-backend": "test_flags.py::test_lstm_backend_names_the_kernel_that_runs",

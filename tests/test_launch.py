@@ -191,6 +191,13 @@ sys.exit(run_script(main.main))
     assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
 
 
+def test_a_process_that_does_not_come_is_missed_after_the_time_given(short, tmp_path):
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = launch(MAIN, "--distributed", "--dist-timeout", "0.02", *short, cwd=tmp_path, **alone)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "did not find one another within 0:00:01.2" in line and "Traceback" not in done.stderr, done.stderr
+
+
 def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     program = "from utils.errors import run_script\nimport sys\nsys.exit(run_script(lambda argv: 1 / 0))"
     done = launch("-c", program, cwd=tmp_path)

@@ -1,12 +1,14 @@
 """Checkpoints are written whole or not at all; draws follow from their key."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from models.deit import create_teacher, load_teacher_weights
+from tests.conftest import ROOT, launch
 from utils import checkpoint
 from utils.errors import FarError
 from utils.seeding import seed_all, seeded
@@ -63,3 +65,12 @@ def test_position_embeddings_are_resized_when_teacher_weights_are_loaded(tmp_pat
     assert large.pos_embed.shape[1] == 145
     torch.testing.assert_close(large.pos_embed[:, 0], small.pos_embed[:, 0])
     assert torch.equal(large.blocks[2].attn.qkv.weight, small.blocks[2].attn.qkv.weight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
+@pytest.mark.parametrize("script", ["main.py", "prune.py"])
+def test_idle_threads_sleep_soon_so_that_two_trainings_share_the_cores(script, tmp_path):
+    done = launch(str(ROOT / script), "--scale", "Micro", cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE")
+    assert "GOMP_SPINCOUNT = '2000'" in done.stderr  # as libgomp read it
+    done = launch(str(ROOT / script), "--scale", "Micro", cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE", GOMP_SPINCOUNT="7")
+    assert "GOMP_SPINCOUNT = '7'" in done.stderr

@@ -93,7 +93,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 COUNT, SIZE, SEED, EPOCHS = number(int, 0), number(int, 1), number(int, 0, 2**31 - 1), number(int, 0, 9999)
 RATE, SHARE, PART = number(float, 0), number(float, 0, 1), number(float, 0, 1, open_low=True)
-SECONDS = number(float, 0, 86400, open_low=True)
+SECONDS, MINUTES = number(float, 0, 86400, open_low=True), number(float, 0, 10080, open_low=True)
 OnOff = argparse.BooleanOptionalAction
 
 
@@ -191,6 +191,13 @@ def add_run_group(parser: Parser) -> None:
     g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
     add_device(g)
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
+    g.add_argument(
+        "--dist-timeout",
+        type=MINUTES,
+        default=30.0,
+        metavar="MINUTES",
+        help="how long processes wait for one another: longer than a download, shorter than you would for a dead node",
+    )
     g.add_argument("--amp", choices=names.AMP, default="off", help="mixed precision")
     add_backend(g)
     g.add_argument(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from utils import signals
 from utils.errors import Echo, FarError, LostContact
 
-TIMEOUT = timedelta(minutes=30)
+MINUTES = 30.0  # that processes wait for one another: a download on the first takes long
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def start(distributed: bool, device: str = "auto") -> Context:
-    """Joins torchrun's process group (NCCL on CUDA, gloo on CPU), or stays alone.
+def start(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> Context:
+    """Joins torchrun's process group (NCCL on CUDA, gloo on CPU), or stays alone. minutes: a wait for another process.
 
     Raises:
         FarError: `--distributed` outside torchrun, or torchrun without `--distributed`.
+        LostContact: another process did not come.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if distributed and not launched:
@@ -132,15 +133,21 @@ def start(distributed: bool, device: str = "auto") -> Context:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    with signals.by_default():
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = _fresh(store, rank, world)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
+    wait = timedelta(minutes=minutes)
+    try:
+        with signals.by_default():
+            store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+            store = _fresh(store, rank, world, wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+            control = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else dist.group.WORLD
+    except dist.DistError as error:
+        raise LostContact(
+            f"the processes did not find one another within {wait} (--dist-timeout); see what torchrun says of them"
+        ) from error
     return Context(rank, world, where, control)
 
 
-def _fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
+def _fresh(store: dist.Store, rank: int, world: int, wait: timedelta) -> dist.Store:
     """A part of the store that no earlier attempt has written to, agreed on by all processes.
 
     Under a static rendezvous (`--master-port`) torchrun keeps one store over its restarts: a process could read in
@@ -153,7 +160,7 @@ def _fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
         token = store.get(f"far/answer/{me}").decode()
         store.set(f"far/joined/{token}/{rank}", "")
         return dist.PrefixStore(token, store)
-    waiting, end = set(range(1, world)), time.monotonic() + TIMEOUT.total_seconds()
+    waiting, end = set(range(1, world)), time.monotonic() + wait.total_seconds()
     while waiting:
         for other in sorted(waiting):
             if store.check([f"far/hello/{other}"]):
@@ -161,19 +168,19 @@ def _fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
             if store.check([f"far/joined/{me}/{other}"]):
                 waiting.remove(other)
         if time.monotonic() > end:
-            raise LostContact(f"process {min(waiting)} did not come within {TIMEOUT}; see what torchrun says of it")
+            raise dist.DistError(f"process {min(waiting)} did not come")
         time.sleep(0.02)
     return dist.PrefixStore(me, store)
 
 
 @contextlib.contextmanager
-def joined(distributed: bool, device: str = "auto") -> Iterator[Context]:
+def joined(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> Iterator[Context]:
     """`start`, and leaving the group at the end.
 
     Raises LostContact where another process is gone, FarError where memory is, besides `start`'s errors.
     """
     try:
-        yield start(distributed, device)
+        yield start(distributed, device, minutes)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # a GPU's, the CPU's
             mend = "lower the stage's batch size (--batch-size or its like) and raise its --accum-steps as much"

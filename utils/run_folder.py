@@ -23,7 +23,7 @@ from utils.records import read_lines, read_record
 
 LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
 # Flags that change where or how fast a run goes, not what it computes: a resumed run may change them.
-FREE_ON_RESUME = {"resume", "output_dir", "num_workers", "device", "download", "distributed", "dry_run"}
+FREE_ON_RESUME = {"resume", "output_dir", "num_workers", "device", "download", "distributed", "dist_timeout", "dry_run"}
 
 
 def versions() -> dict[str, str]:

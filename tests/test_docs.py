@@ -1,0 +1,102 @@
+"""Every command in README.md and docs/ parses; the README's own story runs, and its Python too."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, image_folder
+from utils.arguments import Parser
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A time measured beside other tests says nothing, so a share of the units is asked for instead.
+SMALLER = {
+    "deit_tiny.pth": "",
+    "DeiT-Tiny": "DeiT-Micro",
+    "--target-latency 60%": "--keep-ratio 0.5",
+    "val/cat": "val/class1",
+}
+ENTRIES = {"benchmark": "benchmark", "demo": "demo"}  # where it is not `main`
+PLACEHOLDERS = {"FILE": "file.pth", "PATH": "file", "PICTURES": "file"}
+
+
+def commands(page: Path) -> list[str]:
+    """Lines that call Python or torchrun, in indented and fenced blocks, continued lines joined."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [
+        line.strip() for line in text.splitlines() if re.match(r"(?: {4}|\s*)(torchrun|python3|\S*/python) ", line)
+    ]
+    return [line for line in lines if ".py" in line]
+
+
+def arguments(command: str) -> tuple[str, list[str]]:
+    """The script's name and what it is given."""
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)]
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return Path(words[place]).stem, words[place + 1 :]
+
+
+class Parsed(Exception):
+    """The flags were read; the rest of the script is not of interest."""
+
+
+ALL = [(page.name, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{page}-{i}" for i, (page, _) in enumerate(ALL)])
+def test_every_command_parses(page, command, tmp_path, monkeypatch):
+    for name in ("deit_tiny.pth", "weights.pth", "far.pth", "file.pth"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    name, argv = arguments(command)
+    script, parse_args = importlib.import_module(name), Parser.parse_args
+
+    def stop(*given):
+        parse_args(*given)
+        raise Parsed
+
+    if name == "main":
+        script.parse(argv)  # knows besides which flags a mode reads
+    else:
+        monkeypatch.setattr(Parser, "parse_args", stop)
+        with pytest.raises(Parsed):
+            getattr(script, ENTRIES.get(name, "main"))(argv)
+
+
+def test_pages_link_to_what_is_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readmes_story_of_ones_own_images_runs(teacher, tmp_path, monkeypatch, capsys):
+    """Its five commands in their order, at DeiT-Micro's size and one epoch."""
+    image_folder(tmp_path / "photos", count=8)
+    monkeypatch.chdir(tmp_path)
+    story = (ROOT / "README.md").read_text().partition("## My DeiT, my images")[2].partition("\n## ")[0]
+    block = re.search(r"(?:^ {4}python3 .*\n)+", story, re.MULTILINE)[0].strip().splitlines()
+    assert len(block) == 5
+    few = "--epochs 1 --batch-size 8 --num-workers 0 --warmup-epochs 0".split()
+    shorter = {"teacher": few, "train": [*few, *"--block-ft-epochs 1 --block-ft-warmup-epochs 0".split()], "prune": few}
+    for line in block:
+        for told, here in SMALLER.items():
+            line = line.replace(told, here or str(teacher))
+        name, argv = arguments(line)
+        mode = argv[argv.index("--mode") + 1] if "--mode" in argv else name
+        more = [*shorter.get(mode, []), *("--ft-epochs 1 --ft-warmup-epochs 0".split() if mode == "prune" else [])]
+        assert importlib.import_module(name).main([*argv, *more]) == 0, line
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert any("class1" in line for line in told) and any("class0" in line for line in told)
+    assert (tmp_path / "runs/pruned/best.onnx").stat().st_size > 1e5
+
+
+def test_the_readmes_python_runs(far, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope = {"images": torch.randn(2, 3, 32, 32)}
+    with torch.no_grad():
+        exec(code.replace("runs/demo/prune/best.pth", str(far / "best.pth")), scope)
+        expected = scope["model"](scope["images"])
+    assert (scope["logits"] - expected).abs().max() < 1e-4 * expected.abs().max()
