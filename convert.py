@@ -2,7 +2,7 @@
 
 import sys
 
-from utils import arguments, names
+from utils import arguments
 from utils.arguments import Parser, pick
 from utils.errors import run_script
 
@@ -16,8 +16,7 @@ def build_parser() -> Parser:
     arguments.add_file(given, "--far-weight", "a FAR checkpoint: to a state dict of the published code")
     arguments.add_file(parser, "--output", "what to write: .pth; a state dict may be .safetensors too", required=True)
     g = parser.add_argument_group("from the published code")
-    g.add_argument("--base-model", choices=names.MODELS, help="default: told by the tensors' shapes")
-    g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
+    arguments.add_model_name(g, "default: told by the tensors' shapes")
     g.add_argument(
         "--rep-by",
         choices=("multi-lstm", "lstm"),

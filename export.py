@@ -12,8 +12,7 @@ def build_parser() -> Parser:
     g = parser.add_argument_group("model (one of the two files)")
     arguments.add_file(g, "--far-weight", "a checkpoint of ours, of a FAR model or of a teacher")
     arguments.add_file(g, "--base-weight", "a teacher's weights, timm's or DeiT's layout")
-    g.add_argument("--base-model", choices=names.MODELS, help="of --base-weight where the file does not say it")
-    g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
+    arguments.add_model_name(g, "of --base-weight where the file does not say it")
     g = parser.add_argument_group("file")
     g.add_argument(
         "--to",

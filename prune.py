@@ -19,10 +19,7 @@ def ratios(text: str) -> list[float]:
 def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
     arguments.add_file(g, "--model-path", "the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py")
-    g.add_argument(
-        "--scale", choices=tuple(names.SCALES), help="which model; default what the checkpoint holds, else Tiny"
-    )
-    g.add_argument("--base-model", choices=names.MODELS, help="long form of --scale")
+    arguments.add_model_name(g, "which model; default: what the checkpoint holds, else DeiT-Tiny")
     arguments.add_file(g, "--base-weight", "the teacher's weights, for --distill and the sweep's plot")
     arguments.add_student(g)
 

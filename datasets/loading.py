@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class DataConfig:
     data_path: Path | None
     input_size: int | None  # pixels a side; None until the model is known
     download: bool = False
-    mean: Sequence[float] | None = None  # None: the data set's
+    mean: Sequence[float] | None = None  # None: the model's, else the data set's
     std: Sequence[float] | None = None
     train_subset: float = 1.0
     holdout: float = 0.0
@@ -44,10 +44,12 @@ class DataConfig:
     reprob: float = 0.25
     remode: str = "pixel"
     recount: int = 1
-    eval_crop_ratio: float = 0.875
+    eval_crop_ratio: float | None = None  # None: the model's
     repeated_aug: bool = False
     num_workers: int = 8
     seed: int = 42
+    nb_classes: int | None = None  # None: the data set's
+    inat_category: str = "name"
 
     @property
     def root(self) -> Path:
@@ -155,17 +157,24 @@ def check_policy(text: str | None) -> None:
         raise FarError(f"{wrong}: timm cannot run it ({shown(error) or 'unknown policy'}); {mend}") from error
 
 
-def preprocessing(config: DataConfig, source: Source) -> Preprocessing:
-    """Resize, centre crop, normalise. The ratio applies above 32 pixels; below, a crop would cut the object."""
-    small = config.input_size <= 32
-    crop, mode = (1.0, "squash") if small else (config.eval_crop_ratio, "center")
-    return Preprocessing(tuple(config.mean or source.mean), tuple(config.std or source.std), crop, mode)
+def preprocessing(config: DataConfig, source: Source, own: Preprocessing | None = None) -> Preprocessing:
+    """Resize, centre crop, normalise: by flags, else as the model knows pictures (`own`), else by the data set.
+
+    At 32 pixels and below there is no crop unless a flag asks for it: it would cut the object.
+    """
+    known = own or Preprocessing(source.mean, source.std)
+    crop, mode = known.crop_pct, known.crop_mode
+    if config.eval_crop_ratio:
+        crop, mode = config.eval_crop_ratio, "center"
+    elif config.input_size <= 32:
+        crop, mode = 1.0, "squash"
+    mean, std = tuple(config.mean or known.mean), tuple(config.std or known.std)
+    return replace(known, mean=mean, std=std, crop_pct=crop, crop_mode=mode)
 
 
-def train_transform(config: DataConfig, source: Source):
+def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
     """DeiT's augmentation by timm; at 32 pixels and below a padded random crop takes the resized crop's place."""
     check_policy(config.aa)
-    normal = preprocessing(config, source)
     transform = create_transform(
         input_size=config.input_size,
         is_training=True,
@@ -196,22 +205,34 @@ def share(size: int, part: float, seed: int) -> np.ndarray:
 
 
 class Data:
-    """Both splits of a data set, and their loaders for this process."""
+    """Both splits of a data set, and their loaders for this process; own: how the model that reads them does so."""
 
-    def __init__(self, config: DataConfig, context: Context):
+    def __init__(self, config: DataConfig, context: Context, own: Preprocessing | None = None):
         if config.download:
             if context.main:
-                build_split(config.dataset, config.root, True, True)
-                build_split(config.dataset, config.root, False, True)
+                for train in (True, False):
+                    build_split(config.dataset, config.root, train, True)
             context.barrier()
         self.config, self.context = config, context
         source = SOURCES.get(config.dataset)
-        train = build_split(config.dataset, config.root, True)
-        self.labelled, self.num_classes = source.labelled, count_classes(config.dataset, train)
-        self.preprocessing, self.class_names = preprocessing(config, source), class_names(config.dataset, train)
+        train = self._build(True)
+        self.labelled, self.num_classes = source.labelled, self._count(count_classes(config.dataset, train))
+        names = class_names(config.dataset, train)
+        self.class_names = names if len(names) == self.num_classes else ()
+        self.preprocessing = preprocessing(config, source, own)
         train, val = self._split(train)
-        self.train = Augmented(train, train_transform(config, source), config.seed)
+        self.train = Augmented(train, train_transform(config, source, self.preprocessing), config.seed)
         self.val = Transformed(val, self.preprocessing.transform(config.input_size))
+
+    def _build(self, train: bool) -> Dataset:
+        return build_split(self.config.dataset, self.config.root, train, category=self.config.inat_category)
+
+    def _count(self, found: int | None) -> int | None:
+        """The classes that a model is to know. Raises FarError where --nb-classes leaves some of the data out."""
+        asked = self.config.nb_classes
+        if asked and found and found > asked:
+            raise FarError(f"--nb-classes {asked}: --dataset {self.config.dataset} has {found}; give at least those")
+        return asked or found
 
     def _split(self, train: Dataset) -> tuple[Dataset, Dataset]:
         """What trains and what evaluates after --holdout and --train-subset. Raises FarError on too few images."""
@@ -221,7 +242,7 @@ class Data:
             held = share(len(train), config.holdout, 0)
             rest = np.setdiff1d(np.arange(len(train)), held)
             train, val = Subset(train, rest.tolist()), Subset(train, held.tolist())
-        val = val or build_split(config.dataset, config.root, False)
+        val = val or self._build(False)
         if config.train_subset < 1:
             train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):

@@ -161,6 +161,40 @@ def _inaturalist(year: str) -> Build:
     return build
 
 
+class Grouped(Dataset):
+    """A split by coarser classes: groups gives each class's, by number."""
+
+    def __init__(self, data: Dataset, groups: list[str]):
+        self.data, self.classes = data, sorted(set(groups))
+        number = {name: k for k, name in enumerate(self.classes)}
+        self.labels = [number[group] for group in groups]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        image, label = self.data[index]
+        return image, self.labels[label]
+
+
+def _grouped(name: str, root: Path, data: Dataset, category: str) -> Grouped:
+    """iNaturalist's species by kingdom, family, ...: as the competition's categories.json says. Raises FarError."""
+    flag, listing = f"--inat-category {category}", root / "categories.json"
+    if name not in ("INAT18", "INAT19"):
+        raise FarError(f"{flag}: --dataset {name} has no such classes, INAT18 and INAT19 have; leave it out")
+    try:
+        if not listing.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError(listing)
+        known = {entry["id"]: entry[category] for entry in json.loads(listing.read_text(encoding="utf-8"))}
+        groups = [known[int(Path(species).name)] for species in data.classes]
+        if not all(isinstance(group, str) for group in groups):
+            raise TypeError(f"a {category} that is no name")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = f"{flag}: {shown(listing)} does not give every species' ({type(error).__name__}: {shown(error)})"
+        raise FarError(f"{where}; put the competition's categories.json of this year there") from error
+    return Grouped(data, groups)
+
+
 def _folder_source(num_classes: int | None, get: str) -> Source:
     return Source(_folder, num_classes, "train/<class>/*.jpg and val/<class>/*.jpg", get)
 
@@ -220,8 +254,11 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def build_split(name: str, root: Path, train: bool, download: bool = False) -> Dataset:
-    """A split of (PIL image, label). Raises FarError with what was looked for and how to get it."""
+def build_split(name: str, root: Path, train: bool, download: bool = False, category: str = "name") -> Dataset:
+    """A split of (PIL image, label). Raises FarError with what was looked for and how to get it.
+
+    category: iNaturalist's classes, one of utils.names.INAT_CATEGORIES.
+    """
     if name not in SOURCES:
         raise FarError(f"--dataset {name}: unknown; choose from {', '.join(SOURCES)}")
     source = SOURCES[name]
@@ -242,12 +279,13 @@ def build_split(name: str, root: Path, train: bool, download: bool = False) -> D
     if source.num_classes and classes is not None and len(classes) != source.num_classes:
         where = f"--data-path {shown(root)}: {len(classes)} classes, but {name} has {source.num_classes}"
         raise FarError(f"{where}; complete it, or name a subset or another set --dataset FOLDER")
-    return data
+    return data if category == "name" else _grouped(name, root, data, category)
 
 
 def count_classes(name: str, data: Dataset) -> int | None:
-    """The table's class count, or for FOLDER the number of class folders; None where there are no labels."""
-    return SOURCES[name].num_classes or (len(data.classes) if SOURCES[name].labelled else None)
+    """The classes of a split of `build_split`; None where there are no labels."""
+    source = SOURCES[name]
+    return len(getattr(data, "classes", ())) or source.num_classes if source.labelled else None
 
 
 def class_names(name: str, data: Dataset) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets.loading import DataConfig
 from engine.stages import Optim
 from engine.train import Settings, check_optimizer
-from models.deit import TEACHERS
+from models.deit import find_teacher
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
@@ -15,7 +15,7 @@ from utils.run_folder import RunConfig
 
 @dataclass(frozen=True)
 class ModelName:
-    """--base-model and its short form, --scale. Raises FarError where they name two models."""
+    """--base-model and its short form, --scale. Raises FarError where they name two models, or none that can serve."""
 
     base_model: str | None = None
     scale: str | None = None
@@ -26,6 +26,11 @@ class ModelName:
             raise FarError(
                 f"--scale {self.scale}: means {by_scale}, but --base-model is {self.base_model}; make them agree"
             )
+        if self.base_model is not None:
+            try:
+                find_teacher(self.base_model)
+            except FarError as error:
+                raise FarError(f"--base-model {error}") from error
 
     @property
     def asked(self) -> str | None:
@@ -45,11 +50,6 @@ class ModelConfig(ModelName):
     rep_by: str = "multi-lstm"
     drop: float = 0.0
     drop_path: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """The image side in pixels where no checkpoint says it."""
-        return self.input_size or TEACHERS[self.name].input_size
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 import shutil
 import statistics
 import tempfile
@@ -29,7 +30,7 @@ from engine.configs import ModelName
 from engine.pictures import find_files
 from engine.rivals import PAUSE_S, measure, open_onnx_runtime, open_openvino
 from engine.steps import check_named, load_any
-from models.deit import TEACHERS
+from models.deit import find_teacher
 from models.fuse import merge_blocks
 from models.replace import FarConfig, describe, load_model, set_backend
 from utils.checkpoint import save_safe, write_atomic
@@ -101,9 +102,9 @@ class Exported:
 
     @property
     def architecture(self) -> str:
-        scale, teacher = self.config.base_model.removeprefix("DeiT-").lower(), TEACHERS[self.config.base_model]
-        far = "far_" if self.config.replaced else ""
-        return f"{far}deit_{scale}_patch{teacher.patch_size}_{self.config.img_size}"
+        """timm's name of it, its image side in place of the usual one."""
+        name = find_teacher(self.config.base_model).architecture
+        return "far_" * bool(self.config.replaced) + re.sub(r"_\d+$", f"_{self.config.img_size}", name)
 
 
 def read(asked: ExportConfig) -> Exported:
@@ -115,7 +116,9 @@ def read(asked: ExportConfig) -> Exported:
         if asked.far_weight:
             print(f"{asked.weight}: does not say how its images were prepared; taken as evaluation prepares them")
         source = SOURCES[asked.dataset or ("DIGITS" if config.img_size <= 32 else "IMNET")]
-        config = replace(config, preprocessing=preprocessing(DataConfig("", None, config.img_size), source))
+        config = replace(
+            config, preprocessing=preprocessing(DataConfig("", None, config.img_size), source, config.reading)
+        )
     return Exported(model, describe(model, config))
 
 
@@ -255,7 +258,7 @@ def batches(asked: ExportConfig, exported: Exported) -> Iterable[Batch]:
     size = exported.config.img_size
     config = DataConfig(asked.dataset or "", asked.data_path, size, num_workers=0)
     if asked.dataset:
-        found = Data(config, Context())
+        found = Data(config, Context(), exported.config.preprocessing)
         if found.labelled and found.num_classes != exported.config.num_classes:
             knows = f"has {found.num_classes} classes, {asked.weight} knows {exported.config.num_classes}"
             raise FarError(f"--dataset {asked.dataset}: {knows}; name the one it was trained on")

@@ -27,14 +27,14 @@ from engine.steps import (
     load_far,
     load_labelled,
     load_teacher,
+    name_teacher,
     planned,
     reading,
     resumed,
     say,
-    teachers_classes,
 )
 from engine.train import Trainer
-from models.deit import count_answers, create_teacher, load_teacher_weights
+from models.deit import check_size, create_teacher, load_teacher_weights
 from models.fuse import fuse
 from models.replace import (
     FarConfig,
@@ -68,15 +68,19 @@ class ModeCommand(Command):
 
 
 def start(command: ModeCommand, context: Context, load=load_data) -> tuple[Data, FarConfig]:
-    """Data first (its class count shapes the model, else the teacher's), then the configuration the flags describe."""
+    """The data, and the configuration that the teacher, the flags and the data's class count describe."""
     torch.manual_seed(command.settings.seed)
     asked = command.model
-    data = load(command.data, asked.size, context)
-    classes = data.num_classes or count_answers(asked.base_weight)
-    config = reading(FarConfig(asked.name, classes, asked.size, asked.rep_by), data)
-    if not data.labelled:
-        config = replace(config, classes=teachers_classes(asked.base_weight))
-    return data, config
+    known = name_teacher(asked, asked.base_weight)
+    known = replace(known, rep_by=asked.rep_by, img_size=asked.input_size or known.img_size)
+    check_size(known.base_model, known.img_size)
+    data = load(command.data, known, context)
+    config = replace(known, num_classes=data.num_classes or known.num_classes)
+    if data.labelled:
+        config = replace(config, classes=())
+    elif not config.num_classes:
+        raise FarError(f"--base-weight {asked.base_weight}: holds no classifier; give a teacher's weights with one")
+    return data, reading(config, data)
 
 
 def fresh(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
@@ -194,7 +198,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     """--mode downstream: a FAR model on another label set, with a fresh classifier where the class count differs."""
     torch.manual_seed(command.settings.seed)
     _, model, config = load_start(command, context)
-    data = load_labelled(command.data, config.img_size, context)
+    data = load_labelled(command.data, config, context)
     if data.num_classes != config.num_classes:
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
         config = replace(config, num_classes=data.num_classes, classes=())
@@ -213,7 +217,7 @@ def load_evaluated(command: ModeCommand, context: Context):
         data, config = start(command, context, load_labelled)
         return asked.base_weight, load_teacher(asked, config), None, data
     path, model, config = load_start(command, context)
-    data = load_data(command.data, config.img_size, context)
+    data = load_data(command.data, config, context)
     check_classes(f"--far-weight {path}", config, data, "with --mode downstream")
     return path, model, load_teacher(asked, config) if asked.base_weight else None, data
 

@@ -68,10 +68,10 @@ class Pictures(Dataset):
 
 
 def preprocessing_of(config: FarConfig) -> Preprocessing:
-    """What its checkpoint says; for older ones, which say nothing, ImageNet's, told in one log line."""
-    if config.preprocessing is None:
+    """What its checkpoint says, or its teacher's weights; for others ImageNet's, told in one log line."""
+    if config.reading is None:
         log.warning("the checkpoint does not say how pictures are prepared; taken as ImageNet's")
-    return config.preprocessing or Preprocessing()
+    return config.reading or Preprocessing()
 
 
 def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:

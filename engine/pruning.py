@@ -95,8 +95,11 @@ class Pruning:
         self.path, self.model, self.config = load_far(command.far, command.model)
         if not unit_norms(replacements(self.model)):
             raise FarError(f"--model-path {self.path}: has no units to prune; name a FAR model with LSTMs or GRUs")
+        if command.prune_mlp and not mlps(self.model):
+            kind = type(self.model.blocks[0].mlp).__name__
+            raise FarError(f"--prune-mlp: a {self.config.base_model} has {kind}, not fc1, GELU, fc2; leave it out")
         check_backend(self.config, self.settings, context)
-        self.data = load_data(command.data, self.config.img_size, context)
+        self.data = load_data(command.data, self.config, context)
         check_classes(f"--model-path {self.path}", self.config, self.data, "first with main.py --mode downstream")
         self.config = reading(self.config, self.data)
         self.teacher = None

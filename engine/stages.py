@@ -8,6 +8,8 @@ from typing import NamedTuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models.vit import classifiers
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -63,8 +65,8 @@ PARTS: dict[str, Parts] = {
     "mixing": Parts(_of_blocks(lambda block: block.attn.mixing_parts())),
     "block": Parts(_of_blocks(lambda block: [block])),
     "FC": Parts(_of_blocks(lambda block: [block.mlp])),
-    "FC+head": Parts(lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), model.head], behind=True),
-    "head": Parts(lambda model, blocks: [model.head], behind=True),
+    "FC+head": Parts(lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), *classifiers(model)], behind=True),
+    "head": Parts(lambda model, blocks: classifiers(model), behind=True),
     "full": Parts(lambda model, blocks: [model], behind=True),
 }
 

@@ -13,7 +13,7 @@ from engine.configs import FarSource, ModelConfig, ModelName
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
 from engine.train import Settings
-from models.deit import TEACHERS, create_teacher, load_published_weights, load_teacher_weights, teacher_state
+from models.deit import count_answers, create_teacher, find_teacher, load_published_weights, load_teacher_weights
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
 from utils.checkpoint import load
 from utils.distributed import Context
@@ -26,14 +26,14 @@ def say(context: Context, text: str) -> None:
         print(text, flush=True)
 
 
-def load_data(asked: DataConfig, input_size: int, context: Context) -> Data:
-    """The data set at the model's image side."""
-    return Data(replace(asked, input_size=input_size), context)
+def load_data(asked: DataConfig, config: FarConfig, context: Context) -> Data:
+    """The data set as a model reads it: at its image side, prepared as its weights know pictures."""
+    return Data(replace(asked, input_size=config.img_size), context, config.reading)
 
 
-def load_labelled(asked: DataConfig, input_size: int, context: Context) -> Data:
+def load_labelled(asked: DataConfig, config: FarConfig, context: Context) -> Data:
     """The same, for what learns from labels. Raises FarError where the data set has none."""
-    data = load_data(asked, input_size, context)
+    data = load_data(asked, config, context)
     if not data.labelled:
         raise FarError(f"--dataset {asked.dataset}: has no labels to learn from; name a data set with classes")
     return data
@@ -44,12 +44,27 @@ def reading(config: FarConfig, data: Data) -> FarConfig:
     return replace(config, preprocessing=data.preprocessing, classes=data.class_names or config.classes)
 
 
-def teachers_classes(path: Path | None) -> tuple[str, ...]:
-    """The names of the classes of --base-weight, where its file says them; without a file, of timm's weights."""
-    if path is None:
-        return imagenet_names()
-    content, flag = load(path, "--base-weight"), f"--base-weight {path}"
-    return read_config(content, flag).classes if "config" in content else ()
+def holds_config(content: dict[str, Any]) -> bool:
+    """Whether a file is a checkpoint of ours, which says whose weights it holds."""
+    return isinstance(content.get("config"), dict) and "base_model" in content["config"]
+
+
+def name_teacher(asked: ModelName, path: Path | None, flag: str = "--base-weight") -> FarConfig:
+    """The teacher of a file, or of timm's weights where none is named: by what the file says, else by the flags.
+
+    num_classes: 0 where its weights hold no classifier. Raises FarError where flags and file name two models.
+    """
+    source, content = f"{flag} {path}", {} if path is None else load(path, flag)
+    known = count_answers(content, source) if path else None
+    if holds_config(content):
+        config = read_config(content, source)
+        check_named(asked, path, config)
+        return config
+    own = find_teacher(asked.name)
+    classes = own.classes if known is None else known
+    names = imagenet_names() if path is None else ()
+    names = names if len(names) == classes else ()
+    return FarConfig(asked.name, classes, own.input_size, preprocessing=own.preprocessing, classes=names)
 
 
 @torch.no_grad()
@@ -92,9 +107,14 @@ def load_far(source: FarSource, asked: ModelConfig) -> tuple[Path, VisionTransfo
     return path, model, config
 
 
+def architecture(base_model: str) -> str:
+    """timm's name of it: of DeiT-Tiny, and of vit_tiny_patch16_224.augreg_in21k, whose weights are not looked at."""
+    return find_teacher(base_model).architecture or base_model
+
+
 def check_named(asked: ModelName, path: Path, config: FarConfig) -> None:
     """Raises FarError where the flags name another model than a file holds."""
-    if asked.asked and asked.asked != config.base_model:
+    if asked.asked and architecture(asked.asked) != architecture(config.base_model):
         flag = "--base-model" if asked.base_model else "--scale"
         raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
 
@@ -105,15 +125,13 @@ def load_any(asked: ModelName, path: Path, flag: str, teacher: bool) -> tuple[Vi
     teacher: or of a teacher's weights, which do not say whose they are: `asked` does.
     """
     content = load(path, flag)
-    if not teacher or "config" in content:
+    if not teacher or holds_config(content):
         model, config = restore(content, f"{flag} {path}")
         if teacher and config.replaced:
             raise FarError(f"{flag} {path}: is a FAR model, not a teacher; give it as --far-weight")
         return model, config
-    head = teacher_state(content, f"{flag} {path}").get("head.weight")
-    classes = 1000 if head is None or not head.dim() else len(head)
-    config = FarConfig(asked.name, classes, TEACHERS[asked.name].input_size)
-    model = create_teacher(config.base_model, config.num_classes, config.img_size)
+    config = name_teacher(asked, path, flag)
+    model = create_teacher(config.base_model, max(1, config.num_classes), config.img_size)
     load_teacher_weights(model, path, flag)
     return model.eval(), config
 

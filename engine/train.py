@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,12 +35,22 @@ DECAY_RATE = 0.1
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def automatic(device: torch.device) -> str:
+    """What `--amp auto` means there: bfloat16 on a GPU that computes in it, else nothing."""
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What all stages share. `select`: a stage hands on its `best` weights by evaluation top-1, or its `last`."""
+    """What all stages share. `select`: a stage hands on its `best` weights by evaluation top-1, or its `last`.
+
+    eval_every, save_every: epochs from one evaluation, and from one last.pth, to the next; a stage's last has both.
+    """
 
     seed: int = 42
-    amp: str = "off"
+    amp: str = "auto"
+    eval_every: int = 1
+    save_every: int = 1
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -50,8 +61,12 @@ class Settings:
     lstm_backend: str = "auto"
 
     def autocast(self, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-        dtype = AMP[self.amp]
+        dtype = AMP[self.precision(device)]
         return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def precision(self, device: torch.device) -> str:
+        """A key of AMP."""
+        return automatic(device) if self.amp == "auto" else self.amp
 
     def mixer(self, num_classes: int) -> Mixup | None:
         if self.mixup or self.cutmix:
@@ -142,6 +157,18 @@ def turns(start: int, total: int, accum: int, look_every: int) -> Iterator[Turn]
         yield Turn(step, group, last or (step + 1) % accum == 0, last or (step + 1) % look_every == 0)
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: the device's tensors on CUDA, else the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # not told there
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 @dataclass
 class Trainer:
     """Runs stages on one model."""
@@ -164,11 +191,12 @@ class Trainer:
         self.trace: list[dict[str, float]] = []  # the process's own losses step by step, not yet written
         if not self.context.main:  # a stopped epoch's totals are stored once, for all processes
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)
-        self.autocast = self.settings.autocast(self.context.device)
+        device = self.context.device
+        self.autocast = self.settings.autocast(device)
         self.mixup = self.settings.mixer(self.data.num_classes)
-        self.scaler = torch.amp.GradScaler(self.context.device.type, enabled=self.settings.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.precision(device) == "fp16")
         # The CPU pays nothing to look at a loss; on CUDA each look waits for the device, so it looks every 20 steps.
-        self.look_every = 1 if self.context.device.type == "cpu" else 20
+        self.look_every = 1 if device.type == "cpu" else 20
 
     def _resumed_position(self) -> dict[str, Any]:
         def batches(stage: Stage) -> int:
@@ -201,14 +229,20 @@ class Trainer:
             images = self._epoch(task, stage, loader)
             seconds = time.perf_counter() - started
             self.at.step = len(loader)  # where a stop during the evaluation goes on
-            result = self._evaluate(stage, val)
+            result = self._evaluate(stage, val) if self._due(stage, self.settings.eval_every) else {}
+            save = self._due(stage, self.settings.save_every)
             train = self._totals()
             seen = train.pop("images")
             train = {name: value / seen for name, value in train.items()}
             self.at.epoch, self.at.step, self.at.sums = self.at.epoch + 1, 0, {}
             self._report(stage, train, result, seconds, images * self.context.world)
-            self._save_last()
+            if save:
+                self._save_last()
         self._hand_on()
+
+    def _due(self, stage: Stage, every: int) -> bool:
+        """Whether the epoch that ends here is one of every so many, or the stage's last."""
+        return (self.at.epoch + 1) % every == 0 or self.at.epoch + 1 == stage.optim.epochs
 
     def _prepare(self, stage: Stage, total: int) -> nn.Module:
         """Swaps and freezes as the stage says, and makes its optimizer; `total` steps an epoch. Returns its task."""
@@ -237,7 +271,9 @@ class Trainer:
         task = self.make_task(stage, self.settings.criterion()).to(self.context.device)
         if self.context.world > 1:
             ids = [self.context.device.index] if self.context.device.type == "cuda" else None
-            task = DistributedDataParallel(task, device_ids=ids, forward_sync_buffers=False)
+            task = DistributedDataParallel(
+                task, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
         return task
 
     def _epoch(self, task: nn.Module, stage: Stage, loader: Loader) -> int:
@@ -261,9 +297,9 @@ class Trainer:
     def _steps(self, task: nn.Module, stage: Stage, loader: Loader, bar: tqdm) -> int:
         """A look comes before the update: a loss that is not finite must not reach the weights."""
         pending: list[tuple[int, int, dict[str, Tensor]]] = []
-        count, started, shown = 0, time.perf_counter(), math.nan
+        count, started, shown, self.waited = 0, time.perf_counter(), math.nan, 0.0
         plan = turns(self.at.step, len(loader), stage.optim.accum_steps, self.look_every)
-        for turn, batch in zip(plan, loader, strict=True):
+        for turn, batch in zip(plan, self._waited_for(loader), strict=True):
             images, targets = self._batch(*batch, turn.step)
             pending.append((turn.step, len(images), self._accumulate(task, images, targets, turn)))
             count += len(images)
@@ -273,12 +309,20 @@ class Trainer:
                 shown = self._flush(pending, stage)
             if turn.updates:
                 self._update(turn.step // stage.optim.accum_steps)
-            self._show(bar, shown, count * self.context.world / (time.perf_counter() - started))
+            self._show(bar, shown, count * self.context.world, time.perf_counter() - started)
             if turn.updates and (number := self.context.most(self.request.number)):
                 self._flush(pending, stage)  # a loss that is not finite must not be saved
                 self.at.step = turn.step + 1
                 self._stop(stage, number)
         return count
+
+    def _waited_for(self, loader: Loader) -> Iterator:
+        """The batches; adds up the seconds that they kept the loop waiting."""
+        batches, asked = iter(loader), time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def _batch(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """A batch on the device, mixed where asked; from here on a step's draws follow from its place."""
@@ -317,10 +361,16 @@ class Trainer:
         """What is evaluated and handed on: the averaged weights where there are some, else the trained ones."""
         return self.ema.module if self.ema else self.model
 
-    def _show(self, bar: tqdm, loss: float, rate: float) -> None:
-        lr = self.optimizer.param_groups[0]["lr"]
+    def _show(self, bar: tqdm, loss: float, images: int, seconds: float) -> None:
+        """data: the share of the time that steps waited for images."""
         bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{rate:.0f}", refresh=False)
+        bar.set_postfix(
+            loss=f"{loss:.4f}",
+            lr=f"{self.optimizer.param_groups[0]['lr']:.2e}",
+            img_s=f"{images / seconds:.0f}",
+            data=f"{self.waited / seconds:.0%}",
+            refresh=False,
+        )
 
     def _totals(self) -> dict[str, float]:
         """The epoch's sums over all processes; none before its first step."""
@@ -383,9 +433,9 @@ class Trainer:
         self.context.barrier()
 
     def _report(self, stage: Stage, train: dict, val: dict, seconds: float, images: int) -> None:
-        """Keeps the stage's best weights and logs the epoch."""
-        tie = val["acc1"] == self.at.best and val["loss"] < self.at.best_loss
-        if (stage.select or self.settings.select) == "last" or val["acc1"] > self.at.best or tie:
+        """Keeps the stage's best weights and logs the epoch; one that was not evaluated has no `val`."""
+        place = (val["acc1"], -val["loss"]) if val else (-1.0, 0.0)  # of two of one top-1 the lower loss
+        if val and ((stage.select or self.settings.select) == "last" or place > (self.at.best, -self.at.best_loss)):
             self.at.best, self.at.best_loss = val["acc1"], val["loss"]
             self.run.save("best.pth", pack(self.evaluated, self.config))
         row = {
@@ -397,13 +447,14 @@ class Trainer:
             "val": val,
             "seconds": round(seconds, 3),
             "images_per_s": round(images / seconds, 1) if seconds else 0.0,
+            "data_seconds": round(self.waited, 3) if seconds else 0.0,
+            "peak_memory_mb": round(peak_bytes(self.context.device) / 1e6),
         }
         self.run.append("log.jsonl", [row])
         losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())
         when = f"epoch {self.at.epoch}/{stage.optim.epochs}" if train else "before training"
-        self._say(
-            f"  {when}: top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} {losses}".rstrip()
-        )
+        found = f"top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} " if val else ""
+        self._say(f"  {when}: {found}{losses}".rstrip())
 
     def _hand_on(self) -> None:
         """The next stage starts from this one's selected weights."""

@@ -29,5 +29,5 @@ def load(
         resize(model, config, input_size, str(checkpoint))
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
-    model.pretrained_cfg = model.default_cfg = data_config(model, config.preprocessing)
+    model.pretrained_cfg = model.default_cfg = data_config(model, config.reading)
     return model

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.deit import TEACHERS, create_teacher
-from models.parts import MLP_RATIO
-from models.replace import REPLACEMENTS, FarConfig, build, find_damage
+from models.deit import TEACHERS, create_teacher, find_teacher
+from models.replace import REPLACEMENTS, FarConfig, build, find_damage, mlps
+from models.vit import prefix_positions
 from utils.checkpoint import FLOATS, check_dense
 from utils.errors import FarError
 
@@ -47,26 +48,32 @@ def _shape(state: Mapping[str, Any], name: str, dims: int, source: str) -> torch
     return state[name].shape
 
 
-def _measures(base_model: str) -> tuple[int, int, int]:
+def _example(base_model: str) -> VisionTransformer:
     with torch.device("meta"):
-        model = create_teacher(base_model, 1, TEACHERS[base_model].input_size)
-    return model.embed_dim, len(model.blocks), TEACHERS[base_model].patch_size
+        return create_teacher(base_model, 1, find_teacher(base_model).input_size)
+
+
+def _measures(model: VisionTransformer) -> tuple[int, int, int]:
+    return model.embed_dim, len(model.blocks), model.patch_embed.patch_size[0]
 
 
 def infer(state: Mapping[str, Any], source: str, base_model: str | None = None) -> FarConfig:
-    """The DeiT around what replaces attention: which one where none is named, its classes, image size, MLPs' units."""
+    """The model around what replaces attention, one of TEACHERS where none is named."""
     width, _, _, patch = _shape(state, "patch_embed.proj.weight", 4, source)
     classes, tokens = _shape(state, "head.weight", 2, source)[0], _shape(state, "pos_embed", 3, source)[1]
     blocks, known = blocks_of(state), [base_model] if base_model else list(TEACHERS)
-    fitting = [name for name in known if _measures(name) == (width, len(blocks), patch)]
+    fitting = {name: model for name in known if _measures(model := _example(name)) == (width, len(blocks), patch)}
     if not fitting:
         raise FarError(
             f"{source}: has width {width}, {len(blocks)} blocks and patches of {patch} px, which is no "
             f"{' or '.join(known)}; name the model the weights belong to"
         )
-    hidden = {str(i): _shape(state, f"blocks.{i}.mlp.fc1.weight", 2, source)[0] for i in blocks}
-    pruned = {i: units for i, units in hidden.items() if units != MLP_RATIO * width}
-    return FarConfig(fitting[0], classes, math.isqrt(max(0, tokens - 1)) * patch, mlp=pruned)
+    name, model = next(iter(fitting.items()))
+    full = {i: mlp.full_sizes for i, mlp in mlps(model).items()}
+    hidden = {i: _shape(state, f"blocks.{i}.mlp.fc1.weight", 2, source)[0] for i in full}
+    pruned = {str(i): units for i, units in hidden.items() if units != full[i]}
+    side = math.isqrt(max(0, tokens - prefix_positions(model))) * patch
+    return FarConfig(name, classes, side, mlp=pruned)
 
 
 def infer_far(state: Mapping[str, Any], source: str) -> FarConfig:

@@ -20,6 +20,8 @@ from models.kernels import Cell, CellKind
 from models.kernels.stock import padded_cell
 from models.merged import Merged
 from models.replace import replacements
+from models.vit import prefix_positions
+from models.whole import structure_faults, without_scales
 from utils.errors import FarError
 
 OPSETS = (17, onnx.defs.onnx_opset_version())  # from 17 on there is LayerNormalization
@@ -209,14 +211,15 @@ def _attention(graph: Graph, name: str, attn: Attention, x: str, last: bool) -> 
 
 
 def _embed(graph: Graph, model: VisionTransformer, images: str) -> str:
-    """Images (B, C, S, S) to tokens (N, B, D), the class token and all biases in what is added as positions."""
-    embed, positions = model.patch_embed, model.pos_embed[0].double()
-    added = positions[1:] + (0 if embed.proj.bias is None else embed.proj.bias)
-    added = torch.cat([positions[:1] + model.cls_token[0], added])
+    """Images (B, C, S, S) to tokens (N, B, D), prefix tokens and all biases in what is added as positions."""
+    embed, positions, own = model.patch_embed, model.pos_embed[0].double(), prefix_positions(model)
+    prefix = torch.cat([token[0] for token in (model.cls_token, model.reg_token) if token is not None])
+    bias = 0 if embed.proj.bias is None else embed.proj.bias
+    added = torch.cat([prefix + F.pad(positions[:own], (0, 0, 0, len(prefix) - own)), positions[own:] + bias])
     x = graph.node("Conv", "patches", images, graph.weight("patches/W", embed.proj.weight), strides=embed.patch_size)
-    x = graph.reshape("patches/row", x, 0, 0, -1)  # (B, D, N - 1)
+    x = graph.reshape("patches/row", x, 0, 0, -1)  # (B, D, patches)
     x = graph.node("Transpose", "patches/tokens", x, perm=(2, 0, 1))
-    x = graph.node("Pad", "patches/class-token", x, graph.shape(1, 0, 0, 0, 0, 0))
+    x = graph.node("Pad", "patches/prefix", x, graph.shape(len(prefix), 0, 0, 0, 0, 0))
     return graph.node("Add", "tokens", x, graph.weight("positions", added[:, None]))
 
 
@@ -226,7 +229,7 @@ def find_faults(model: VisionTransformer) -> str:
         maps = attn.maps()
         if maps is None or maps.kind.name not in CELLS:
             return f"block {index}: {type(attn).__name__}"
-    return ""
+    return next(structure_faults(model), "")
 
 
 def _block(graph: Graph, model: VisionTransformer, index: int, x: str) -> str:
@@ -256,6 +259,7 @@ def to_onnx(model: VisionTransformer, opset: int, properties: Mapping[str, str])
         raise FarError(f"--opset {opset}: this needs one from {OPSETS[0]} to {OPSETS[1]}, the newest installed")
     if fault := find_faults(model):
         raise FarError(f"--to onnx: {fault} has no form in the ONNX graph; use --to pt2 or safetensors")
+    model = without_scales(model)
     graph, embed = Graph(opset), model.patch_embed
     x = _embed(graph, model, "images")
     for index in range(len(model.blocks)):

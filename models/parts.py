@@ -13,7 +13,6 @@ from models.merged import Merged
 from utils.errors import FarError
 
 Place = tuple[int, ...]
-MLP_RATIO = 4  # of every DeiT here: an MLP's hidden units over the embedding width
 
 
 class Bundle(NamedTuple):
@@ -106,13 +105,18 @@ class Unprunable(BlockPart):
 class Mlp(timm.layers.Mlp, BlockPart):
     """timm's MLP; its hidden units can be pruned."""
 
+    @staticmethod
+    def adopt(mlp: timm.layers.Mlp) -> None:
+        """Makes timm's one of these, in place."""
+        mlp.__class__, mlp.unpruned = Mlp, mlp.fc1.out_features
+
     @property
     def sizes(self) -> int:
         return self.fc1.out_features
 
     @property
     def full_sizes(self) -> int:
-        return MLP_RATIO * self.fc1.in_features
+        return self.unpruned
 
     def macs(self, shape: Sequence[int]) -> int:
         return shape[0] * shape[1] * (self.fc1.weight.numel() + self.fc2.weight.numel())
@@ -201,7 +205,8 @@ class Replacement(nn.Module, BlockPart):
 
     def init_from_attention(self, attn: nn.Module, init: str) -> None:
         """post_proj becomes a copy of the teacher's output projection, so that z keeps the teacher's meaning."""
-        self.post_proj.load_state_dict(attn.proj.state_dict())
+        nn.init.zeros_(self.post_proj.bias)  # where the teacher's has none
+        self.post_proj.load_state_dict(attn.proj.state_dict(), strict=False)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None

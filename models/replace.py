@@ -13,9 +13,10 @@ from torch import nn
 from models import kernels
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
-from models.deit import LARGEST_INPUT, TEACHERS, check_size, create_teacher, fits_patches
+from models.deit import LARGEST_INPUT, check_size, create_teacher, find_teacher, fits_patches
 from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
+from models.vit import classifiers
 from utils.checkpoint import load, load_into, whole
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
@@ -28,7 +29,7 @@ REPLACEMENTS: dict[str, type[Replacement]] = {
     "mixer": TokenMixer,
 }
 MOST_CLASSES = 10**6
-MOST_PARAMETERS = 2**29  # 2 GiB; a file of some bytes can claim more, one number repeated
+MOST_PARAMETERS = 2**31  # 8 GiB, timm's largest; a file of some bytes can claim more, one number repeated
 BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of them
 
 
@@ -36,7 +37,7 @@ BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of
 class FarConfig:
     """All that is needed to rebuild a model before its weights are loaded.
 
-    replaced: indices of the replaced blocks; empty is a plain teacher.
+    base_model: a name that `find_teacher` knows. replaced: indices of the replaced blocks; empty is a plain teacher.
     units: kept units u[h][r] of those replaced blocks that were pruned, by block index (as text: it is stored as
     JSON too). mlp: hidden units of those MLPs that were pruned, by block index.
     preprocessing, classes: how pictures become its input, and the names of its classes; None and empty are unknown.
@@ -51,6 +52,11 @@ class FarConfig:
     mlp: dict[str, int] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] = ()
+
+    @property
+    def reading(self) -> Preprocessing | None:
+        """How pictures become its input: as stored, else as the teacher's weights know them; None is unknown."""
+        return self.preprocessing or find_teacher(self.base_model).preprocessing
 
     @property
     def pruned(self) -> bool:
@@ -94,8 +100,8 @@ def replacements(model: VisionTransformer) -> dict[int, Replacement]:
 
 
 def mlps(model: VisionTransformer) -> dict[int, Mlp]:
-    """Every block's MLP."""
-    return {i: block.mlp for i, block in enumerate(model.blocks)}
+    """The MLPs whose units can be pruned, by block: none where they are gated or have a norm inside."""
+    return {i: block.mlp for i, block in enumerate(model.blocks) if hasattr(block.mlp, "unit_norms")}
 
 
 def replaced_blocks(model: VisionTransformer) -> tuple[int, ...]:
@@ -147,13 +153,18 @@ def is_nest(value: Any, full: Sequence) -> bool:
 
 def find_damage(config: FarConfig) -> str:
     """What is wrong with a configuration from a file, in words; empty where nothing is. Allocates nothing."""
-    for name, table in (("base_model", TEACHERS), ("rep_by", REPLACEMENTS)):
-        if not isinstance(value := getattr(config, name), str) or value not in table:
-            return f"{name} is none of {', '.join(table)}"
+    if not isinstance(config.base_model, str):
+        return "base_model must be a name"
+    try:
+        find_teacher(config.base_model)
+    except FarError as error:
+        return f"base_model: {error}"
+    if not isinstance(config.rep_by, str) or config.rep_by not in REPLACEMENTS:
+        return f"rep_by is none of {', '.join(REPLACEMENTS)}"
     if not whole(config.num_classes, 1, MOST_CLASSES):
         return f"num_classes must be a whole number from 1 to {MOST_CLASSES}"
     if not fits_patches(config.base_model, config.img_size):
-        return f"img_size must be a multiple of {TEACHERS[config.base_model].patch_size} up to {LARGEST_INPUT}"
+        return f"img_size must be a multiple of {find_teacher(config.base_model).patch_size} up to {LARGEST_INPUT}"
     with torch.device("meta"):
         model = create_teacher(config.base_model, config.num_classes, config.img_size)
         swap_attention(model, (0,), config.rep_by)
@@ -161,7 +172,8 @@ def find_damage(config: FarConfig) -> str:
     replaced = config.replaced if isinstance(config.replaced, list | tuple) else (None,)
     if not all(whole(i, 0, blocks[-1]) for i in replaced) or len(set(replaced)) < len(replaced):
         return f"replaced must be different blocks from 0 to {blocks[-1]}"
-    for name, owners, most in (("units", replaced, full), ("mlp", blocks, model.blocks[0].mlp.full_sizes)):
+    hidden = next((mlp.full_sizes for mlp in mlps(model).values()), ())
+    for name, owners, most in (("units", replaced, full), ("mlp", blocks, hidden)):
         kept = getattr(config, name)
         if not isinstance(kept, dict) or not set(kept) <= set(map(str, owners)):
             return f"{name} must be a dictionary by block, of {sorted(owners)}"
@@ -248,5 +260,6 @@ def count_parameters(module: nn.Module) -> int:
 def reset_classifier(model: VisionTransformer, num_classes: int, generator: torch.Generator | None = None) -> None:
     """A fresh classifier for a new label set."""
     model.reset_classifier(num_classes)
-    nn.init.trunc_normal_(model.head.weight, std=0.02, generator=generator)
-    nn.init.zeros_(model.head.bias)
+    for head in classifiers(model):
+        nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
+        nn.init.zeros_(head.bias)

@@ -4,20 +4,20 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from models.deit import DeiT, create_deit, resize_positions
+from models.deit import resize_positions
 from models.hub import data_config
 from models.infer import infer_far
-from models.parts import Mlp
 from models.replace import build, swap_attention
+from models.vit import ViT, adopt
 from utils.errors import FarError
 
 log = logging.getLogger(__name__)
 
 
-class FarDeiT(DeiT):
+class FarDeiT(ViT):
     """A DeiT of timm's registry, every attention replaced by a multi-head BiLSTM until weights say otherwise.
 
     The first weights it loads shape it: which blocks are replaced and by what, the units left, and what of `adopts`
@@ -25,9 +25,9 @@ class FarDeiT(DeiT):
     """
 
     def __init__(self, adopts: frozenset[str] = frozenset(), **kwargs):
-        super().__init__(mlp_layer=Mlp, **kwargs)
+        super().__init__(**kwargs)
         self.adopts: frozenset[str] | None = adopts
-        swap_attention(self, range(len(self.blocks)), "multi-lstm")
+        swap_attention(adopt(self), range(len(self.blocks)), "multi-lstm")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         if self.adopts is not None:
@@ -60,7 +60,16 @@ class FarDeiT(DeiT):
 
 
 def _create(name: str, width: int, pretrained: bool, **kwargs) -> VisionTransformer:
-    return create_deit(FarDeiT, name, width, pretrained, adopts={"num_classes", "img_size"} - kwargs.keys(), **kwargs)
+    shape = {"patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": width // 64}
+    return build_model_with_cfg(
+        FarDeiT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        adopts={"num_classes", "img_size"} - kwargs.keys(),
+        **{**shape, **kwargs},
+    )
 
 
 _DATA = {

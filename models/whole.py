@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import LayerScale, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -168,9 +168,29 @@ def _nothing(*modules: nn.Module) -> bool:
     return all(isinstance(module, nn.Identity) for module in modules)
 
 
+def _scales(module: nn.Module) -> bool:
+    return type(module) is LayerScale and not hooked(module)
+
+
+@torch.no_grad()
+def without_scales(model: VisionTransformer) -> VisionTransformer:
+    """The model, or where it has LayerScales a copy that has them in the linear maps before them."""
+    if not any(map(_scales, model.modules())):
+        return model
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        for name, linear in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+            if _scales(scale := getattr(block, name)):
+                linear.weight = nn.Parameter(linear.weight * scale.gamma[:, None], requires_grad=False)
+                if linear.bias is not None:
+                    linear.bias = nn.Parameter(linear.bias * scale.gamma, requires_grad=False)
+                setattr(block, name, nn.Identity())
+    return model
+
+
 def _block_faults(block: nn.Module) -> Iterator[str]:
-    if type(block) is not Block or not _nothing(block.ls1, block.ls2):
-        yield "a block that is not timm's plain Block, or has layer scale"
+    if type(block) is not Block or not all(_nothing(scale) or _scales(scale) for scale in (block.ls1, block.ls2)):
+        yield "a block that is not timm's plain Block"
         return
     if not (_plain_norm(block.norm1) and _plain_norm(block.norm2)):
         yield "a norm that is not LayerNorm"
@@ -195,14 +215,11 @@ def _replacement_faults(attn: Replacement) -> Iterator[str]:
         yield f"its LSTMs are asked of --lstm-backend {maps.backend}"
 
 
-def _faults(model: nn.Module) -> Iterator[str]:
+def structure_faults(model: nn.Module) -> Iterator[str]:
+    """What of a model is neither as in timm's plain VisionTransformer nor a replacement: other forms know no more."""
     if not computes_as_timms(model):
         yield f"{type(model).__name__} computes otherwise than timm's VisionTransformer"
         return
-    if hooked(*model.modules()):
-        yield "hooks on its modules"
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
-        yield "weights that are not float32 on a CPU"
     embed, conv = model.patch_embed, model.patch_embed.proj
     if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad or not _nothing(embed.norm):
         yield "a patch embedding that is not timm's plain PatchEmbed"
@@ -217,7 +234,17 @@ def _faults(model: nn.Module) -> Iterator[str]:
     replaced = replacements(model)
     for i, block in enumerate(model.blocks):
         yield from _block_faults(block)
-        yield from _replacement_faults(replaced[i]) if i in replaced else _attention_faults(block.attn, model.embed_dim)
+        yield from () if i in replaced else _attention_faults(block.attn, model.embed_dim)
+
+
+def _faults(model: nn.Module) -> Iterator[str]:
+    yield from structure_faults(model)
+    if hooked(*model.modules()):
+        yield "hooks on its modules"
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+        yield "weights that are not float32 on a CPU"
+    for attn in replacements(model).values():
+        yield from _replacement_faults(attn)
 
 
 def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
@@ -244,7 +271,7 @@ class WholeModel(nn.Module):
             raise FarError(f"this model cannot be packed for the CPU: {reason}")
         packer = Packer(model.embed_dim, precision)
         with torch.no_grad():
-            plan = _write_plan(packer, model)
+            plan = _write_plan(packer, without_scales(model))
             self.products, self.vectors = (
                 nn.Parameter(torch.cat(pieces), requires_grad=False) for pieces in (packer.products, packer.vectors)
             )

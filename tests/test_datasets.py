@@ -16,9 +16,11 @@ from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
+import main
 from datasets.loading import Data, DataConfig
 from datasets.registry import SOURCES, build_split, count_classes
 from tests.conftest import image_folder, write_images
+from utils import checkpoint
 from utils.distributed import Context
 from utils.errors import FarError
 
@@ -198,6 +200,52 @@ def test_a_listing_that_is_no_listing_is_named(text, tmp_path):
     (tmp_path / "train2019.json").write_text(text, encoding="latin-1")
     with pytest.raises(FarError, match=r"train2019\.json: not a competition's list of images .*; fetch it again"):
         build_split("INAT19", tmp_path, True)
+
+
+def taxonomy(root, count, **more):
+    """Species 0, 2, 4, ... are of family b, the others of a."""
+    entries = [{"id": i, "name": f"s{i}", "family": "ba"[i % 2], "class": "c", **more} for i in range(count)]
+    (root / "categories.json").write_text(json.dumps(entries))
+
+
+def test_inaturalists_species_may_be_taken_by_what_they_belong_to(tmp_path, failure):
+    inat(tmp_path, "2019", 1010)
+    taxonomy(tmp_path, 1010)
+    words = "--mode teacher --dataset INAT19 --scale Micro --num-workers 0 --batch-size 2 --epochs 1 --aa none".split()
+    words += ["--data-path", str(tmp_path)]
+    assert main.main([*words, "--inat-category", "family", "--output-dir", str(tmp_path / "run")]) == 0
+    config = checkpoint.load(tmp_path / "run/best.pth")["config"]
+    assert config["num_classes"] == 2 and config["classes"] == ("a", "b")
+    species, families = (build_split("INAT19", tmp_path, True, category=c) for c in ("name", "family"))
+    assert len(species) == len(families) == 4
+    assert [families[i][1] for i in range(4)] == [1 - species[i][1] % 2 for i in range(4)] == [1, 1, 0, 0]
+    assert count_classes("INAT19", build_split("INAT19", tmp_path, False, category="class")) == 1
+    line = failure(*words, "--inat-category", "genus")  # the listing has none
+    assert "--inat-category genus: " in line and "categories.json" in line
+    line = failure(
+        *words, "--dataset", "FOLDER", "--data-path", image_folder(tmp_path / "f"), "--inat-category", "class"
+    )
+    assert "--inat-category class: --dataset FOLDER has no such classes" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "3", '[{"id": 0}]', '[{"id": [], "family": "a"}]', "[", '[{"id": 0, "family": 3}]']
+)
+def test_a_taxonomy_that_is_none_is_named(text, tmp_path):
+    inat(tmp_path, "2019", 1010)
+    for mend in (lambda path: path.write_text(text), lambda path: (path.unlink(), os.mkfifo(path))):
+        mend(tmp_path / "categories.json")
+        with pytest.raises(FarError, match=r"--inat-category family: .*categories\.json"):
+            build_split("INAT19", tmp_path, True, category="family")
+
+
+@pytest.mark.parametrize(("asked", "got"), [(None, 3), (3, 3), (5, 5)])
+def test_a_model_may_know_more_classes_than_the_data_but_not_fewer(asked, got, tmp_path):
+    image_folder(tmp_path, classes=3)
+    data = Data(DataConfig("FOLDER", tmp_path, 48, num_workers=0, nb_classes=asked), Context())
+    assert data.num_classes == got and len(data.class_names) == (3 if got == 3 else 0)
+    with pytest.raises(FarError, match="--nb-classes 2: --dataset FOLDER has 3"):
+        Data(DataConfig("FOLDER", tmp_path, 48, nb_classes=2), Context())
 
 
 def test_a_pipe_for_a_listing_is_not_opened(tmp_path):

@@ -93,6 +93,7 @@ MODELS = {
     "one block of attention": lambda: vit(64, 2, replaced=(), depth=1),
     "oblong": lambda: vit(64, 2, size=(24, 40), patch=(8, 4), num_classes=3, in_chans=1),
     "registers": lambda: vit(64, 2, reg_tokens=4, no_embed_class=True, qkv_bias=True, class_token=True),
+    "layer scale": lambda: vit(64, 2, replaced=(0,), init_values=0.1, reg_tokens=2),
     "many tokens": lambda: vit(64, 2, replaced=(0,), size=64, patch=4),
 }
 
@@ -373,7 +374,6 @@ REFUSED = {
     **{path: lambda path=path: adapted(*path.split(".")) for path in ("blocks.3.attn.pre_proj",)},
     "token mixer": lambda: build(FarConfig("DeiT-Micro", 10, 32, rep_by="mixer", replaced=(0,))),
     "float64": lambda: micro().double(),
-    "layer scale": lambda: vit(64, 2, init_values=0.1),
     "average pooling": lambda: vit(64, 2, global_pool="avg", class_token=False),
     "no classifier": lambda: vit(64, 2, num_classes=0),
     "norm before the blocks": lambda: vit(64, 2, pre_norm=True),

@@ -406,6 +406,14 @@ def input_size(trainer):
     assert trainer.model.pos_embed.shape[1] == 12 * 12 + 1
 
 
+def nb_classes(trainer, teacher):
+    """A fresh classifier of so many classes on the weights of a model of ten."""
+    state = trainer.model.state_dict()
+    assert len(state["head.weight"]) == len(state["head.bias"]) == trainer.data.num_classes == 13
+    assert {name for name in state if not torch.equal(state[name], teacher[name])} == {"head.weight", "head.bias"}
+    assert trainer.config.num_classes == 13 and trainer.config.classes == ()
+
+
 def eval_crop_ratio(trainer):
     whole = image_ops.resize(trainer.data.val.data[4][0], 96, InterpolationMode.BICUBIC)
     expected = (image_ops.to_tensor(image_ops.center_crop(whole, 48)) - 0.5) / 0.5
@@ -564,6 +572,7 @@ READY = [
 ]
 SIMILARITY = f"{TRAIN} {SMALL} --train-loss similarity"
 READY_FROM = [
+    ("--nb-classes", f"{TEACHER} --nb-classes 13 --base-weight TEACHER", nb_classes, "teacher"),
     ("--distill-input", f"{SIMILARITY} --distill-input teacher", reads_the_teacher, "teacher"),
     ("--distill-input", SIMILARITY, reads_its_own_state, "teacher"),
 ]
@@ -574,12 +583,15 @@ ELSEWHERE = {  # what a table cannot hold, and the test that does
     "--output-dir": "test_training.py::test_run_folder_holds_what_the_readme_says",
     "--resume": "test_training.py::test_a_run_killed_mid_epoch_ends_bit_equal_after_resume",
     "--select": "test_training.py::test_select_hands_on_the_best_or_the_last_epoch",
+    "--eval-every": "test_training.py::test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same",
+    "--save-every": "test_training.py::test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same",
     "--dist-timeout": "test_launch.py::test_a_process_that_does_not_come_is_missed_after_the_time_given",
     "--distributed": "test_main.py::test_two_processes_with_half_the_batch_give_the_weights_of_one",
     "--device": "test_flags.py::test_cpu_can_be_asked_for_and_cuda_is_refused_without_one",
     "--lstm-backend": "test_flags.py::test_lstm_backend_names_the_kernel_that_runs",
     "--dataset": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
     "--data-path": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
+    "--inat-category": "test_datasets.py::test_inaturalists_species_may_be_taken_by_what_they_belong_to",
     "--images-only": "test_unlabelled.py::test_a_folder_of_pictures_is_enough",
     "--download": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
     "--base-model": "test_flags.py::test_base_model_and_scale_name_the_teacher",
@@ -630,7 +642,7 @@ def test_every_flag_of_a_training_mode_is_held():
 def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkeypatch, ready):
     asked = []
 
-    def digits(name, root, train, download=False):
+    def digits(name, root, train, download=False, category="name"):
         asked.append((name, str(root), train, download))
         return build_split("DIGITS", root, train)
 
@@ -643,7 +655,14 @@ def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkey
 
 
 @pytest.mark.parametrize(
-    ("flags", "width"), [("--scale Micro", 64), ("--base-model DeiT-Micro", 64), ("--scale Tiny", 192), ("", 192)]
+    ("flags", "width"),
+    [
+        ("--scale Micro", 64),
+        ("--base-model DeiT-Micro", 64),
+        ("--scale Tiny", 192),
+        ("", 192),
+        ("--base-model deit3_small_patch16_224", 384),
+    ],
 )
 def test_base_model_and_scale_name_the_teacher(flags, width, ready):
     line = TEACHER.replace("--scale Micro", flags)

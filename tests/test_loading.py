@@ -274,7 +274,7 @@ def test_a_holdout_that_leaves_no_training_image_is_refused(tmp_path):
 
 
 def test_a_split_without_images_is_refused(monkeypatch):
-    def build(name, root, train):
+    def build(name, root, train, **_):
         return build_split(name, root, train) if train else []
 
     monkeypatch.setattr("datasets.loading.build_split", build)

@@ -118,7 +118,6 @@ def test_defaults_are_those_of_the_published_code():
         "color_jitter": 0.3,
         "aa": "rand-m9-mstd0.5-inc1",
         "train_interpolation": "bicubic",
-        "eval_crop_ratio": 0.875,
         "reprob": 0.25,
         "remode": "pixel",
         "recount": 1,

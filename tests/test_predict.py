@@ -79,7 +79,7 @@ def test_a_folders_classes_are_named_and_go_with_the_weights_downstream(far, tmp
     assert main.main([*command, "--data-path", str(root), "--epochs", "1", "--output-dir", str(out)]) == 0
     config = load(out / "best.pth")["config"]
     assert config["classes"] == ("class0", "class1", "class2")
-    assert config["preprocessing"]["mean"] == (0.485, 0.456, 0.406)  # the folder's, no longer the digits'
+    assert config["preprocessing"] == load(far / "best.pth")["config"]["preprocessing"]  # the model's, not the folder's
     answers = tmp_path / "answers.json"
     flags = ["--images", str(root / "val" / "class2"), "--output", str(answers), "--top", "9"]
     assert main.main(["--mode", "predict", "--far-weight", str(out / "best.pth"), *flags]) == 0

@@ -181,7 +181,7 @@ def test_torch_hub_loads_from_any_folder_beside_the_users_own_packages(order, fi
 def test_torch_hub_and_the_suite_itself_fit_into_one_process(files):
     model = torch.hub.load(str(ROOT), "far", source="local", checkpoint=files / "gru.pth")
     assert_same(model, load_model(files / "gru.pth")[0], 64)
-    assert type(model).__module__ == "far_hub.models.deit"
+    assert type(model).__module__ == "far_hub.models.vit"
 
 
 def test_the_suite_imports_itself_in_the_form_that_torch_hub_renames():

@@ -425,3 +425,42 @@ def test_a_finished_run_evaluates_on_its_device_with_its_backend(tmp_path, monke
     got = Trainer(model, config, [stage], None, digits(), run, context, settings, content).fit()
     assert {p.device.type for p in got.parameters()} == {"meta"}
     assert [m.backend for m in got.modules() if isinstance(m, MultiHeadBiLSTM)] == ["reference"] * 2
+
+
+def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
+    line = [*TEACH, *"--epochs 5 --batch-size 32 --eval-every 2 --save-every 3".split(), "--output-dir"]
+    assert main.main([*line, str(tmp_path / "whole")]) == 0
+    assert [row["epoch"] for row in rows(tmp_path / "whole") if row["val"]] == [0, 2, 4, 5]
+    report = Trainer._report
+
+    def broken(self, stage, *given):
+        report(self, stage, *given)
+        if self.at.epoch == 4:  # whose weights are not saved: those of 3 are the last
+            raise RuntimeError("power is gone")
+
+    monkeypatch.setattr(Trainer, "_report", broken)
+    with pytest.raises(RuntimeError, match="power"):
+        main.main([*line, str(tmp_path / "cut")])
+    assert load(tmp_path / "cut/last.pth", "--test")["position"]["epoch"] == 3
+    with (tmp_path / "cut/log.jsonl").open("a") as log:
+        log.write('{"stage": "teach')  # a line that was cut too
+    monkeypatch.setattr(Trainer, "_report", report)
+    assert main.main([*line, str(tmp_path / "cut"), "--resume"]) == 0
+    for name in ("last.pth", "best.pth"):
+        assert_equal(weights(tmp_path / "cut", name), weights(tmp_path / "whole", name))
+    logs = [[(r["epoch"], r["train"], r["val"]) for r in rows(tmp_path / name)] for name in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_automatic_precision_is_bfloat16_where_a_gpu_has_it(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Settings().precision(cpu) == "off" and Settings(amp="bf16").precision(cpu) == "bf16"
+    for has, expected in ((True, "bf16"), (False, "off")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert Settings().precision(cuda) == expected
+
+
+def test_the_log_says_how_long_steps_waited_for_images_and_the_memory_held(far):
+    for row in rows(far):
+        assert 0 <= row["data_seconds"] <= max(row["seconds"], 0) and row["peak_memory_mb"] > 50
+    assert any(row["data_seconds"] > 0 for row in rows(far))

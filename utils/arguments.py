@@ -198,8 +198,15 @@ def add_run_group(parser: Parser) -> None:
         metavar="MINUTES",
         help="how long processes wait for one another: longer than a download, shorter than you would for a dead node",
     )
-    g.add_argument("--amp", choices=names.AMP, default="off", help="mixed precision")
+    g.add_argument(
+        "--amp",
+        choices=names.AMP,
+        default="auto",
+        help="mixed precision; auto: bf16 on a GPU that computes in it, else off. Gates and cell state stay float32",
+    )
     add_backend(g)
+    g.add_argument("--eval-every", type=SIZE, default=1, metavar="EPOCHS", help="evaluate so often, and at the end")
+    g.add_argument("--save-every", type=SIZE, default=1, metavar="EPOCHS", help="write last.pth so often, and at stops")
     g.add_argument(
         "--select",
         choices=("best", "last"),
@@ -208,10 +215,15 @@ def add_run_group(parser: Parser) -> None:
     )
 
 
+def add_model_name(group, meaning: str) -> None:
+    known = f"{', '.join(names.MODELS)}, or a VisionTransformer by timm's name"
+    group.add_argument("--base-model", metavar="NAME", help=f"{meaning}; {known}")
+    group.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
+
+
 def add_model_group(parser: Parser) -> None:
     g = parser.add_argument_group("model")
-    g.add_argument("--base-model", choices=names.MODELS, help="the teacher; default by --scale, else DeiT-Tiny")
-    g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
+    add_model_name(g, "the teacher; default: what --base-weight says, else DeiT-Tiny")
     add_file(
         g, "--base-weight", "teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained"
     )
@@ -240,7 +252,7 @@ def add_data_group(parser: Parser) -> None:
     )
     g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
-    g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default 224, DeiT-Micro 32")
+    g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default: the model's")
     g.add_argument(
         "--holdout",
         type=number(float, 0, 0.9),
@@ -253,14 +265,30 @@ def add_data_group(parser: Parser) -> None:
     g.add_argument(
         *("--eval-crop-ratio", "--crop-pct"),
         type=number(float, 0.1, 1),
-        default=0.875,
-        help="centre crop over resized side",
+        help="centre crop over resized side; default: as the model was trained, DeiT 0.875, none up to 32 pixels",
     )
     for name, low in (("mean", -1e3), ("std", 0)):
         value = number(float, low, open_low=True)
         g.add_argument(
-            f"--{name}", type=value, nargs=3, metavar=("R", "G", "B"), help="of values 0 to 1; default: the data set's"
+            f"--{name}", type=value, nargs=3, metavar=("R", "G", "B"), help="of values 0 to 1; default: the model's"
         )
+    add_classes(g)
+
+
+def add_classes(group) -> None:
+    group.add_argument(
+        "--nb-classes",
+        type=SIZE,
+        metavar="N",
+        help="classes of the model; default: the data set's, which must not be more. Weights of another number get a "
+        "fresh classifier in --mode teacher and downstream",
+    )
+    group.add_argument(
+        "--inat-category",
+        choices=names.INAT_CATEGORIES,
+        default="name",
+        help="what a class of INAT18 and INAT19 is, by the competition's categories.json",
+    )
 
 
 def add_average(group) -> None:

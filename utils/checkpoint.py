@@ -56,6 +56,17 @@ def write_atomic(path: Path, write) -> None:
         ) from error
 
 
+def append(path: Path, lines: bytes) -> None:
+    """Adds to a file of lines. A kill may cut the last one, which `utils.records.read_lines` drops. Raises FarError."""
+    try:
+        with path.open("ab") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FarError(f"{path}: cannot be written ({error.strerror}); make room or name another folder") from error
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
     """Saves a dictionary of tensors and plain data. Raises `write_atomic`'s FarError."""
     write_atomic(path, lambda file: torch.save(content, file))

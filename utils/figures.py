@@ -27,15 +27,16 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
     """Loss, accuracy and rate over the epochs of all stages, in the order they ran."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    x = list(range(len(rows)))
     trained = [(i, row) for i, row in enumerate(rows) if row["train"]]
     loss.plot(
         [i for i, _ in trained], [r["train"]["loss"] for _, r in trained], color=COLOURS[0], label="training loss"
     )
-    loss.plot(x, [r["val"]["loss"] for r in rows], color=COLOURS[1], ls="--", label="evaluation cross entropy")
+    seen = [(i, row) for i, row in enumerate(rows) if row["val"]]
+    x = [i for i, _ in seen]
+    loss.plot(x, [r["val"]["loss"] for _, r in seen], color=COLOURS[1], ls="--", label="evaluation cross entropy")
     loss.set_yscale("log")
-    accuracy.plot(x, [r["val"]["acc1"] for r in rows], color=COLOURS[0], label="top-1")
-    accuracy.plot(x, [r["val"]["acc5"] for r in rows], color=COLOURS[1], ls="--", label="top-5")
+    accuracy.plot(x, [r["val"]["acc1"] for _, r in seen], color=COLOURS[0], label="top-1")
+    accuracy.plot(x, [r["val"]["acc5"] for _, r in seen], color=COLOURS[1], ls="--", label="top-5")
     rate.plot([i for i, _ in trained], [r["lr"] for _, r in trained], color=COLOURS[0], label="rate at the epoch's end")
     for axis, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
         axis.set(xlabel="epoch, over all stages", ylabel=label)

@@ -6,10 +6,11 @@ REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEM
 BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
-AMP = ("off", "bf16", "fp16")  # engine.train.AMP
+AMP = ("auto", "off", "bf16", "fp16")  # engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # engine.export.TARGETS
 TABLES = (".csv", ".json")  # engine.predict.TABLES

@@ -68,6 +68,7 @@ class RunFolder:
 
     def __init__(self, path: Path, context: Context, resumed: bool):
         self.path, self.context, self.resumed = path, context, resumed
+        self.whole: set[str] = set()  # logs that this process has written: they end with a whole line
 
     def child(self, name: str) -> "RunFolder":
         """A folder inside, for one of several trainings of a run."""
@@ -99,6 +100,9 @@ class RunFolder:
         """Adds lines to log.jsonl (epochs) or steps.jsonl (steps); what runs again after a kill replaces its own."""
         if not self.context.main or not rows:
             return
+        if name in self.whole:
+            checkpoint.append(self.path / name, "".join(json.dumps(r) + "\n" for r in rows).encode())
+            return
 
         def place(row: dict[str, Any]) -> tuple[int, int, int]:
             return row["stage_index"], row["epoch"], row.get("step", 0)
@@ -106,6 +110,7 @@ class RunFolder:
         kept = [r for r in self.rows(name) if place(r) < place(rows[0])]
         text = "".join(json.dumps(r) + "\n" for r in [*kept, *rows]).encode()
         checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
+        self.whole.add(name)
 
     def figure(self, figure, name: str) -> None:
         if self.context.main:

@@ -1,0 +1,142 @@
+"""Any VisionTransformer of timm's as a teacher: found by its name, looked at part by part, or refused in one line."""
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm.layers
+import torch
+from timm.layers import PatchEmbed, to_2tuple
+from timm.layers.attention import Attention
+from timm.models import create_model, get_deprecated_models, get_pretrained_cfg, is_model, list_models, model_entrypoint
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from models.parts import Mlp
+from utils.errors import FarError
+from utils.preprocessing import Preprocessing
+
+NAME = re.compile(r"([a-z0-9_]{1,80})(\.[a-z0-9_]{1,80})?")  # an architecture, and which of its weights
+
+
+class Resizable:
+    """Asks the blocks before it takes another image size."""
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """timm's: positions are resized. Raises FarError where a block is tied to its number of tokens."""
+        own = self.patch_embed
+        size, patch = to_2tuple(img_size or own.img_size), to_2tuple(patch_size or own.patch_size)
+        tokens = self.num_prefix_tokens + math.prod(side // cut for side, cut in zip(size, patch, strict=True))
+        for block in self.blocks:
+            if check := getattr(block.attn, "check_tokens", None):
+                check(tokens)
+        super().set_input_size(img_size, patch_size)
+
+
+class ViT(Resizable, VisionTransformer):
+    """timm's."""
+
+
+class DistilledViT(Resizable, VisionTransformerDistilled):
+    """timm's distilled DeiT: two prefix tokens, each with a classifier of its own, and the mean of both is the answer.
+
+    So in training too, unless `set_distilled_training` says otherwise.
+    """
+
+
+KINDS = {VisionTransformer: ViT, VisionTransformerDistilled: DistilledViT}
+
+
+class Teacher(NamedTuple):
+    """build: of timm's arguments (num_classes, img_size, ...); input_size, patch_size: in pixels, by default.
+
+    published: whether timm has weights, which `build(pretrained=True)` fetches; classes: how many those know, 0 where
+    they have no classifier. architecture: as timm names it. preprocessing: how its weights read pictures; None: that
+    is left to the data set.
+    """
+
+    build: Callable[..., VisionTransformer]
+    input_size: int = 224
+    patch_size: int = 16
+    published: bool = True
+    classes: int = 1000
+    architecture: str = ""
+    preprocessing: Preprocessing | None = None
+
+
+def is_vit(architecture: str) -> bool:
+    """Whether timm says that it makes one of KINDS."""
+    return model_entrypoint(architecture).__annotations__.get("return") in KINDS
+
+
+def find_fault(model: nn.Module) -> str:
+    """What of a model cannot be replaced here, in words; empty where all can."""
+    if type(model) not in KINDS:
+        return f"is a {type(model).__name__}, no plain VisionTransformer"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"is a hybrid, its patches come from a {type(model.patch_embed).__name__}"
+    for block in model.blocks:
+        if type(block) is not Block:
+            return f"has a {type(block).__name__} for a block, in which attention does not stand alone"
+        if type(block.attn) is not Attention:
+            return f"has {type(block.attn).__name__}, not plain Attention"
+    return ""
+
+
+@functools.cache
+def timm_teacher(name: str) -> Teacher:
+    """By timm's name, with or without that of its weights. Raises FarError where it cannot be a teacher."""
+    match = NAME.fullmatch(name)
+    if not match or not is_model(match[1]):
+        near = difflib.get_close_matches(name, [known for known in list_models() if is_vit(known)], 3)
+        mend = f"did you mean {' or '.join(near)}" if near else "name a vit_*, deit_* or deit3_* of timm.list_models()"
+        raise FarError(f"{name:.80}: timm has no such model; {mend}")
+    mend = "name a plain vit_*, deit_* or deit3_* of timm's"
+    if newer := get_deprecated_models().get(match[1]):
+        raise FarError(f"{name}: timm has renamed it; name {newer}")
+    try:
+        known = get_pretrained_cfg(name)
+    except RuntimeError as error:  # timm's, on an unknown tag
+        raise FarError(f"{name}: timm has no such weights of {match[1]}; leave {match[2]} out") from error
+    if not is_vit(match[1]):
+        make = model_entrypoint(match[1])
+        kind = getattr(make.__annotations__.get("return"), "__name__", make.__module__.rpartition(".")[2])
+        raise FarError(f"{name}: is a {kind}, no VisionTransformer whose attention could be replaced; {mend}")
+    with torch.device("meta"):
+        model = create_model(name)
+    if fault := find_fault(model):
+        raise FarError(f"{name}: {fault}; {mend}")
+    return Teacher(
+        functools.partial(create_model, name),
+        known.input_size[-1],
+        model.patch_embed.patch_size[0],
+        bool(known.has_weights),
+        known.num_classes,
+        match[1],
+        Preprocessing(known.mean, known.std, known.crop_pct, known.crop_mode, known.interpolation),
+    )
+
+
+def adopt(model: VisionTransformer) -> VisionTransformer:
+    """timm's model as one of ours, in place: it checks its size, and its MLPs can be pruned where they are plain."""
+    model.__class__ = KINDS.get(type(model), type(model))
+    for block in model.blocks:
+        mlp = block.mlp
+        if type(mlp) is timm.layers.Mlp and type(mlp.norm) is nn.Identity and mlp.fc1.bias is not None:
+            Mlp.adopt(mlp)
+    return model
+
+
+def prefix_positions(model: VisionTransformer) -> int:
+    """How many of its positions belong to no patch."""
+    return 0 if model.no_embed_class else model.num_prefix_tokens
+
+
+def classifiers(model: VisionTransformer) -> list[nn.Module]:
+    """Its classifier; a distilled DeiT has two."""
+    found = model.get_classifier()
+    return list(found) if isinstance(found, tuple) else [found]

@@ -1,0 +1,331 @@
+"""Any VisionTransformer of timm's, by name, from --base-model to a pruned checkpoint; what cannot be is one line."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.layers import GluMlp, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import export
+import main
+import prune
+from engine import jobs
+from engine.distill import Distillation
+from engine.hoyer import unit_norms
+from engine.shrink import keep_share, shrink
+from engine.stages import Optim, Stage, select_trainable
+from models.deit import TEACHERS, create_teacher, load_teacher_weights
+from models.fuse import fuse
+from models.kernels import cpu
+from models.onnx_graph import find_faults, to_onnx
+from models.published import from_published, to_published
+from models.replace import FarConfig, describe, load_model, mlps, pack, replacements, reset_classifier, swap_attention
+from models.vit import Teacher, classifiers
+from models.whole import why_not
+from tests.conftest import PLAIN
+from utils.checkpoint import load, save
+from utils.errors import FarError
+
+CLASSES = 7
+SHAPE = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+OURS = {  # kinds that timm has under no name of a model small enough, or under none at all
+    "norms": {"qk_norm": True, "scale_attn_norm": True, "mlp_ratio": 3, "init_values": 0.1},
+    "norms in MLPs": {"scale_mlp_norm": True},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "gated MLPs": {"mlp_layer": GluMlp, "mlp_ratio": 8 / 3},
+}
+KINDS = {  # image side; prefix tokens; whether MLPs can be pruned, and whether one operator computes it
+    "deit_tiny_patch16_224": (32, 1, True, True),
+    "deit_tiny_distilled_patch16_224": (32, 2, True, False),
+    "deit3_small_patch16_224": (32, 1, True, True),  # LayerScale, positions of patches alone
+    "vit_small_patch14_reg4_dinov2": (28, 5, True, True),  # registers too
+    "vit_small_patch32_224.augreg_in21k": (64, 1, True, True),
+    "vit_wee_patch16_reg1_gap_256": (32, 1, True, False),  # average pooling
+    "vit_xsmall_patch16_clip_224": (32, 1, True, False),  # a norm before the blocks
+    "test_vit3": (32, 1, True, False),  # attention pooling
+    "test_vit4": (32, 1, True, False),  # RmsNorm
+    "norms": (16, 1, True, False),
+    "norms in MLPs": (16, 1, False, False),
+    "no biases": (16, 1, False, True),
+    "gated MLPs": (16, 1, False, False),
+}
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch):
+    for name, kwargs in OURS.items():
+        build = partial(VisionTransformer, **SHAPE, **kwargs)
+        monkeypatch.setitem(TEACHERS, name, Teacher(build, 16, 8, published=False, architecture=name))
+
+
+def lively(model: VisionTransformer) -> VisionTransformer:
+    """Every part counts: nothing stays near zero or one."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 or "token" in name or "pos_embed" in name else 0.02))
+    return model.eval()
+
+
+def student_of(name: str) -> tuple[VisionTransformer, VisionTransformer, FarConfig]:
+    size = KINDS[name][0]
+    teacher = lively(create_teacher(name, CLASSES, size))
+    student = copy.deepcopy(teacher)
+    swap_attention(student, (0, len(student.blocks) - 1), "multi-lstm")
+    return teacher, student, describe(student, FarConfig(name, CLASSES, size))
+
+
+@torch.no_grad()
+def logits(model, size: int, seed: int = 0) -> torch.Tensor:
+    return model(torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_teacher_is_replaced_distilled_pruned_and_read_back(name, tmp_path):
+    teacher, student, config = student_of(name)
+    size, prefix, prunable, _ = KINDS[name]
+    tokens = (size // teacher.patch_embed.patch_size[0]) ** 2 + prefix
+    assert {part.num_tokens for part in replacements(student).values()} == {tokens}
+    for i, part in replacements(student).items():
+        own = teacher.blocks[i].attn.proj
+        assert torch.equal(part.post_proj.weight, own.weight)
+        assert torch.equal(part.post_proj.bias, torch.zeros(teacher.embed_dim) if own.bias is None else own.bias)
+
+    stage = Stage("attn", config.replaced, config.replaced, "full", "preserve", "z", Optim(1, 1, 1e-3))
+    select_trainable(student, stage)
+    loss, parts = Distillation(student, teacher, stage, nn.CrossEntropyLoss()).train()(
+        torch.randn(2, 3, size, size), torch.tensor([0, 1])
+    )
+    loss.backward()
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.grad is not None], lr=1e-3)
+    assert all(value > 0 for value in parts.values())
+    silent = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not {n for n in silent if "attn_pool" not in n and "k_norm" not in n and "q_norm" not in n}, silent
+    optimizer.step()
+
+    save(tmp_path / "far.pth", pack(student.eval(), config))
+    again, found = load_model(tmp_path / "far.pth")
+    assert found == config and torch.equal(logits(again, size), logits(student, size))
+
+    full = sum(p.numel() for p in again.parameters())
+    assert bool(mlps(again)) == prunable
+    for part in (replacements(again), mlps(again)):
+        shrink(part, keep_share(unit_norms(part), 0.4)) if part else None
+    save(tmp_path / "pruned.pth", pack(again, found))
+    pruned, found = load_model(tmp_path / "pruned.pth")
+    assert found.pruned and bool(found.mlp) == prunable and sum(p.numel() for p in pruned.parameters()) < full
+    assert torch.equal(logits(pruned, size), logits(again, size))
+    assert not torch.allclose(logits(pruned, size), logits(student, size))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_for_inference_it_computes_what_it_computed(name, caplog):
+    _, model, _ = student_of(name)
+    size, expected = KINDS[name][0], None
+    covered = KINDS[name][3]
+    if cpu.available():
+        assert (why_not(model) == "") == covered
+        expected = logits(model, size)
+        torch.testing.assert_close(logits(fuse(model), size), expected, rtol=1e-4, atol=1e-4)
+        assert len(caplog.records) == (not covered)  # one line where it is merged block by block
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    assert (find_faults(model) == "") == covered
+    if not covered:
+        with pytest.raises(FarError, match="--to onnx: .* use --to pt2 or safetensors"):
+            to_onnx(model, 20, {})
+        return
+    session = runtime.InferenceSession(to_onnx(model, 20, {}).SerializeToString())
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        expected = model(images)
+    got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in OURS])
+def test_its_own_weights_go_to_another_size_and_class_count(name, tmp_path):
+    """As timm writes them, and DeiT-III's authors; a fresh classifier where there are other classes."""
+    size, side = (
+        KINDS[name][0],
+        timm.create_model(name, num_classes=0, img_size=KINDS[name][0]).patch_embed.patch_size[0],
+    )
+    theirs = lively(timm.create_model(name, num_classes=CLASSES, img_size=size))
+    state = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in theirs.state_dict().items()
+    }
+    torch.save({"model": state}, tmp_path / "a.pth")
+    model = create_teacher(name, CLASSES, size + side).eval()
+    assert load_teacher_weights(model, tmp_path / "a.pth")
+    theirs.set_input_size(size + side)
+    assert torch.equal(logits(model, size + side), logits(theirs, size + side))
+    other = create_teacher(name, CLASSES + 1, size).eval()
+    with pytest.raises(FarError, match=f"has {CLASSES} classes"):
+        load_teacher_weights(other, tmp_path / "a.pth")
+    assert not load_teacher_weights(other, tmp_path / "a.pth", head=False)
+    reset_classifier(other, CLASSES + 2)
+    assert not any(head.bias.any() for head in classifiers(other))  # fresh, both of a distilled one
+    assert logits(other, size).shape == (3, CLASSES + 2) and logits(other, size).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "norms"])
+@pytest.mark.parametrize("per_head", [True, False])
+def test_the_published_codes_form_keeps_it(name, per_head):
+    _, model, config = student_of(name)
+    again, found, _ = from_published(to_published(model, per_head), "x", name)
+    assert (found.replaced, found.img_size, found.mlp) == (config.replaced, config.img_size, {})
+    torch.testing.assert_close(logits(again, config.img_size), logits(model, config.img_size), rtol=1e-4, atol=1e-5)
+
+
+def test_published_weights_without_a_classifier_are_no_teacher(failure):
+    line = failure("--mode", "train", "--base-model", "vit_small_patch14_dinov2", "--dataset", "DIGITS")
+    assert "has no classifier; give it one with --mode teacher" in line
+
+
+REFUSED = {
+    "swin_tiny_patch4_window7_224": "is a SwinTransformer",
+    "samvit_base_patch16": "is a VisionTransformerSAM",
+    "resnet18": "is a ResNet",
+    "fastvit_t8": "is a fastvit",
+    "vit_base_r50_s16_224": "is a hybrid",
+    "vit_dwee_patch16_reg1_gap_256": "has DiffAttention",
+    "vit_pwee_patch16_reg1_gap_256": "has a ParallelScalingBlock",
+    "vit_small_patch16_18x2_224": "has a ParallelThingsBlock",
+    "vit_base_patch16_rpn_224": "has a ResPostBlock",
+    "vit_base_patch16_224_in21k": "name vit_base_patch16_224.augreg_in21k",
+    "vit_tiny_patch16_224.nonsense": "leave .nonsense out",
+    "vit_tiny_patch61_224": "did you mean vit_tiny_patch16_224",
+    "hf-hub:timm/vit_tiny_patch16_224": "timm has no such model",
+    "../models": "timm has no such model",
+    "": "timm has no such model",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_a_teacher_is_refused_by_name(name, failure, tmp_path):
+    line = failure("--mode", "train", "--base-model", name, "--dataset", "DIGITS")
+    assert line.startswith(f"error: --base-model {name}: ") and REFUSED[name] in line
+    model = create_teacher("DeiT-Micro", 10, 32)
+    content = pack(model, FarConfig("DeiT-Micro", 10, 32))
+    content["config"]["base_model"] = name
+    save(tmp_path / "a.pth", content)
+    line = failure("--mode", "eval", "--dataset", "DIGITS", "--base-weight", tmp_path / "a.pth")
+    assert "configuration is damaged: base_model: " in line and REFUSED[name] in line
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    content = pack(create_teacher("DeiT-Micro", 10, 32), FarConfig("DeiT-Micro", 10, 32))
+    for name in (3, None, ["DeiT-Micro"], b"DeiT-Micro"):
+        save(tmp_path / "a.pth", {**content, "config": {**content["config"], "base_model": name}})
+        with pytest.raises(FarError, match="base_model must be a name"):
+            load_model(tmp_path / "a.pth")
+
+
+def test_gated_mlps_cannot_be_pruned_and_say_so(failure, tmp_path):
+    _, student, config = student_of("gated MLPs")
+    save(tmp_path / "a.pth", pack(student, config))
+    data = ["--dataset", "DIGITS", "--num-workers", "0"]
+    line = failure("--model-path", tmp_path / "a.pth", "--prune-mlp", *data, script=prune.main)
+    assert "--prune-mlp: a gated MLPs has GluMlp" in line
+
+
+# ---- commands
+
+FEW = "--dataset DIGITS --holdout 0.02 --num-workers 0 --batch-size 16".split()
+ONE = [*FEW, *PLAIN, "--train-subset", "0.03", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A distilled DeiT-Tiny trained for an epoch at 32 px, by name, and a FAR model of it, by the file alone."""
+    folder = tmp_path_factory.mktemp("distilled")
+    words = ["--mode", "teacher", "--base-model", "deit_tiny_distilled_patch16_224", "--input-size", "32", *ONE]
+    assert main.main([*words, "--output-dir", str(folder / "teacher")]) == 0
+    words = ["--mode", "train", "--base-weight", str(folder / "teacher/best.pth"), "--replace", "0,11", *ONE]
+    block = "--block-ft-batch-size 16 --block-ft-epochs 1 --block-ft-mode FC+head --finetune-head".split()
+    assert main.main([*words, *block, "--output-dir", str(folder / "far")]) == 0
+    return folder
+
+
+def test_a_distilled_deit_keeps_both_its_tokens_and_classifiers(distilled):
+    teacher, student = (load(distilled / run / "best.pth") for run in ("teacher", "far"))
+    for name in ("head", "head_dist"):
+        assert not torch.equal(teacher["model"][f"{name}.weight"], student["model"][f"{name}.weight"])  # both trained
+    assert student["config"]["base_model"] == "deit_tiny_distilled_patch16_224"
+    model, config = load_model(distilled / "far/best.pth")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        torch.testing.assert_close(model(x), (model.head(features[:, 0]) + model.head_dist(features[:, 1])) / 2)
+    assert config.img_size == 32 and model.pos_embed.shape[1] == 6
+
+
+def test_a_checkpoint_that_holds_its_configuration_needs_no_name(distilled, teacher, failure, tmp_path):
+    for weight in (distilled / "teacher/best.pth", teacher):
+        out = tmp_path / weight.parent.parent.name
+        assert main.main(["--mode", "eval", *FEW, "--base-weight", str(weight), "--output-dir", str(out)]) == 0
+        assert json.loads((out / "result.json").read_text())["images"] == 29
+    line = failure("--mode", "eval", *FEW, "--base-weight", teacher, "--scale", "Tiny")
+    assert "--scale: says DeiT-Tiny, but" in line and "holds a DeiT-Micro" in line
+
+
+def test_a_distilled_far_model_is_evaluated_pruned_moved_and_exported(distilled, tmp_path, capsys):
+    far, weight = str(distilled / "far/best.pth"), str(distilled / "teacher/best.pth")
+    assert main.main(["--mode", "eval", *FEW, "--far-weight", far, "--base-weight", weight, "--fuse", "float32"]) == 0
+    assert "it agrees with its teacher" in capsys.readouterr().out
+    out = tmp_path / "prune"
+    words = ["--model-path", far, "--base-weight", weight, "--keep-ratio", "0.5", "--prune-mlp", "0.5"]
+    assert prune.main([*words, *ONE, "--ft-epochs", "1", "--ft-batch-size", "16", "--output-dir", str(out)]) == 0
+    pruned, config = load_model(out / "best.pth")
+    assert config.pruned and set(config.units) == {"0", "11"} and len(config.mlp) == 12
+    words = ["--mode", "downstream", "--far-weight", str(out / "best.pth"), "--nb-classes", "12"]
+    assert main.main([*words, *ONE, "--output-dir", str(tmp_path / "moved")]) == 0
+    moved = load(tmp_path / "moved/best.pth")
+    assert moved["config"]["num_classes"] == 12 == len(moved["model"]["head_dist.weight"])
+    assert export.main(["--far-weight", str(out / "best.pth"), "--to", "safetensors"]) == 0
+    again, _ = load_model(out / "best.safetensors")
+    assert torch.equal(logits(again, 32), logits(pruned, 32))
+    assert json.loads((out / "config.json").read_text())["architecture"] == "far_deit_tiny_distilled_patch16_32"
+
+
+def test_onnx_of_a_distilled_deit_is_one_line(distilled, failure, tmp_path):
+    line = failure("--base-weight", distilled / "teacher/best.pth", "--to", "onnx", script=export.main)
+    assert "--to onnx: DistilledViT computes otherwise" in line and not list(distilled.glob("teacher/*.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("words", "mean", "std", "crop", "mode"),
+    [
+        ("--base-model test_vit --input-size 48", (0.5,) * 3, (0.5,) * 3, 0.95, "center"),  # timm's
+        ("--base-model test_vit --input-size 32", (0.5,) * 3, (0.5,) * 3, 1.0, "squash"),
+        ("--base-model DeiT-Tiny --input-size 48", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875, "center"),
+        ("--base-model test_vit --input-size 48 --mean 0.1 0.2 0.3", (0.1, 0.2, 0.3), (0.5,) * 3, 0.95, "center"),
+        ("--base-model test_vit --input-size 32 --crop-pct 0.8", (0.5,) * 3, (0.5,) * 3, 0.8, "center"),
+        ("--base-weight TEACHER --input-size 32", (0.1, 0.1, 0.1), (0.3, 0.3, 0.3), 1.0, "squash"),  # the file's
+    ],
+)
+def test_pictures_are_prepared_as_the_teacher_knows_them(words, mean, std, crop, mode, tmp_path, monkeypatch):
+    config = FarConfig("DeiT-Micro", 10, 32)
+    content = pack(create_teacher("DeiT-Micro", 10, 32), config)
+    content["config"]["preprocessing"] = {"mean": (0.1,) * 3, "std": (0.3,) * 3}
+    save(tmp_path / "t.pth", content)
+    seen = []
+    monkeypatch.setattr(jobs, "train_on_labels", lambda *args: seen.append((args[3], args[5])))
+    words = words.replace("TEACHER", str(tmp_path / "t.pth")).split()
+    assert main.main(["--mode", "teacher", *words, *ONE]) == 0
+    config, data = seen[0]
+    own = config.preprocessing
+    assert (own.mean, own.std, own.crop_pct, own.crop_mode) == (mean, std, crop, mode) and own == data.preprocessing
+    step = data.train.transform.transforms[-1]
+    assert step.mean.flatten().tolist() == pytest.approx(mean)
+
+
+def test_positions_of_a_distilled_deit_keep_both_prefix_tokens_apart():
+    model = create_teacher("deit_tiny_distilled_patch16_224", 3, 32)
+    before = model.pos_embed.clone()
+    model.set_input_size(64)
+    assert torch.equal(model.pos_embed, resample_abs_pos_embed(before, [4, 4], num_prefix_tokens=2))
