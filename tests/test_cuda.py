@@ -123,7 +123,7 @@ def test_a_layer_compiles(name):
 def test_a_model_answers_on_the_gpu_as_on_the_cpu(far, tmp_path):
     results = []
     for device in ("cpu", DEVICE):
-        argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--device", device]
+        argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--device", device, "--amp", "off"]
         assert main.main([*argv, "--output-dir", str(tmp_path / f"{len(results)}")]) == 0
         results.append(json.loads((tmp_path / f"{len(results)}/result.json").read_text()))
     ours, theirs = results
