@@ -97,6 +97,11 @@ class MultiHeadBiRNN(Replacement):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         kernels.check(backend, device, cls.direction.kind)
 
+    def task(self, batch: int, tokens: int) -> kernels.Task:
+        weight, most = self.lstm[0][0].weight_hh, max(map(max, self.sizes))
+        shape = self.num_heads, self.width, batch, tokens
+        return kernels.Task(self.direction.kind, weight.device, weight.dtype, most, *shape)
+
     def cells(self) -> list[kernels.Cell]:
         """In the kernels' order."""
         return [direction.cell() for head in self.lstm for direction in head]

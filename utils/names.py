@@ -3,7 +3,7 @@
 MODELS = ("DeiT-Tiny", "DeiT-Small", "DeiT-Base", "DeiT-Micro")  # models.deit.TEACHERS
 SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
 REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
+BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
