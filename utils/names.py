@@ -10,7 +10,7 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
-AMP = ("auto", "off", "bf16", "fp16")  # engine.train.AMP
+AMP = ("auto", "off", "bf16", "fp16")  # auto, then engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # engine.export.TARGETS
 TABLES = (".csv", ".json")  # engine.predict.TABLES
