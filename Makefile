@@ -1,12 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench gpu lint
 demo: .venv/ready
 	$(BIN)/python demo.py
 
 bench: .venv/ready
 	$(BIN)/python benchmark.py
+
+# On a machine with CUDA: the tests that need it, then the times; both are run whatever the first say.
+gpu: .venv/ready
+	$(BIN)/python -m pytest -m cuda tests/test_cuda.py tests/test_triton.py; tests=$$?; \
+	$(BIN)/python benchmark.py --device cuda && exit $$tests
 
 test: .venv/ready
 	$(BIN)/ruff check .

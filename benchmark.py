@@ -1,6 +1,7 @@
 """FAR's speed against attention's: whole models in the runtimes people deploy, and layers, by batch and tokens.
 
 python3 benchmark.py                 everything, DeiT-Tiny, random weights (speed does not depend on them)
+python3 benchmark.py --device cuda   layers and models on a GPU, by every kernel beside attention (`make gpu`)
 """
 
 import contextlib
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import rivals, speed
+from engine import gpu_speed, rivals, speed
 from engine.count import count_macs
 from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
 from utils.arguments import SECONDS, SIZE, Parser, path, pick
 from utils.checkpoint import write_atomic
+from utils.distributed import pick_device
 from utils.errors import FarError, run_script
 from utils.figures import accuracy_by_latency, latency_by_tokens
 from utils.files import check_writable
@@ -153,6 +155,7 @@ def show_targets(rows: list[dict]) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: engine/gpu_speed.py's measures")
     parser.add_argument(
         "--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go"
     )
@@ -182,8 +185,18 @@ def build_parser() -> Parser:
     return parser
 
 
+def on_gpu(parser: Parser, argv: list[str] | None) -> int:
+    """--device cuda: its own defaults, unless the command line says otherwise."""
+    parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
+    given, args = parser.given(argv), vars(parser.parse_args(argv))
+    asked = gpu_speed.Asked(**{name: args[name] for name in ("output_dir", "seconds", "batches") if name in given})
+    return gpu_speed.run(asked, gpu_speed.machine(pick_device("cuda")))
+
+
 def benchmark(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.device == "cuda":
+        return on_gpu(build_parser(), argv)
     check_writable(args.output_dir)
     config = pick(Config, args)
     torch.manual_seed(0)

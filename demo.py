@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 import main
 import prune
-import visualization
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
-from engine.fidelity import farthest, fidelity
+from engine.fidelity import fidelity
+from engine.pictures import PictureConfig, visualize
+from engine.speed import ENGINE, ONNX_RUNTIME, one_image
 from engine.train import Settings
 from models.replace import load_model, swap_attention
 from utils.arguments import PART, SEED, SIZE, Parser, path
@@ -28,9 +27,11 @@ from utils.distributed import Context
 from utils.errors import FarError, run_script
 from utils.figures import fidelity_by_block, save_figure
 from utils.files import check_writable
+from utils.page import Section, write_page
 
 RUN = "--scale Micro --num-workers 0".split()
-TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last""".split()
+TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last
+--eval-every 4""".split()
 OPTIM, BLOCK_OPTIM = "--batch-size 64 --clip-grad 1".split(), "--block-ft-batch-size 64 --block-ft-clip-grad 1".split()
 DIGITS = ["--dataset", "DIGITS"]
 TEACHER = ["--mode", "teacher", *OPTIM, *"--epochs 50 --lr 2e-3 --warmup-epochs 8".split()]
@@ -57,6 +58,7 @@ OWN = (
     "figures",
     "data/parity",
     "fidelity.png",
+    "index.html",
     "summary.json",
     "*.seconds",
     "seed*",
@@ -85,6 +87,19 @@ def claim(root: Path) -> None:
     (root / MARK).touch()
 
 
+SHOWN = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": "prune"}  # what is drawn and timed
+CURVES = {
+    "teacher": "The teacher's training",
+    "attn": "Stage attn: LSTMs in attention's place learn from it",
+    "far": "Stage block: the blocks train whole",
+    "downstream": "Downstream: even or odd",
+    "prune/regularize": "Before pruning: regularized training",
+    "prune": "After pruning: fine-tuning",
+}
+READING = (
+    "Agrees: the share of evaluation images on which a model names its teacher's class. ms: milliseconds for one image "
+    "on this CPU."
+)
 INSIDE = ("agreement", "kl", "z_similarity", "output_error")
 
 
@@ -138,6 +153,7 @@ class Demo:
         last = pruned["rows"][-1]
         inside = {"before training": self.before(), "after stage attn": attn, "after stage block": far, "pruned": last}
         save_figure(fidelity_by_block(inside), self.root / "fidelity.png")
+        models = {name: load_model(self.best(name))[0] for name in SHOWN.values()}
         return {
             "seed": self.seed,
             "teacher_acc1": teacher["acc1"],
@@ -153,6 +169,7 @@ class Demo:
             "far_agreement": far["agreement"],
             "pruned_agreement": last["agreement"],
             "fidelity": {when: {key: report[key] for key in INSIDE} for when, report in inside.items()},
+            "milliseconds": one_image(models),
             "seconds": self.seconds,
             "total_seconds": sum(self.seconds.values()),
         }
@@ -161,27 +178,69 @@ class Demo:
         """How the teacher with fresh modules compares with the teacher, on the evaluation split."""
         teacher, config = load_model(self.best("teacher"), "--base-weight")
         student, _ = load_model(self.best("teacher"), "--base-weight")
+        import torch  # after main.py, which asks its threads not to spin
+
         torch.manual_seed(self.seed)
         swap_attention(student, range(len(student.blocks)), "multi-lstm")
         loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(64)
         return fidelity(student, teacher, loader, Context(), Settings().autocast(Context().device))
 
 
-def table(summary: dict) -> str:
-    lines = [f"{'model':<30}{'top-1 %':>9}{'agrees %':>10}{'KL':>7}{'least z':>9}{'parameters':>12}{'seconds':>9}"]
-    seconds = summary["seconds"]
-    for label, model, params, time_s, when in (
-        ("teacher (attention)", "teacher", "teacher_params", seconds["teacher"], ""),
-        ("FAR after stage attn", "attn", "far_params", seconds["attn"], "after stage attn"),
-        ("FAR after stage block", "far", "far_params", seconds["far"], "after stage block"),
-        ("FAR pruned to half its units", "pruned", "pruned_params", seconds["prune"], "pruned"),
-        ("FAR downstream (even/odd)", "downstream", "far_params", seconds["downstream"], ""),
+def rows(summary: dict) -> list[list[str]]:
+    """The final table, its heads first."""
+    found = [["model", "top-1 %", "agrees %", "parameters", "ms, our engine", "ms, ONNX Runtime", "trained for s"]]
+    for label, model, params, when, timed in (
+        ("teacher (attention)", "teacher", "teacher_params", "teacher", "teacher"),
+        ("FAR after stage attn", "attn", "far_params", "attn", ""),
+        ("FAR after stage block", "far", "far_params", "far", "far"),
+        ("FAR pruned to half its units", "pruned", "pruned_params", "prune", "prune"),
+        ("FAR downstream (even/odd)", "downstream", "far_params", "downstream", ""),
     ):
-        kept = f"{'':>26}"
-        if found := summary["fidelity"].get(when):
-            kept = f"{found['agreement']:>10.2f}{found['kl']:>7.3f}{farthest(found)['least_z']:>9.3f}"
-        lines.append(f"{label:<30}{summary[f'{model}_acc1']:>9.2f}{kept}{summary[params]:>12,}{time_s:>9.1f}")
-    return "\n".join(lines)
+        agreement = summary.get(f"{model}_agreement")
+        times = [summary["milliseconds"][runtime][timed] if timed else "" for runtime in (ENGINE, ONNX_RUNTIME)]
+        numbers = [
+            f"{summary[f'{model}_acc1']:.2f}",
+            "" if agreement is None else f"{agreement:.2f}",
+            f"{summary[params]:,}",
+            *("-" if ms is None else ms and f"{ms:.2f}" for ms in times),
+            f"{summary['seconds'][when]:.1f}",
+        ]
+        found.append([label, *numbers])
+    return found
+
+
+def table(summary: dict) -> str:
+    """The same as text."""
+    found = rows(summary)
+    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+    return "\n".join(
+        f"{label:<{widths[0]}}" + "".join(f"{cell:>{w + 2}}" for cell, w in zip(cells, widths[1:], strict=True))
+        for label, *cells in found
+    )
+
+
+def gallery(root: Path, summary: dict) -> Path:
+    """Draws what the models look at, and one page of all that the demo found and drew; returns its path."""
+    weights = {flag: root / folder / "best.pth" for flag, folder in SHOWN.items()}
+    _, looks = visualize(PictureConfig(**weights, output_dir=root / "figures"))
+    blocks = [
+        [when, *(f"{v:.2f}" for v in report["z_similarity"].values())] for when, report in summary["fidelity"].items()
+    ]
+    curves = [(root / name / "curves.png", what) for name, what in CURVES.items()]
+    units = (root / "prune/units.png", "Units that pruning kept, by block, head and direction")
+    sections = [
+        Section("What came out", READING, rows(summary)),
+        Section(
+            "What is preserved",
+            "Each block's z (the joined outputs of its heads) beside the teacher's: cosine similarity, 1 is the same.",
+            [["cosine of z", *(f"block {i}" for i in range(len(blocks[0]) - 1))], *blocks],
+            [(root / "fidelity.png", "z and the blocks' outputs beside the teacher's")],
+        ),
+        Section("How it was trained and pruned", "", (), [*curves, units]),
+        *looks,
+    ]
+    write_page(root / "index.html", "FAR: the demo", sections)
+    return root / "index.html"
 
 
 ABLATION = {
@@ -246,16 +305,13 @@ def demo(argv: list[str] | None = None) -> int:
         folder = root if len(args.seeds) == 1 else root / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", f"{args.train_subset:g}"], epochs).run())
-        print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
-    if len(summaries) == 1:
-        models = (("--base-weight", "teacher"), ("--far-weight", "far"), ("--pruned-weight", "prune"))
-        named = [word for flag, name in models for word in (flag, str(root / name / "best.pth"))]
-        visualization.main([*named, "--output-dir", str(root / "figures")])
-    write_json(root / "summary.json", summaries[0] if len(summaries) == 1 else summaries)
-    print(
-        f"\nwritten to {root}: summary.json, similarity.png, figures/, and a folder of curves and "
-        "weights for each stage"
-    )
+        if len(args.seeds) > 1:
+            print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
+    page = gallery(root, summaries[0]) if len(summaries) == 1 else None
+    write_json(root / "summary.json", summaries if page is None else summaries[0])  # the last: the demo is finished
+    print(f"\nwritten to {root}: summary.json, and a folder of curves and weights for each stage")
+    if page:
+        print(f"\n{table(summaries[0])}\n\nopen {page}")
     return 0
 
 

@@ -12,10 +12,7 @@ def add_models_group(parser: Parser) -> None:
     arguments.add_file(g, "--base-weight", "a teacher: a checkpoint of ours, or timm's or DeiT's layout")
     arguments.add_file(g, "--far-weight", "a FAR model")
     arguments.add_file(g, "--pruned-weight", "a pruned FAR model")
-    g.add_argument(
-        "--base-model", choices=names.MODELS, help="of --base-weight where the file does not say it; else DeiT-Tiny"
-    )
-    g.add_argument("--scale", choices=tuple(names.SCALES), help="short form of --base-model")
+    arguments.add_model_name(g, "of --base-weight where the file does not say it; else DeiT-Tiny")
     arguments.add_backend(g)
     arguments.add_device(g)
 
@@ -59,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from engine.pictures import PictureConfig, visualize
 
-    visualize(pick(PictureConfig, args))
+    page, _ = visualize(pick(PictureConfig, args))
+    print(f"open {page}")
     return 0
 
 

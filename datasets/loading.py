@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torchvision import transforms
 
 from datasets.images import shown
 from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
-from utils.distributed import Context
+from utils.distributed import Context, cores
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 from utils.seeding import seeded
@@ -83,21 +84,32 @@ class Answered(Dataset):
         return self.data[index][0], self.answers[index]
 
 
+class View(NamedTuple):
+    """What a loader asks of a training split: which sample, the how many-th time in an epoch, and in which epoch.
+
+    The epoch travels here, so that loader processes may live on from one to the next.
+    """
+
+    index: int
+    copy: int = 0
+    epoch: int = 0
+
+
 class Augmented(Transformed):
-    """A split with random draws, which follow from (seed, epoch, sample, copy) in whichever worker."""
+    """A split with random draws, which follow from the seed and the view (a View or so many numbers) in any worker."""
 
     def __init__(self, data: Dataset, transform, seed: int):
         super().__init__(data, transform)
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]):
-        index, copy = key
-        with seeded(self.seed, self.epoch, index, copy):
+    def __getitem__(self, view: tuple[int, ...]):
+        index, copy, epoch = View(*view)
+        with seeded(self.seed, epoch, index, copy):
             return super().__getitem__(index)
 
 
 class Batches(BatchSampler):
-    """Batches of (sample, copy), able to start in the middle of an epoch, the point at which a stopped run goes on.
+    """Batches of views of an epoch, able to start in the middle of an epoch, the point at which a stopped run goes on.
 
     A copy's number is its sample's place in the epoch's order over all processes, divided by `period`, so that no two
     copies of a sample look alike, on whichever process each is. With the split's length as period a sample's only copy
@@ -106,13 +118,13 @@ class Batches(BatchSampler):
 
     def __init__(self, sampler: DistributedSampler | RepeatAugSampler, batch_size: int, period: int):
         super().__init__(sampler, batch_size, drop_last=len(sampler) >= batch_size)
-        self.start, self.period = 0, period
+        self.start, self.epoch, self.period = 0, 0, period
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[View]]:
         rank, world = self.sampler.rank, self.sampler.num_replicas
         for number, batch in islice(enumerate(super().__iter__()), self.start, None):
             first = number * self.batch_size
-            yield [(i, (rank + k * world) // self.period) for k, i in enumerate(batch, first)]
+            yield [View(i, (rank + k * world) // self.period, self.epoch) for k, i in enumerate(batch, first)]
 
 
 @contextlib.contextmanager
@@ -254,10 +266,16 @@ class Data:
                 raise FarError(f"{where}; start fewer processes")
         return train, val
 
+    @property
+    def workers(self) -> int:
+        """Loader processes: as many as asked for, but no more than this process has cores."""
+        return min(self.config.num_workers, cores())
+
     def _loader(self, data: Dataset, **kwargs) -> Loader:
         return Loader(
             data,
-            num_workers=self.config.num_workers,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
             pin_memory=self.context.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
             **kwargs,
@@ -281,8 +299,7 @@ class Data:
     def at(self, loader: Loader, epoch: int, start: int = 0) -> Loader:
         """Sets a training loader to batch `start` of an epoch."""
         loader.batch_sampler.sampler.set_epoch(epoch + (self.config.seed if self.config.repeated_aug else 0))
-        loader.batch_sampler.start = start
-        self.train.epoch = epoch
+        loader.batch_sampler.start, loader.batch_sampler.epoch = start, epoch
         return loader
 
     def answer(self, answers: Iterable[int], num_classes: int) -> None:

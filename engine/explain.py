@@ -21,7 +21,7 @@ def token_importance(
     The token is taken behind norm1: before it the product vanishes wherever a token is read through norm1 alone
     (as in the last block), because a LayerNorm does not change when its input is scaled.
 
-    images (B, 3, S, S). Returns ({block: (B, N)}, predicted classes (B,)). Signed: positive speaks for the class.
+    images (B, 3, S, S). Returns ({block: (B, N)}, logits (B, classes)). Signed: positive speaks for the class.
     """
     read: dict[int, Tensor] = {}
     handles = [
@@ -31,12 +31,12 @@ def token_importance(
     try:
         with torch.enable_grad():
             logits = model(images.detach().requires_grad_())
-            classes = logits.argmax(1)
-            gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), list(read.values()))
+            said = logits.gather(1, logits.argmax(1, keepdim=True))
+            gradients = torch.autograd.grad(said.sum(), list(read.values()))
     finally:
         for handle in handles:
             handle.remove()
-    return {i: (g * x).sum(2).detach() for (i, x), g in zip(read.items(), gradients, strict=True)}, classes
+    return {i: (g * x).sum(2).detach() for (i, x), g in zip(read.items(), gradients, strict=True)}, logits.detach()
 
 
 def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
@@ -87,15 +87,20 @@ def z_of(attn: nn.Module, x: Tensor) -> Tensor:
 
 
 def influence(
-    attn: nn.Module, x: Tensor, probes: int | None = None, generator: torch.Generator | None = None
+    attn: nn.Module,
+    x: Tensor,
+    tokens: Sequence[int] | None = None,
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """||d z_i / d x_j||, the Frobenius norm of how output token i depends on input token j.
 
     Args:
         x: one image's tokens (N, D).
+        tokens: the output tokens i looked at; all by default.
         probes: Gaussian directions per output token, an unbiased estimate of the square; None takes all D, exactly.
 
-    Returns (N, N), row i the output, column j the input.
+    Returns (len(tokens), N), row i the output, column j the input.
     """
     n, dim = x.shape
     count = probes or dim
@@ -103,7 +108,7 @@ def influence(
     with torch.enable_grad():
         copies = x.detach().expand(count, n, dim).clone().requires_grad_()
         z = z_of(attn, copies)  # (count, N, D)
-        for i in range(n):
+        for i in range(n) if tokens is None else tokens:
             if probes:
                 directions = torch.randn(count, dim, generator=generator).to(x) / probes**0.5
             else:
@@ -118,9 +123,3 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     ranks = [t.flatten().argsort(stable=True).argsort(stable=True).double() for t in (a, b)]
     a, b = (r - r.mean() for r in ranks)
     return ((a @ b) / (a.norm() * b.norm())).item()
-
-
-def mean_rank_correlation(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The mean of rank_correlation over pairs of maps."""
-    values = [rank_correlation(x, y) for x, y in zip(a, b, strict=True)]
-    return sum(values) / len(values)

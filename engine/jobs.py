@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data
+from engine.choosing import settle
 from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
@@ -225,9 +226,9 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     """--mode eval: a FAR checkpoint, compared with the teacher where --base-weight names one; or a teacher alone."""
     path, model, reference, data = load_evaluated(command, context)
     answer_by(reference, data, command.settings, context)
-    set_backend(model, command.settings.lstm_backend)
     parameters = count_parameters(model)
     model.to(context.device)
+    settle(model, command.settings.lstm_backend, command.rates.asked.batch_size, context, learns=False)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
     loader, autocast = data.val_loader(command.rates.asked.batch_size), command.settings.autocast(context.device)

@@ -1,14 +1,17 @@
 """What visualization.py does: find the models and images, measure, draw, save."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from tqdm import tqdm
 
-from datasets.images import find_files, read_image
+from datasets.images import find_files, read_image, shown
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, photographs
 from engine.configs import ModelName
@@ -18,23 +21,24 @@ from engine.explain import (
     attention_rollout,
     attention_weights,
     influence,
-    mean_rank_correlation,
     rank_correlation,
     token_importance,
     token_similarity,
 )
 from engine.steps import load_any
 from models import kernels
-from models.replace import replaced_blocks, replacements, set_backend
+from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
 from utils.figures import save_figure
 from utils.files import check_writable
-from utils.map_figures import importance_maps, matrix_rows
+from utils.map_figures import Row, importance_maps, signed, token_matrices
+from utils.page import Section, write_page
 
-EXACT_UP_TO = 5000  # N * D up to which the influence matrix is exact; larger ones take Gaussian probes
-PROBES = 16
+EXACT_UP_TO = 5000  # N * D up to which the influence matrix is exact; of larger ones tokens and directions are sampled
+TOKENS, PROBES, SAMPLED_AT = 64, 8, 197 * 192**2  # so many at N * D^2 of DeiT-Tiny, fewer at more
+LONGEST_NAME = 28
 
 
 def newest_demo(root: Path = Path("runs")) -> Path:
@@ -75,8 +79,8 @@ class PictureConfig(ModelName):
             raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
 
 
-def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], Path]:
-    """{name: model} in the order teacher, FAR, pruned FAR, and the folder the figures go to."""
+def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], FarConfig, Path]:
+    """{name: model} in the order teacher, FAR, pruned FAR; how they read pictures; the folder the figures go to."""
     named = dict(zip(FLAGS, (asked.base_weight, asked.far_weight, asked.pruned_weight), strict=True))
     named = {name: path for name, path in named.items() if path}
     if named:
@@ -86,17 +90,20 @@ def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], Pat
         found = {name: demo / part / "best.pth" for name, part in zip(FLAGS, ("teacher", "far", "prune"), strict=True)}
         named, folder = {name: path for name, path in found.items() if path.exists()}, demo / "figures"
     check_writable(asked.output_dir or folder)
-    models = {name: _load(asked, path, FLAGS[name], name == "teacher") for name, path in named.items()}
+    loaded = {name: _load(asked, path, FLAGS[name], name == "teacher") for name, path in named.items()}
+    models = {name: model for name, (model, _) in loaded.items()}
     _check(models)
-    return models, asked.output_dir or folder
+    configs = [config for _, config in loaded.values()]
+    most = max(configs, key=lambda config: (bool(config.classes), config.preprocessing is not None))
+    return models, most, asked.output_dir or folder
 
 
-def _load(asked: PictureConfig, path: Path, flag: str, teacher: bool) -> VisionTransformer:
-    model, _ = load_any(asked, path, flag, teacher)
+def _load(asked: PictureConfig, path: Path, flag: str, teacher: bool) -> tuple[VisionTransformer, FarConfig]:
+    model, config = load_any(asked, path, flag, teacher)
     if not teacher and not replaced_blocks(model):
         raise FarError(f"{flag} {path}: is a teacher, not a FAR model; give it as --base-weight")
     set_backend(model, asked.lstm_backend)
-    return model
+    return model, config
 
 
 def _check(models: dict[str, VisionTransformer]) -> None:
@@ -123,140 +130,220 @@ def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> li
     return [block]
 
 
-def find_images(asked: PictureConfig, size: int) -> tuple[Tensor, np.ndarray]:
-    """Images as the models read them (B, 3, S, S), and as a person sees them (B, S, S, 3) in 0..1."""
-    small = size <= 32
+@dataclass(frozen=True)
+class Images:
+    """read: as models read them (B, 3, S, S). shown: as a person sees them (B, S, S, 3), 0 to 1. names: of each.
+
+    classes: the names of the models' classes, empty where nothing says them.
+    """
+
+    read: Tensor
+    shown: np.ndarray
+    names: Sequence[str]
+    classes: tuple[str, ...]
+
+
+def find_images(asked: PictureConfig, config: FarConfig) -> Images:
+    """What --images or --dataset name, spread evenly."""
+    size, small = config.img_size, config.img_size <= 32
     name = asked.dataset or ("DIGITS" if small else "PHOTOS")
-    config = DataConfig(name, asked.data_path, size)
+    wanted, classes = DataConfig(name, asked.data_path, size), config.classes
+    source = SOURCES["DIGITS" if small else "IMNET"]
     if asked.images:
-        files, source = find_files(asked.images), SOURCES["DIGITS" if small else "IMNET"]
-        total, read = len(files), lambda i: read_image(str(files[i]))
+        files = find_files(asked.images)
+        total, read = len(files), lambda i: (shown(files[i].name), read_image(str(files[i])))
     elif name == "PHOTOS":
-        photos, source = list(photographs().values()), SOURCES["IMNET"]
+        photos = list(photographs().items())
         total, read = len(photos), photos.__getitem__
     else:
-        data, source = Data(config, Context()).val.data, SOURCES[name]
-        total, read = len(data), lambda i: data[i][0]
+        data, source = Data(wanted, Context()), SOURCES[name]
+        split, own = data.val.data, data.class_names
+        classes = classes or (own if data.num_classes == config.num_classes else ())
+        total, read = len(split), lambda i: _labelled(split[i], f"{name}, evaluation image {i}", own)
     chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()
-    transform = preprocessing(config, source).transform(size)
-    images = torch.stack([transform(read(i)) for i in chosen])
-    mean, std = (torch.tensor(v)[:, None, None] for v in (source.mean, source.std))
-    return images, (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    names, pictures = zip(*map(read, chosen), strict=True)
+    prepared = config.preprocessing or preprocessing(wanted, source)
+    images = torch.stack(list(map(prepared.transform(size), pictures)))
+    shift, scale = (torch.tensor(v)[:, None, None] for v in (prepared.mean, prepared.std))
+    return Images(images, (images * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).numpy(), names, classes)
 
 
-def visualize(asked: PictureConfig) -> Path:
-    """Both families of figures; returns the folder they are in."""
+def _labelled(sample: tuple, name: str, classes: tuple[str, ...]) -> tuple:
+    """An image of a data set, (name, image); the name says its label where classes have names."""
+    image, label = sample
+    return f"{name}, labelled “{short(classes[label])}”" if classes else name, image
+
+
+def short(name: str) -> str:
+    """The first of a class's names, cut where it is long."""
+    name = shown(name).partition(",")[0]
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def sampling(tokens: int, dim: int, seed: int) -> tuple[list[int], int | None, str]:
+    """Which output tokens the influence matrix looks at, in how many directions (None: all), and that in words."""
+    if tokens * dim <= EXACT_UP_TO:
+        return list(range(tokens)), None, "exact"
+    part = min(1.0, SAMPLED_AT / (tokens * dim**2)) ** 0.5
+    probes, count = max(2, round(PROBES * part)), min(tokens, max(16, round(TOKENS * part)))
+    chosen = np.linspace(0, tokens - 1, count).round().astype(int).tolist()
+    return chosen, probes, f"sampled: {count} of {tokens} output tokens, {probes} random directions each, seed {seed}"
+
+
+def visualize(asked: PictureConfig) -> tuple[Path, list[Section]]:
+    """All figures, and index.html of them in their folder; returns that page and its sections."""
     device = pick_device(asked.device)
     kernels.check(asked.lstm_backend, device)
-    models, folder = find_models(asked)
+    models, config, folder = find_models(asked)
     for model in models.values():
         for attn in replacements(model).values():
             attn.check_backend(asked.lstm_backend, device)
-    images, seen = find_images(asked, next(iter(models.values())).patch_embed.img_size[0])
-    blocks = choose_blocks(models, asked.block)
+    images, blocks = find_images(asked, config), choose_blocks(models, asked.block)
     for model in models.values():
         model.to(device).requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
-    draw = Pictures(models, images.to(device), seen, blocks, folder, asked.format, asked.seed)
-    draw.importance()
-    draw.similarity()
-    draw.influence()
-    return folder
+    draw = Pictures(models, images, blocks, folder, asked.format, asked.seed, device)
+    sections = [draw.answers(), draw.importance(), draw.similarity(), draw.influence()]
+    write_page(folder / "index.html", "FAR: what the models look at", sections)
+    return folder / "index.html", sections
+
+
+HOW_IMPORTANT = (
+    "Purple speaks for the class that the model names, orange against it: the gradient of its logit times what the "
+    "block reads, patch by patch. One scale a model, which ends where 99 % of the values lie."
+)
+
+
+def compared(row: Row, base: Row) -> Row:
+    """The row with its rank correlation with another one, block by block."""
+    maps = {i: (torch.from_numpy(m), torch.from_numpy(base.panels[i])) for i, m in row.panels.items()}
+    return replace(row, rho={i: rank_correlation(*pair) for i, pair in maps.items()})
 
 
 @dataclass
 class Pictures:
-    """The figures of one call: each method measures, prints what it found, and saves a figure and its arrays."""
+    """The figures of one call: each method measures, saves figures and their arrays, and returns a page's section."""
 
     models: dict[str, VisionTransformer]
-    images: Tensor  # (B, 3, S, S), as the models read them
-    seen: np.ndarray  # (B, S, S, 3), 0 to 1
+    images: Images
     blocks: list[int]
     folder: Path
     form: str  # png, pdf or svg
     seed: int
+    device: torch.device
 
     def __post_init__(self):
-        self.first = next(iter(self.models))
-        self.attends = {n for n, m in self.models.items() if self.blocks[0] not in replaced_blocks(m)}
+        self.first, *self.others = self.models
+        self.read = self.images.read.to(self.device)
 
-    def _save(self, figure, name: str, arrays: dict[str, np.ndarray]) -> None:
-        save_figure(figure, self.folder / f"{name}.{self.form}")
+    def _save(self, figure, name: str, arrays: dict[str, np.ndarray]) -> Path:
+        path = self.folder / f"{name}.{self.form}"
+        save_figure(figure, path)
         write_atomic(self.folder / f"{name}.npz", lambda f: np.savez_compressed(f, **arrays))
-        print(f"  {self.folder / name}.{self.form}, {name}.npz")
+        print(f"  {path}, {name}.npz", flush=True)
+        return path
 
     def _patches(self, tokens: Tensor) -> np.ndarray:
-        """(N,) to the patches' grid, class token left out."""
+        """(N,) to the patches' grid, the tokens before them left out."""
         model = self.models[self.first]
         return tokens[model.num_prefix_tokens :].reshape(model.patch_embed.grid_size).cpu().numpy()
 
-    def importance(self) -> None:
-        """Token importance of every model, image by image, and the teacher's attention rollout."""
-        maps, classes = {}, {}
-        for name, model in self.models.items():
-            maps[name], classes[name] = token_importance(model, self.images, self.blocks)
-        rollout = attention_rollout(self.models["teacher"], self.images) if "teacher" in self.attends else None
-        others = [name for name in self.models if name != self.first]
-        for name in others:
-            for i in self.blocks:
-                value = mean_rank_correlation([m[1:] for m in maps[self.first][i]], [m[1:] for m in maps[name][i]])
-                print(
-                    f"importance, block {i}: rank correlation of {name} with {self.first} "
-                    f"{value:.3f} (mean of {len(self.images)} images)"
-                )
-        for k, image in enumerate(self.seen):
-            shown = {name: {i: self._patches(maps[name][i][k]) for i in self.blocks} for name in self.models}
-            rho = {
-                name: {i: rank_correlation(maps[name][i][k][1:], maps[self.first][i][k][1:]) for i in self.blocks}
-                for name in others
-            }
-            titles = {name: f"{name}: class {classes[name][k]}" for name in self.models}
-            patches = self._patches(rollout[k]) if rollout is not None else None
-            arrays = {f"{name} block {i}": values for name, by in shown.items() for i, values in by.items()}
-            arrays |= {"image": image} | ({"rollout": patches} if rollout is not None else {})
-            self._save(importance_maps(image, shown, titles, rho, patches), f"importance-{k}", arrays)
+    def _correlations(self, of: str, base: str, rho: dict[str, dict[int, float]]) -> list[list[str]]:
+        """A table of rank correlations with `base`, by name and block, also printed."""
+        rows = [[name, *(signed(by[i]) for i in self.blocks)] for name, by in rho.items()]
+        for name, *values in rows:
+            print(f"{of}: rank correlation of {name} with {base}, block by block: {' '.join(values)}", flush=True)
+        return [[f"rank correlation with {base}", *(f"block {i}" for i in self.blocks)], *rows] if rows else []
 
-    def similarity(self) -> None:
-        """Token-to-token cosine of z, mean over the images: first model, each other one, and their difference."""
+    def _says(self, logits: Tensor) -> str:
+        """The likeliest class by name, and how likely."""
+        index = logits.argmax().item()
+        name = short(self.images.classes[index]) if self.images.classes else f"class {index}"
+        return f"“{name}” ({logits.softmax(0)[index]:.0%})"
+
+    def answers(self) -> Section:
+        """The models' sizes, and what each says of every image."""
         with torch.no_grad():
-            z = {name: forward_features(model, self.images, self.blocks).z for name, model in self.models.items()}
-        similar = {name: {i: token_similarity(z[name][i]).mean(0).cpu() for i in self.blocks} for name in self.models}
-        columns, notes = {}, {}
-        for name, matrices in similar.items():
-            columns[name] = {i: m.numpy() for i, m in matrices.items()}
-            if name != self.first:
-                base = similar[self.first]
-                columns[f"{name} − {self.first}"] = {i: (m - base[i]).numpy() for i, m in matrices.items()}
-                notes[name] = {i: f", ρ {rank_correlation(m, base[i]):.2f}" for i, m in matrices.items()}
-        figure = matrix_rows(columns, dict.fromkeys(columns, True), notes, ("token", "token"), share_scale=True)
-        self._save(
-            figure, "similarity-of-tokens", {f"{n} block {i}": m for n, by in columns.items() for i, m in by.items()}
+            said = [[self._says(row) for row in model(self.read)] for model in self.models.values()]
+        sizes = [f"{count_parameters(model):,}" for model in self.models.values()]
+        rows = [["parameters", *sizes], *(list(row) for row in zip(self.images.names, *said, strict=True))]
+        return Section("Models and images", "What each model says of each image.", [["", *self.models], *rows])
+
+    def importance(self) -> Section:
+        """Token importance of every model, image by image, and the teacher's attention rollout."""
+        found = {name: token_importance(model, self.read, self.blocks) for name, model in self.models.items()}
+        rollout = attention_rollout(self.models["teacher"], self.read) if self.first == "teacher" else None
+        text = HOW_IMPORTANT + f" ρ: rank correlation with the {self.first}'s map of the same block." * bool(
+            self.others
+        )
+        figures, rho = [], {name: [] for name in self.others}
+        for k, (image, called) in enumerate(zip(self.images.shown, self.images.names, strict=True)):
+            rows = {}
+            for name, (maps, logits) in found.items():
+                title, panels = f"{name} says {self._says(logits[k])}", {i: self._patches(maps[i][k]) for i in maps}
+                rows[name] = Row(title, panels, True, "importance")
+            for name in self.others:
+                rows[name] = compared(rows[name], rows[self.first])
+                rho[name].append(rows[name].rho)
+            patches = {} if rollout is None else {"rollout": self._patches(rollout[k])}
+            figure = importance_maps(image, called, list(rows.values()), text, patches.get("rollout"))
+            arrays = {f"{name} block {i}": m for name, row in rows.items() for i, m in row.panels.items()}
+            figures.append((self._save(figure, f"importance-{k}", {**arrays, "image": image, **patches}), called))
+        means = {name: {i: mean(by[i] for by in found) for i in self.blocks} for name, found in rho.items()}
+        table = self._correlations(f"importance, mean of {len(figures)} images", self.first, means)
+        return Section("Which patches matter", f"{text} The table holds means over the images.", table, figures)
+
+    def similarity(self) -> Section:
+        """Token-to-token cosine of z, mean over the images: first model, each other one, and their difference."""
+        rows: list[Row] = []
+        for name, model in self.models.items():
+            with torch.no_grad():
+                z = forward_features(model, self.read, self.blocks).z
+            alike = {i: token_similarity(z[i]).mean(0).cpu().numpy() for i in self.blocks}
+            row = Row(name, alike, True, "cosine", top=1.0)
+            rows.append(compared(row, rows[0]) if rows else row)
+            if len(rows) > 1:
+                apart = {i: m - rows[0].panels[i] for i, m in alike.items()}
+                rows.append(Row(f"{name} − {self.first}", apart, True, "difference of cosines"))
+        text = (
+            f"Cosine of z (the joined outputs of a block's heads) between every two tokens, mean of {len(self.read)} "
+            "images: purple is alike, orange opposite."
+        )
+        return self._matrices(
+            "similarity-of-tokens", "Which tokens a block makes alike", text, rows, ("token", "token")
         )
 
-    def influence(self) -> None:
+    def influence(self) -> Section:
         """||d z_i / d x_j|| of every model on the first image, beside attention's own weights (mean over heads)."""
-        columns, generator = {}, torch.Generator().manual_seed(self.seed)
+        generator, rows = torch.Generator().manual_seed(self.seed), []
+        bar = tqdm(total=len(self.models) * len(self.blocks), desc="influence", unit="step", leave=False)
         for name, model in self.models.items():
-            inputs = attention_inputs(model, self.images[:1], self.blocks)
-            if name in self.attends:
+            inputs = attention_inputs(model, self.read[:1], self.blocks)
+            tokens, probes, how = sampling(*inputs[self.blocks[0]].shape[1:], self.seed)
+            if name == "teacher":
                 with torch.no_grad():
-                    weights = {
-                        i: attention_weights(model.blocks[i].attn, x).mean((0, 1)).cpu().numpy()
-                        for i, x in inputs.items()
-                    }
-                columns["attention weights"] = weights
-            n, dim = inputs[self.blocks[0]].shape[1:]
-            probes = None if n * dim <= EXACT_UP_TO else PROBES
-            columns[f"{name} ‖∂z/∂x‖"] = {
-                i: influence(model.blocks[i].attn, x[0], probes, generator).cpu().numpy() for i, x in inputs.items()
-            }
-        notes, base = {}, next(iter(columns))
-        for name in list(columns)[1:]:
-            notes[name] = {
-                i: f", ρ {rank_correlation(torch.from_numpy(m), torch.from_numpy(columns[base][i])):.2f}"
-                for i, m in columns[name].items()
-            }
-        figure = matrix_rows(
-            columns, dict.fromkeys(columns, False), notes, ("input token j", "output token i"), share_scale=False
+                    weights = {i: attention_weights(model.blocks[i].attn, x)[0].mean(0) for i, x in inputs.items()}
+                weights = {i: m[tokens].cpu().numpy() for i, m in weights.items()}
+                rows.append(Row("attention weights", weights, False, "mean over heads"))
+            panels = {}
+            for i, x in inputs.items():
+                panels[i] = influence(model.blocks[i].attn, x[0], tokens, probes, generator).cpu().numpy()
+                bar.update()
+            row = Row(f"{name} ‖∂z/∂x‖", panels, False, "‖∂z/∂x‖")
+            rows.append(compared(row, rows[0]) if rows else row)
+        bar.close()
+        text = (
+            f"How strongly z of output token i depends on input token j, yellow the strongest ({self.images.names[0]}; "
+            f"{how}). Scales end where 99 % of the values lie."
         )
-        self._save(figure, "influence", {f"{n} block {i}": m for n, by in columns.items() for i, m in by.items()})
+        axes = ("input token j", "output token i")
+        return self._matrices("influence", "Which tokens a token depends on", text, rows, axes)
+
+    def _matrices(self, name: str, title: str, text: str, rows: list[Row], axes: tuple[str, str]) -> Section:
+        text += f" ρ: rank correlation with the first row, {rows[0].title}." * (len(rows) > 1)
+        figure = token_matrices(title, rows, axes, text)
+        path = self._save(figure, name, {f"{row.title} block {i}": m for row in rows for i, m in row.panels.items()})
+        table = self._correlations(
+            name.replace("-", " "), rows[0].title, {row.title: row.rho for row in rows if row.rho}
+        )
+        return Section(title, text, table, [(path, title)])

@@ -78,7 +78,7 @@ def show_plan(
     if not context.main:
         return
     lines = [("data", describe_data(data))]
-    lines.append(("", f"{rate(data):,.0f} images a second and loader process, {data.config.num_workers} of them"))
+    lines.append(("", f"{rate(data):,.0f} images a second and loader process, {data.workers} of them"))
     lines.append(("model", f"{config.base_model}, {config.img_size} px: {count_parameters(model):,} parameters"))
     for stage in stages:
         swap_attention(model, stage.swapped, config.rep_by, settings.rep_init)

@@ -17,6 +17,7 @@ from datasets.images import find_files, read_image
 from datasets.loading import naming_dead_workers
 from models.replace import FarConfig
 from utils.checkpoint import write_atomic
+from utils.distributed import cores
 from utils.errors import FarError, one_line
 from utils.files import check_writable
 from utils.preprocessing import Preprocessing
@@ -77,7 +78,7 @@ def preprocessing_of(config: FarConfig) -> Preprocessing:
 def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:
     """Batches (B, 3, S, S) of the files, in their order."""
     pictures = Pictures(files, preprocessing_of(config).transform(config.img_size))
-    return DataLoader(pictures, batch, num_workers=min(workers, len(files) // batch))
+    return DataLoader(pictures, batch, num_workers=min(workers, cores(), len(files) // batch))
 
 
 @torch.no_grad()

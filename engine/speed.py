@@ -1,18 +1,22 @@
 """What benchmark.py measures: the things compared, how time and memory are taken, and the ratios worth reaching."""
 
+import importlib.util
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from datasets.loading import Data, DataConfig
 from engine.count import count_macs
 from engine.evaluate import evaluate
-from engine.rivals import BASE, DIM, HEADS, summary
+from engine.export import OPSET
+from engine.rivals import BASE, DIM, HEADS, PAUSE_S, open_onnx_runtime, summary
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
@@ -127,6 +131,37 @@ def trained(folder: Path) -> dict[str, Path]:
     if len(named) == 2:
         named["FAR fused, keep 0.5"] = folder / "prune/best.pth"  # as the demo prunes
     return {name: path for name, path in named.items() if path.is_file()}
+
+
+ENGINE, ONNX_RUNTIME = "our engine", "ONNX Runtime"
+
+
+@torch.inference_mode()
+def one_image(models: dict[str, VisionTransformer], seconds: float = 1.0) -> dict[str, dict[str, float | None]]:
+    """Milliseconds for one image by runtime and model, in float32, all on torch's number of threads.
+
+    The models of a runtime take turns for `seconds`; lower quartiles, as other work only adds time. ONNX Runtime's are
+    None where it, or onnx, is not installed.
+    """
+    side = next(iter(models.values())).patch_embed.img_size[0]
+    image = torch.randn(1, 3, side, side)
+    fused = {name: fuse(model) for name, model in models.items()}
+    calls = {ENGINE: {name: lambda m=m: m(image) for name, m in fused.items()}, ONNX_RUNTIME: {}}
+    if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        from models.onnx_graph import to_onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            for k, (name, model) in enumerate(models.items()):
+                file = Path(folder) / f"{k}.onnx"
+                file.write_bytes(to_onnx(model, OPSET, {}).SerializeToString())
+                call = open_onnx_runtime(str(file), torch.get_num_threads())
+                calls[ONNX_RUNTIME][name] = lambda call=call: call(image)
+    found: dict[str, dict[str, float | None]] = {}
+    for runtime, known in calls.items():
+        time.sleep(PAUSE_S)  # threads of one that still spin would spoil the other's times
+        times = interleaved(known, seconds) if known else {}
+        found[runtime] = {name: times[name]["quartiles_ms"][0] if known else None for name in models}
+    return found
 
 
 @torch.inference_mode()

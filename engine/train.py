@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.loading import Data, Loader, naming_dead_workers
+from engine.choosing import settle
 from engine.evaluate import evaluate
 from engine.resume import check, load_optimizer, load_scaler, require
 from engine.stages import Optim, Stage, select_trainable
-from models.replace import FarConfig, pack, set_backend, swap_attention
+from models.replace import FarConfig, pack, swap_attention
 from utils import checkpoint, signals
 from utils.distributed import Context
 from utils.errors import FarError
@@ -205,7 +206,7 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Trains every stage; returns the evaluation of the weights handed on. Raises signals.Stopped, FarError."""
-        self._place()
+        self._place(self.stages[min(self.at.stage, len(self.stages) - 1)])
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
                 self._stage(self.stages[self.at.stage])
@@ -213,9 +214,9 @@ class Trainer:
         loader = self.data.val_loader(self.stages[-1].optim.batch_size)
         return evaluate(self.model, loader, self.context, self.autocast)
 
-    def _place(self) -> None:
-        set_backend(self.model, self.settings.lstm_backend)
+    def _place(self, stage: Stage) -> None:
         self.model.to(self.context.device)
+        settle(self.model, self.settings.lstm_backend, stage.optim.batch_size, self.context, self.run)
 
     def _stage(self, stage: Stage) -> None:
         loader, val = self.data.train_loader(stage.optim.batch_size), self.data.val_loader(stage.optim.batch_size)
@@ -250,7 +251,7 @@ class Trainer:
             # where the run was resumed in between.
             seed_all(self.settings.seed, self.at.stage)
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
-        self._place()
+        self._place(stage)
         count = select_trainable(self.model, stage)
         self._say(
             f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, "

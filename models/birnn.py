@@ -50,17 +50,6 @@ class Direction(nn.Module):
         """Chrono initialisation of the biases: time constants spread between 1 and `tokens` - 1."""
         raise NotImplementedError
 
-    def unit_norms(self, readout: Tensor) -> Tensor:
-        """s_j: the gates' rows of W_ih, W_hh and both biases, the columns of W_hh and of head_proj. Returns (u,).
-
-        readout: the columns of head_proj's weight, (d, u). An entry of W_hh that joins a unit with itself lies in its
-        row and its column, and counts once.
-        """
-        w_ih, recurrent, b_ih, b_hh = (self.by_gate(w).square() for w in self.cell())  # (G, u, ...)
-        own = recurrent.diagonal(dim1=1, dim2=2).sum(0)
-        squares = w_ih.sum((0, 2)) + (b_ih + b_hh).sum(0) + readout.square().sum(0)
-        return safe_root(squares + recurrent.sum((0, 2)) + recurrent.sum((0, 1)) - own)
-
     def silent(self) -> Tensor:
         """Units (u,) whose rows of all gates are zero, biases too: their value stays at the initial state's zero."""
         rows = [self.by_gate(w).reshape(self.kind.gates, self.units, -1) for w in self.cell()]
@@ -108,6 +97,11 @@ class MultiHeadBiRNN(Replacement):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         kernels.check(backend, device, cls.direction.kind)
 
+    def task(self, batch: int, tokens: int) -> kernels.Task:
+        weight, most = self.lstm[0][0].weight_hh, max(map(max, self.sizes))
+        shape = self.num_heads, self.width, batch, tokens
+        return kernels.Task(self.direction.kind, weight.device, weight.dtype, most, *shape)
+
     def cells(self) -> list[kernels.Cell]:
         """In the kernels' order."""
         return [direction.cell() for head in self.lstm for direction in head]
@@ -152,7 +146,25 @@ class MultiHeadBiRNN(Replacement):
                 yield (h, r), direction, columns[r]
 
     def unit_norms(self) -> dict[Place, Tensor]:
-        return {place: direction.unit_norms(readout) for place, direction, readout in self._places()}
+        """s_j: the gates' rows of W_ih, W_hh and both biases, the columns of W_hh and of head_proj.
+
+        An entry of W_hh that joins a unit with itself lies in its row and its column, and counts once. Places of one
+        size are stacked: on a GPU each operation costs its launch, and a DeiT-Base has 288 places.
+        """
+        found: dict[Place, Tensor] = dict.fromkeys((place for place, _, _ in self._places()), torch.empty(0))
+        by_size: dict[int, list[tuple[Place, Direction, Tensor]]] = {}
+        for entry in self._places():
+            by_size.setdefault(entry[1].units, []).append(entry)
+        for entries in by_size.values():
+            places, directions, readouts = zip(*entries, strict=True)
+            cells = zip(*(direction.cell() for direction in directions), strict=True)
+            w_ih, w_hh, b_ih, b_hh = (torch.stack(w).unflatten(1, (self.direction.kind.gates, -1)) for w in cells)
+            own = w_hh.square()  # (P, G, u, u)
+            squares = w_ih.square().sum((1, 3)) + (b_ih.square() + b_hh.square()).sum(1)
+            squares = squares + torch.stack(readouts).square().sum(1)
+            recurrent = own.sum((1, 3)) + own.sum((1, 2)) - own.diagonal(dim1=2, dim2=3).sum(1)
+            found.update(zip(places, safe_root(squares + recurrent).unbind(), strict=True))
+        return found
 
     def silent(self) -> dict[Place, Tensor]:
         return {place: direction.silent() for place, direction, _ in self._places()}

@@ -17,6 +17,8 @@ from utils.checkpoint import FLOATS, check_dense, load, load_into, weights_of, w
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 
+log = logging.getLogger(__name__)
+
 
 def _micro(img_size: int = 32, **kwargs) -> VisionTransformer:
     model = VisionTransformer(img_size=img_size, patch_size=4, embed_dim=64, depth=4, num_heads=2, **kwargs)
@@ -153,6 +155,7 @@ def load_published_weights(model: VisionTransformer, base_model: str) -> None:
             f"{model.num_classes}; "
             "train a teacher on it with --mode teacher and name its best.pth"
         )
+    log.warning("fetching timm's weights of %s, once; without a network it takes a minute to give up", base_model)
     # It tells each of its retries; the error below tells the end.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

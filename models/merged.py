@@ -26,7 +26,7 @@ class Merged:
     """
 
     kind: kernels.CellKind
-    backend: str
+    backend: str | kernels.Choice
     num_heads: int
     pre: Map | None
     cells: list[kernels.Cell]

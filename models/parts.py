@@ -8,6 +8,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
+from models import kernels
 from models.merged import Merged
 from utils.errors import FarError
 
@@ -163,7 +164,7 @@ class Replacement(nn.Module, BlockPart):
     def __init__(self, dim: int, num_heads: int, num_tokens: int, units: Any = None):
         super().__init__()
         self.dim, self.num_heads, self.num_tokens = dim, num_heads, num_tokens
-        self.backend = "auto"
+        self.backend: str | kernels.Choice = "auto"
         self.post_proj = nn.Linear(dim, dim)
 
     @property
@@ -190,6 +191,10 @@ class Replacement(nn.Module, BlockPart):
     def published(self, per_head: bool = False) -> dict[str, Tensor]:
         """Its weights between the two projections as the published code stores them. FarError where that has none."""
         raise FarError("the published code replaces attention by LSTMs alone; keep this model in FAR's own checkpoints")
+
+    def task(self, batch: int, tokens: int) -> kernels.Task | None:
+        """What a kernel is asked for at so many images and tokens, without gradients; None where there is none."""
+        return None
 
     def check_tokens(self, tokens: int) -> None:
         """Raises FarError where it cannot work on so many tokens."""

@@ -1,5 +1,7 @@
 """The replacement computes what it says, against torch's own LSTM and a float64 loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,11 +56,14 @@ def test_a_gru_head_equals_torchs():
 @pytest.mark.parametrize("kind", [MultiHeadBiLSTM, MultiHeadBiGRU])
 @pytest.mark.parametrize("units", RAGGED)
 @pytest.mark.parametrize("tokens", [1, 2, 65])
-def test_torchs_kernel_matches_the_reference_forward_and_backward(kind, units, tokens):
+@pytest.mark.parametrize("name", ["torch", "dense"])
+def test_torchs_kernels_match_the_reference_forward_and_backward(kind, units, tokens, name):
     m = kind(192, 3, tokens, units).double()
     x = torch.randn(3, 3, tokens, 64, dtype=torch.float64).transpose(1, 2).requires_grad_()  # not contiguous
+    for bias in m.lstm.parameters():
+        torch.nn.init.normal_(bias, std=0.3)
     weights = [x, *m.lstm.parameters()]
-    expected, got = (KERNELS[k].run(m.direction.kind, x, m.cells()) for k in ("reference", "torch"))
+    expected, got = (KERNELS[k].run(m.direction.kind, x, m.cells()) for k in ("reference", name))
     direction = torch.randn_like(expected)
     assert relative_error(got, expected) < 1e-12
     # At one token the recurrent weights have no gradient: both must say zero.
@@ -66,6 +71,14 @@ def test_torchs_kernel_matches_the_reference_forward_and_backward(kind, units, t
     theirs = torch.autograd.grad(expected, weights, direction, materialize_grads=True)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_one_dense_layer_is_one_call(monkeypatch):
+    m, calls = MultiHeadBiLSTM(192, 3, 20, RAGGED[1]), []
+    kind = replace(LSTM, stock=lambda *given: calls.append(given) or LSTM.stock(*given))
+    KERNELS["dense"].run(kind, torch.randn(2, 20, 3, 64), m.cells())
+    ((tokens, zero, weights),) = calls
+    assert tokens.shape == (2, 20, 192) and zero.shape == (2, 2, 192) and weights[1].shape == (4 * 192, 192)
 
 
 def test_heads_are_independent():

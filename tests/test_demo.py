@@ -1,6 +1,7 @@
 """The demo goes through every mode, keeps its promises about files, and can be run twice."""
 
 import json
+import re
 import shutil
 
 import demo
@@ -35,10 +36,15 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
     done = launch(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "runs/demo/summary.json").read_text())
-    clocks = ("seconds", "total_seconds")
+    clocks = ("seconds", "total_seconds", "milliseconds")
     assert {k: v for k, v in again.items() if k not in clocks} == {k: v for k, v in summary.items() if k not in clocks}
     assert (tmp_path / "runs/demo/fidelity.png").stat().st_size > 5000
-    assert "FAR after stage block" in done.stdout and "agrees %" in done.stdout
+    assert "FAR after stage block" in done.stdout and "agrees %" in done.stdout and "ms, ONNX Runtime" in done.stdout
+    assert all(0 < ms < 1e4 for times in summary["milliseconds"].values() for ms in times.values())
+    page = tmp_path / done.stdout.split()[-1]
+    links = set(re.findall(r'href="([^"]+)"', page.read_text()))
+    assert {"fidelity.png", "attn/curves.png", "prune/units.png", "figures/influence.png"} <= links
+    assert all((page.parent / link).is_file() for link in links) and "ms, our engine" in page.read_text()
     assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6
     done = launch(
         str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path

@@ -153,6 +153,6 @@ def test_the_figure_draws_what_it_is_given():
         for k, name in enumerate(("before", "after attn", "after block", "pruned"))
     }
     for axis, key in zip(fidelity_by_block(reports).axes, ("z_similarity", "output_error"), strict=True):
-        heights = [bar.get_height() for group in axis.containers for bar in group]
+        heights = [value for line in axis.lines for value in line.get_ydata()]
         assert heights == [value for report in reports.values() for value in report[key].values()]
         assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "2", "3"]

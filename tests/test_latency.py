@@ -123,14 +123,14 @@ def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
 
 def test_the_threads_that_were_measured_are_told_beside_those_of_the_table(monkeypatch):
     monkeypatch.setattr(latency, "_times", lambda models, *_: dict.fromkeys(models, 4.0))
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=(1,))
-    for table, said in ((replace(TABLE_32, threads=n := torch.get_num_threads()), "predicted)"), (MANY, "for 99 thr")):
+    config, threads = FarConfig("DeiT-Micro", 10, 32, replaced=(1,)), torch.get_num_threads()
+    for there, said in ((threads, "predicted)"), (99, "predicted for 99 threads)")):
+        table = replace(TABLE_32, threads=there)
         line = latency.summary(latency.check(build(config), config, table, Latency(5.0, False)))
-        assert f"batch 1, {n} threads: 4.00 ms of 5.00 asked (8.00 predicted" in line and said in line
+        assert f"batch 1, {threads} threads: 4.00 ms of 5.00 asked (8.00 {said}" in line
 
 
 TABLE_32 = latency.Table(1, 1, 9.0, {1: 3.0, 16: 4.0, 32: 8.0})
-MANY = replace(TABLE_32, threads=99)
 
 
 def prune_to(folder, far, *argv):

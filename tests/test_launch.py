@@ -168,6 +168,29 @@ def test_two_nodes_without_a_shared_disk_train_together(teacher, short, undistur
     assert_same(folders[0] / "run", undisturbed, "best.pth")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_weights(
+    rank, teacher, short, undisturbed, tmp_path
+):
+    """Two agents that share no disk, as docs/cluster.md starts them; node 2 has no teacher either."""
+    folders, port = [tmp_path / "first", tmp_path / "second"], free_port()
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "teacher.pth").write_bytes(teacher.read_bytes())
+    flags = [*short, "--base-weight", "teacher.pth", "--output-dir", "run", "--resume", "auto"]
+    before = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=3")
+    nodes = [
+        spawn(*torchrun(*flags, processes=1, before=(*before, f"--node-rank={i}")), cwd=folder)
+        for i, folder in enumerate(folders)
+    ]
+    wait_for(lambda: lines_in(folders[0] / "run/log.jsonl") >= 2, nodes[0])
+    os.kill(process_of_rank(rank, folders[rank]), signal.SIGKILL)
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert_same(folders[0] / "run", undisturbed)
+    assert_same(folders[0] / "run", undisturbed, "best.pth")
+
+
 def test_an_error_of_one_rank_is_its_one_line(short, tmp_path):
     program = """
 import os, sys, main

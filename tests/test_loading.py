@@ -11,7 +11,7 @@ from PIL import Image
 from datasets.loading import Data, DataConfig, check_policy
 from datasets.registry import build_split
 from tests.conftest import image_folder, write_images
-from utils.distributed import Context
+from utils.distributed import Context, cores
 from utils.errors import FarError
 
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
@@ -108,8 +108,7 @@ def test_one_sample_looks_different_by_seed_epoch_place_and_copy(tmp_path):
 
     def view(seed, epoch, index, copy):
         data = Data(DataConfig("FOLDER", tmp_path, 48, holdout=0.1, num_workers=0, seed=seed), Context())
-        data.train.epoch = epoch
-        return data.train[index, copy][0]
+        return data.train[index, copy, epoch][0]
 
     at = (3, 1, 0, 0)
     assert torch.equal(view(*at), view(*at))
@@ -122,7 +121,7 @@ def test_order_changes_by_epoch_and_seed_and_starts_where_it_is_told(repeated):
     def order(seed, epoch, start=0):
         data = digits(seed=seed, repeated_aug=repeated)
         loader = data.at(data.train_loader(7), epoch, start)
-        return [index for batch in loader.batch_sampler for index, _ in batch]
+        return [index for batch in loader.batch_sampler for index, *_ in batch]
 
     first = order(0, 0)
     assert first == order(0, 0) and first[3 * 7 :] == order(0, 0, start=3)
@@ -138,6 +137,26 @@ def test_batches_do_not_depend_on_the_number_of_workers(repeated):
         assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
     for pair in zip(alone.val_loader(50), many.val_loader(50), strict=True):
         assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
+
+
+def test_loader_processes_live_on_from_epoch_to_epoch_and_see_each_as_it_is(monkeypatch):
+    monkeypatch.setattr("datasets.loading.cores", lambda: 2)
+    alone, many = (digits(train_subset=0.05, num_workers=n) for n in (0, 5))
+    loader = many.train_loader(8)
+    assert loader.num_workers == 2  # no more than there are cores
+    pids = set()
+    for epoch in (0, 1, 2):
+        for (x, _), (y, _) in zip(batches(alone, epoch, 8), many.at(loader, epoch), strict=True):
+            assert torch.equal(x, y)
+        pids.add(tuple(worker.pid for worker in loader._iterator._workers))
+    assert len(pids) == 1
+
+
+@pytest.mark.parametrize(("processes", "each"), [("1", 4), ("3", 1), ("8", 1)])
+def test_processes_share_the_cores(processes, each, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert cores() == each
 
 
 def test_loading_leaves_the_process_its_own_random_numbers():

@@ -352,7 +352,7 @@ def test_the_parsers_names_are_those_of_the_registries():
         tuple(SOURCES) == names.DATASETS
         and tuple(LOSSES) == names.LOSSES
         and tuple(TERMS) == names.TERMS
-        and tuple(AMP) == names.AMP
+        and ("auto", *AMP) == names.AMP
     )
     assert tuple(jobs.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
     assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS

@@ -52,9 +52,19 @@ def test_draws_follow_from_the_key_and_leave_the_outside_alone():
     assert draws() == first
     with seeded(8):
         other = draws()
-    with seeded(7):
-        assert draws() == inside != other
+        with seeded(7):
+            assert draws() == inside != other
+        deeper = draws()
+    with seeded(8):
+        assert [draws(), draws()] == [other, deeper]  # a block inside another leaves that alone too
     assert draws() == second
+
+
+def test_seeded_draws_what_the_key_alone_says():
+    with seeded(7, 3):
+        found = random.random(), np.random.normal(size=3).tolist(), torch.rand(1).item()
+    seed_all(7, 3)
+    assert found == (random.random(), np.random.normal(size=3).tolist(), torch.rand(1).item())
 
 
 def test_position_embeddings_are_resized_when_teacher_weights_are_loaded(tmp_path):

@@ -99,6 +99,12 @@ def everywhere(load: Callable[[Path], Any], path: Path) -> Any:
         return load(copy)
 
 
+def cores() -> int:
+    """Of this machine's, as many as each of the run's processes on it may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is CUDA where there is one. Raises FarError where the named device is missing."""
     if name == "auto":

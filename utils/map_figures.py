@@ -1,90 +1,166 @@
 """Figures of token maps: functions from arrays to a Matplotlib figure, colours safe for colour-blind readers."""
 
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.transforms import Transform
 
 SIGNED, AMOUNT = "PuOr", "cividis"
+ACROSS = 12  # panels in a line; more blocks go on in the next
+MARGIN, COLOUR_BAR, TITLE, CAPTION, HEAD = 0.5, 0.9, 0.4, 0.8, 1.75  # inches
+
+
+def signed(value: float) -> str:
+    """Two digits, with a minus as long as a digit."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A quantity block by block, on one scale.
+
+    panels: by block, an array of two dimensions.
+    signed: whether colours diverge from zero; else they are an amount from zero.
+    unit: what the colour bar is of.
+    rho: by block, the rank correlation with another row, for the panel's title.
+    top: the scale's end; else 99 % of the values lie within it.
+    """
+
+    title: str
+    panels: dict[int, np.ndarray]
+    signed: bool
+    unit: str
+    rho: dict[int, float] = field(default_factory=dict)
+    top: float | None = None
+
+    @property
+    def colours(self) -> ScalarMappable:
+        values = np.abs(np.concatenate([panel.ravel() for panel in self.panels.values()]))
+        top = self.top or np.percentile(values, 99) or values.max() or 1.0
+        return ScalarMappable(Normalize(-top if self.signed else 0, top), SIGNED if self.signed else AMOUNT)
+
+    @property
+    def lines(self) -> int:
+        return -(-len(self.panels) // ACROSS)
+
+
+Draw = Callable[[Axes, np.ndarray, ScalarMappable], None]
 
 
 def importance_maps(
-    image: np.ndarray,
-    maps: dict[str, dict[int, np.ndarray]],
-    titles: dict[str, str],
-    rho: dict[str, dict[int, float]],
-    rollout: np.ndarray | None = None,
+    image: np.ndarray, name: str, rows: list[Row], caption: str, rollout: np.ndarray | None = None
 ) -> Figure:
-    """One image's token importance, a row a block, a column a model, overlaid on the image.
+    """One image's token importance: a row a model, a column a block, laid over the image.
 
     Args:
         image: (S, S, 3), 0 to 1.
-        maps: model name to block to patch map (rows, columns); signed.
-        titles: model name to column title.
-        rho: model name to block to rank correlation with the first model's map.
-        rollout: the teacher's attention rollout over patches, shown under the image.
+        rows: of patch maps (rows, columns), signed.
+        caption: what the colours mean.
+        rollout: the teacher's attention rollout over patches, shown beside the image.
     """
-    names, blocks = list(maps), list(next(iter(maps.values())))
-    rows = max(len(blocks), 2 if rollout is not None else 1)
-    figure = Figure(figsize=(2.1 * (len(names) + 1) + 0.8, 2.2 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, len(names) + 1, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    axes[0, 0].imshow(image)
-    axes[0, 0].set_title("image", fontsize=9)
+
+    def draw(axes: Axes, values: np.ndarray, colours: ScalarMappable) -> None:
+        axes.set_axis_off()
+        _overlay(axes, image, values, colours)
+
+    figure, (head, *rest) = _page(rows, HEAD, ticks=0)
+    rest_of_width = figure.get_figwidth() - 2 * HEAD - COLOUR_BAR
+    shown = head.subplots(1, 3, width_ratios=(HEAD, HEAD + COLOUR_BAR, rest_of_width))
+    for axes in shown:
+        axes.set_axis_off()
+        axes.set_anchor("W")
+    shown[0].imshow(image)
+    shown[0].set_title("image", fontsize=8)
     if rollout is not None:
-        _overlay(axes[1, 0], image, rollout, (AMOUNT, 0, rollout.max()), "attention rollout")
-    for k, name in enumerate(names, start=1):
-        for row, block in enumerate(blocks):
-            head = f"{titles[name]}\n" if row == 0 else ""
-            against = f", ρ {rho[name][block]:.2f}" if name in rho else ""
-            values = maps[name][block]
-            top = np.abs(values).max() or 1.0
-            _overlay(axes[row, k], image, values, (SIGNED, -top, top), f"{head}block {block}{against}")
+        amount = ScalarMappable(Normalize(0, rollout.max()), AMOUNT)
+        _overlay(shown[1], image, rollout, amount)
+        shown[1].set_title("teacher's attention rollout", fontsize=8)
+        _bar(amount, shown[1], "neither", "reaches the class token")
+    _write(shown[2], shown[2].transAxes, rest_of_width, name, caption)
+    _fill(rest, rows, draw)
     return figure
 
 
-def _overlay(axis, image: np.ndarray, values: np.ndarray, colours: tuple[str, float, float], title: str) -> None:
-    """A patch map over the grey image; `colours` are a map and the values at its ends."""
-    side, (name, low, high) = image.shape[0], colours
-    whole = (0, side, side, 0)
-    axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1, extent=whole)
-    shown = axis.imshow(values, cmap=name, vmin=low, vmax=high, alpha=0.65, extent=whole, interpolation="nearest")
-    axis.set_title(title, fontsize=8)
-    bar = axis.figure.colorbar(shown, ax=axis, shrink=0.7).ax
-    bar.tick_params(labelsize=6)
-    bar.yaxis.get_offset_text().set_size(6)
+def token_matrices(title: str, rows: list[Row], labels: tuple[str, str], caption: str) -> Figure:
+    """Token-by-token matrices (R, N): a row a quantity, a column a block.
 
-
-def matrix_rows(
-    columns: dict[str, dict[int, np.ndarray]],
-    signed: dict[str, bool],
-    note: dict[str, dict[int, str]],
-    axis_labels: tuple[str, str],
-    share_scale: bool,
-) -> Figure:
-    """Token-by-token matrices (N, N): a row a block, a column a quantity.
-
-    Args:
-        signed: by column, whether it is centred at zero (diverging colours from -m to m) or an amount from 0.
-        note: by column and block, what is added to the panel's title.
-        axis_labels: of the horizontal and the vertical token axis.
-        share_scale: signed columns run from -1 to 1 (cosines and their differences); else each panel has its own scale.
+    A matrix of fewer than N rows shows that many of the N tokens, spread evenly. labels: of the horizontal and the
+    vertical axis.
     """
-    names, blocks = list(columns), list(next(iter(columns.values())))
-    figure = Figure(figsize=(2.7 * len(names) + 0.4, 2.4 * len(blocks) + 0.3), layout="constrained")
-    axes = figure.subplots(len(blocks), len(names), squeeze=False)
-    for row, block in enumerate(blocks):
-        for k, name in enumerate(names):
-            axis, values = axes[row, k], columns[name][block]
-            top = 1.0 if share_scale else np.abs(values).max() or 1.0
-            shown = axis.imshow(
-                values, cmap=SIGNED if signed[name] else AMOUNT, vmin=-top if signed[name] else 0, vmax=top
-            )
-            extra = note.get(name, {}).get(block, "")
-            axis.set_title(f"{name}, block {block}{extra}", fontsize=8)
-            axis.tick_params(labelsize=6)
-            if row == len(blocks) - 1:
-                axis.set_xlabel(axis_labels[0], fontsize=8)
-            if k == 0:
-                axis.set_ylabel(axis_labels[1], fontsize=8)
-            figure.colorbar(shown, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
+
+    def draw(axes: Axes, values: np.ndarray, colours: ScalarMappable) -> None:
+        edge = values.shape[1] - 0.5
+        axes.imshow(values, norm=colours.norm, cmap=colours.cmap, extent=(-0.5, edge, edge, -0.5), aspect="equal")
+        axes.tick_params(labelsize=6)
+
+    figure, (head, *rest) = _page(rows, CAPTION, ticks=0.35)
+    _write(head, head.transSubfigure, figure.get_figwidth(), title, caption)
+    for sub in rest:
+        sub.supxlabel(labels[0], fontsize=7)
+        sub.supylabel(labels[1], fontsize=7)
+    _fill(rest, rows, draw)
     return figure
+
+
+def _page(rows: list[Row], first: float, ticks: float) -> tuple[Figure, list[SubFigure]]:
+    """A figure of parts: one `first` inches high, and one a row, its panels as large as the width allows.
+
+    ticks: inches below a line of panels.
+    """
+    across = min(ACROSS, len(rows[0].panels))
+    panel = min(2.1, max(1.3, 15 / across))
+    heights = [first, *((panel + 0.2 + ticks) * row.lines + TITLE for row in rows)]
+    width = max(8.0, (panel + 0.08) * across + MARGIN + COLOUR_BAR)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    return figure, list(figure.subfigures(len(heights), 1, height_ratios=heights))
+
+
+def _fill(parts: list[SubFigure], rows: list[Row], draw: Draw) -> None:
+    """Each row's panels in its part, with its title and one colour bar."""
+    for part, row in zip(parts, rows, strict=True):
+        across = min(ACROSS, len(row.panels))
+        grid = part.subplots(row.lines, across, squeeze=False, sharex=True, sharey=True)
+        colours = row.colours
+        for axes, (block, values) in zip(grid.flat, row.panels.items(), strict=False):
+            draw(axes, values, colours)
+            axes.set_anchor("W")
+            note = f", ρ {signed(row.rho[block])}" if block in row.rho else ""
+            axes.set_title(f"block {block}{note}", fontsize=7, pad=3)
+        for axes in list(grid.flat)[len(row.panels) :]:
+            axes.set_visible(False)
+        part.suptitle(row.title, x=0.01, ha="left", fontsize=9, weight="bold", parse_math=False)
+        clipped = "neither" if row.top else "both" if row.signed else "max"
+        _bar(colours, grid[0, -1], clipped, row.unit)
+
+
+def _bar(colours: ScalarMappable, beside: Axes, clipped: str, unit: str) -> None:
+    """A colour bar as high as the panel beside it. clipped: the ends beyond which there are values."""
+    bar = beside.figure.colorbar(colours, cax=beside.inset_axes((1.06, 0, 0.06, 1)), extend=clipped)
+    bar.ax.tick_params(labelsize=6)
+    bar.ax.yaxis.get_offset_text().set_size(6)
+    bar.set_label(unit, fontsize=7)
+
+
+def _write(part: Axes | SubFigure, coordinates: Transform, inches: float, title: str, caption: str) -> None:
+    """A title and a caption at a part's upper left, in lines so wide."""
+    lines = textwrap.fill(title, int(8 * inches)), textwrap.fill(caption, int(13 * inches))
+    for height, text, style in zip(
+        (0.98, 0.66), lines, ({"fontsize": 12, "weight": "bold"}, {"fontsize": 8.5}), strict=True
+    ):
+        part.text(0.01, height, text, va="top", transform=coordinates, parse_math=False, **style)
+
+
+def _overlay(axes: Axes, image: np.ndarray, values: np.ndarray, colours: ScalarMappable) -> None:
+    """A patch map over the grey image, the stronger the less of it shows through."""
+    side = image.shape[0]
+    whole = (0, side, side, 0)
+    grey = 0.5 + 0.5 * image.mean(2)
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=whole)
+    strength = np.clip(np.abs(values) / colours.norm.vmax, 0, 1)
+    axes.imshow(colours.to_rgba(values), alpha=0.9 * strength, extent=whole, interpolation="nearest")

@@ -3,14 +3,14 @@
 MODELS = ("DeiT-Tiny", "DeiT-Small", "DeiT-Base", "DeiT-Micro")  # models.deit.TEACHERS
 SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
 REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
+BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
-AMP = ("auto", "off", "bf16", "fp16")  # engine.train.AMP
+AMP = ("auto", "off", "bf16", "fp16")  # auto, then engine.train.AMP
 PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # engine.export.TARGETS
 TABLES = (".csv", ".json")  # engine.predict.TABLES

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from models.kernels import cpu, gpu
-from models.kernels.cells import LSTM, Cell, CellKind, Task
+from models.kernels.cells import LSTM, Cell, CellKind, Choice, Shape, Task, shape_of
 from models.kernels.reference import reference
-from models.kernels.stock import stock
+from models.kernels.stock import dense, stock
 from utils.errors import FarError
 
 
@@ -39,10 +39,12 @@ def _anything(task: Task) -> str:
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(reference, _anything),
     "torch": Kernel(stock, _anything),
+    "dense": Kernel(dense, _anything),
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
+    "triton-lean": Kernel(gpu.lean, gpu.refusal),
 }
-AUTO = ("cpu", "torch")  # the first that can; Triton's is checked but not yet timed on a GPU
+AUTO = ("cpu", "torch")  # the first that can; a run on CUDA measures instead (engine.choosing)
 BACKENDS = ("auto", *KERNELS)
 
 
@@ -63,15 +65,33 @@ def check(backend: str, device: torch.device, kind: CellKind = LSTM) -> None:
         choose(backend, Task(kind, device, torch.float32, 1))
 
 
-def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
-    """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend` chooses.
+def compute(backend: str | Choice, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+    """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend`, or what a run measured, chooses.
 
     In the weights' own precision whatever autocast says: the state sums over N tokens.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(cells[0].weight_hh.dtype)
-        task = Task(kind, x.device, x.dtype, max(cell.units for cell in cells))
-        return KERNELS[choose(backend, task)].run(kind, x, cells)
+        batch, tokens, heads, channels = x.shape
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for cell in cells for w in cell))
+        units = max(cell.units for cell in cells)
+        task = Task(kind, x.device, x.dtype, units, heads, channels, batch, tokens, learns)
+        name = backend.name(task) if isinstance(backend, Choice) else backend
+        return KERNELS[choose(name, task)].run(kind, x, cells)
 
 
-__all__ = ["BACKENDS", "KERNELS", "LSTM", "Cell", "CellKind", "Kernel", "Task", "check", "choose", "compute"]
+__all__ = [
+    "BACKENDS",
+    "KERNELS",
+    "LSTM",
+    "Cell",
+    "CellKind",
+    "Choice",
+    "Kernel",
+    "Shape",
+    "Task",
+    "check",
+    "choose",
+    "compute",
+    "shape_of",
+]
