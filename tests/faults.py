@@ -50,7 +50,7 @@ CASES = {  # name: (main of the script, flags); teacher and train are what the l
     "prune": (prune.main, [*PRUNE, *SMALL, "--keep-ratio", "0.5", "--prune-mlp", "0.5"]),
     "sweep": (prune.main, [*PRUNE, *SMALL, "--sweep", "0.6,0.3"]),
 }
-CLOCKS = {"seconds", "images_per_s"}  # of log.jsonl: what may differ
+CLOCKS = {"seconds", "images_per_s", "data_seconds", "peak_memory_mb"}  # of log.jsonl: what may differ
 
 
 def _work(cwd: Path, script, argv: list[str], log: Path, fault: Callable[[], None]) -> None:

@@ -253,10 +253,10 @@ def idle() -> Iterator[None]:
     def small(name: str, *args, **kwargs):
         return create_teacher(name, *args, **kwargs) if name == "DeiT-Micro" else begin()
 
-    def local(name: str, root: Path, train: bool, download: bool = False):
+    def local(name: str, root: Path, train: bool, download: bool = False, category: str = "name"):
         if download and registry.SOURCES[name].can_download:
             begin()
-        return registry.build_split(name, root, train, download)
+        return registry.build_split(name, root, train, download, category)
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
