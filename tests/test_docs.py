@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALLER = {
     "deit_tiny.pth": "",
     "DeiT-Tiny": "DeiT-Micro",
-    "--target-latency 60%": "--keep-ratio 0.5",
+    "--target-latency 85%": "--keep-ratio 0.5",
     "val/cat": "val/class1",
 }
 ENTRIES = {"benchmark": "benchmark", "demo": "demo"}  # where it is not `main`
