@@ -203,8 +203,8 @@ def measure(call: Callable[[], object], seconds: float) -> list[float]:
 
     With 0 seconds it is called once.
     """
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < min(2, 1 + bool(seconds)):
+    times, end, least = [], time.perf_counter() + seconds, 2 if seconds else 1
+    while time.perf_counter() < end or len(times) < least:
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
@@ -313,7 +313,8 @@ class Rivals:
                 if (program.runtime, program.precision) == kind:
                     ask(program, 0)
 
-        with ThreadPoolExecutor(len(self.workers)) as pool:  # at once: what is built and warmed up now is not timed
+        # All at once: what is built and warmed up now is not timed.
+        with ThreadPoolExecutor(max(1, len(self.workers))) as pool:
             list(pool.map(prepare, self.workers))
         for found in times.values():
             found.clear()

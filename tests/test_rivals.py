@@ -39,6 +39,10 @@ def test_programs_take_turns_and_a_failing_one_is_told():
         running.close()
 
 
+def test_where_no_program_can_run_nothing_is_compared():
+    assert rivals.Rivals([], rivals.Setting(1, "")).compare([], 1, 32, 0.02) == {}
+
+
 def test_the_first_call_warms_up_unless_calls_are_as_long_as_the_time():
     calls = []
     assert len(rivals.measure(lambda: calls.append(1), 0)) == len(calls) == 1
