@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 import tempfile
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from utils.arguments import SECONDS, SIZE, Parser, path, pick
 from utils.checkpoint import write_atomic
 from utils.distributed import pick_device
 from utils.errors import FarError, run_script
-from utils.figures import accuracy_by_latency, latency_by_tokens
+from utils.figures import accuracy_by_latency, latency_by_tokens, save_figure
 from utils.files import check_writable
 
 
@@ -185,18 +186,19 @@ def build_parser() -> Parser:
     return parser
 
 
-def on_gpu(parser: Parser, argv: list[str] | None) -> int:
+def on_gpu(parser: Parser, argv: list[str] | None, args: Namespace) -> int:
     """--device cuda: its own defaults, unless the command line says otherwise."""
     parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
-    given, args = parser.given(argv), vars(parser.parse_args(argv))
-    asked = gpu_speed.Asked(**{name: args[name] for name in ("output_dir", "seconds", "batches") if name in given})
+    given = {"output_dir", "seconds", "batches"} & parser.given(argv).keys()
+    asked = gpu_speed.Asked(**{name: vars(args)[name] for name in given})
     return gpu_speed.run(asked, gpu_speed.machine(pick_device("cuda")))
 
 
 def benchmark(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.device == "cuda":
-        return on_gpu(build_parser(), argv)
+        return on_gpu(parser, argv, args)
     check_writable(args.output_dir)
     config = pick(Config, args)
     torch.manual_seed(0)
@@ -218,7 +220,7 @@ def benchmark(argv: list[str] | None = None) -> int:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(config.output_dir / "benchmark.json", lambda f: f.write(json.dumps(out, indent=2).encode()))
     for name, figure in figures.items():
-        write_atomic(config.output_dir / name, lambda f, figure=figure: figure.savefig(f, format="png", dpi=150))
+        save_figure(figure, config.output_dir / name)
     print(f"\nwritten to {config.output_dir}: benchmark.json, {', '.join(figures)}")
     return 0
 

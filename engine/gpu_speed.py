@@ -21,7 +21,7 @@ from engine.choosing import CANDIDATES, decide
 from engine.speed import peak_bytes
 from engine.trial import milliseconds, synchronize
 from models.deit import TEACHERS
-from models.replace import FarConfig, build, replacements, set_backend
+from models.replace import FarConfig, build, replacements, set_backend, swap_attention
 from utils.checkpoint import write_atomic
 from utils.errors import FarError, one_line
 from utils.files import check_writable
@@ -133,10 +133,10 @@ def tf32() -> Iterator[None]:
 
 def far(base: str, replaced: bool = True) -> nn.Module:
     """A model of random weights, all of its blocks FAR's or none."""
-    size = TEACHERS[base].input_size
-    model = build(FarConfig(base, 1000, size))
-    blocks = tuple(range(len(model.blocks))) if replaced else ()
-    return build(FarConfig(base, 1000, size, replaced=blocks))
+    model = build(FarConfig(base, 1000, TEACHERS[base].input_size))
+    if replaced:
+        swap_attention(model, range(len(model.blocks)), "multi-lstm")
+    return model
 
 
 def inputs(model: nn.Module, part: str, batch: int, device: torch.device) -> Tensor:

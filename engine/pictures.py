@@ -162,7 +162,7 @@ def find_images(asked: PictureConfig, config: FarConfig) -> Images:
         total, read = len(split), lambda i: _labelled(split[i], f"{name}, evaluation image {i}", own)
     chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()
     names, pictures = zip(*map(read, chosen), strict=True)
-    prepared = config.preprocessing or preprocessing(wanted, source)
+    prepared = config.preprocessing or preprocessing(wanted, source, config.reading)
     images = torch.stack(list(map(prepared.transform(size), pictures)))
     shift, scale = (torch.tensor(v)[:, None, None] for v in (prepared.mean, prepared.std))
     return Images(images, (images * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).numpy(), names, classes)

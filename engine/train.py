@@ -157,8 +157,8 @@ def turns(start: int, total: int, accum: int, look_every: int) -> Iterator[Turn]
         yield Turn(step, group, last or (step + 1) % accum == 0, last or (step + 1) % look_every == 0)
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: the device's tensors on CUDA, else the process."""
+def most_held(device: torch.device) -> int:
+    """The most bytes held so far: by the device's tensors on CUDA, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -434,8 +434,9 @@ class Trainer:
 
     def _report(self, stage: Stage, train: dict, val: dict, seconds: float, images: int) -> None:
         """Keeps the stage's best weights and logs the epoch; one that was not evaluated has no `val`."""
-        place = (val["acc1"], -val["loss"]) if val else (-1.0, 0.0)  # of two of one top-1 the lower loss
-        if val and ((stage.select or self.settings.select) == "last" or place > (self.at.best, -self.at.best_loss)):
+        last = (stage.select or self.settings.select) == "last"
+        # Of two of one top-1 the lower loss.
+        if val and (last or (val["acc1"], -val["loss"]) > (self.at.best, -self.at.best_loss)):
             self.at.best, self.at.best_loss = val["acc1"], val["loss"]
             self.run.save("best.pth", pack(self.evaluated, self.config))
         row = {
@@ -448,7 +449,7 @@ class Trainer:
             "seconds": round(seconds, 3),
             "images_per_s": round(images / seconds, 1) if seconds else 0.0,
             "data_seconds": round(self.waited, 3) if seconds else 0.0,
-            "peak_memory_mb": round(peak_bytes(self.context.device) / 1e6),
+            "peak_memory_mb": round(most_held(self.context.device) / 1e6),
         }
         self.run.append("log.jsonl", [row])
         losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())

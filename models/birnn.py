@@ -117,7 +117,7 @@ class MultiHeadBiRNN(Replacement):
         return kernels.compute(self.backend, self.direction.kind, p, self.cells())
 
     def init_from_attention(self, attn: nn.Module, init: str) -> None:
-        """Where the cells start. `chrono` was the best of the three on the digits (README, ablation).
+        """Where the cells start. `chrono` was the best of the three on the digits (docs/results.md).
 
         random: pre_proj by torch. value: pre_proj is the teacher's value projection, what attention averages. chrono:
         that, and units that remember for between 1 and N tokens (Tallec & Ollivier, arXiv 1804.11188): attention reads
@@ -151,7 +151,7 @@ class MultiHeadBiRNN(Replacement):
         An entry of W_hh that joins a unit with itself lies in its row and its column, and counts once. Places of one
         size are stacked: on a GPU each operation costs its launch, and a DeiT-Base has 288 places.
         """
-        found: dict[Place, Tensor] = dict.fromkeys((place for place, _, _ in self._places()), torch.empty(0))
+        found: dict[Place, Tensor] = {}
         by_size: dict[int, list[tuple[Place, Direction, Tensor]]] = {}
         for entry in self._places():
             by_size.setdefault(entry[1].units, []).append(entry)
@@ -164,7 +164,7 @@ class MultiHeadBiRNN(Replacement):
             squares = squares + torch.stack(readouts).square().sum(1)
             recurrent = own.sum((1, 3)) + own.sum((1, 2)) - own.diagonal(dim1=2, dim2=3).sum(1)
             found.update(zip(places, safe_root(squares + recurrent).unbind(), strict=True))
-        return found
+        return dict(sorted(found.items()))
 
     def silent(self) -> dict[Place, Tensor]:
         return {place: direction.silent() for place, direction, _ in self._places()}

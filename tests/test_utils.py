@@ -78,7 +78,7 @@ def test_position_embeddings_are_resized_when_teacher_weights_are_loaded(tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
-@pytest.mark.parametrize("script", ["main.py", "prune.py"])
+@pytest.mark.parametrize("script", ["main.py", "prune.py", "demo.py"])
 def test_idle_threads_sleep_soon_so_that_two_trainings_share_the_cores(script, tmp_path):
     done = launch(str(ROOT / script), "--scale", "Micro", cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE")
     assert "GOMP_SPINCOUNT = '2000'" in done.stderr  # as libgomp read it

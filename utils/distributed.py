@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from utils import signals
-from utils.errors import Echo, FarError, LostContact
+from utils.errors import Echo, FarError, LostContact, one_line
 
 MINUTES = 30.0  # that processes wait for one another: a download on the first takes long
 
@@ -148,7 +148,7 @@ def start(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> 
             control = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else dist.group.WORLD
     except dist.DistError as error:
         raise LostContact(
-            f"the processes did not find one another within {wait} (--dist-timeout); see what torchrun says of them"
+            f"the processes did not find one another within {wait} (--dist-timeout): {one_line(str(error))}"
         ) from error
     return Context(rank, world, where, control)
 

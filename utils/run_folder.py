@@ -63,6 +63,11 @@ class RunConfig:
             check_writable(self.output_dir)
 
 
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    """A JSON object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 class RunFolder:
     """Reads and writes one folder. `resumed`: it continues a run that an earlier call began there."""
 
@@ -101,15 +106,14 @@ class RunFolder:
         if not self.context.main or not rows:
             return
         if name in self.whole:
-            checkpoint.append(self.path / name, "".join(json.dumps(r) + "\n" for r in rows).encode())
+            checkpoint.append(self.path / name, as_lines(rows))
             return
 
         def place(row: dict[str, Any]) -> tuple[int, int, int]:
             return row["stage_index"], row["epoch"], row.get("step", 0)
 
         kept = [r for r in self.rows(name) if place(r) < place(rows[0])]
-        text = "".join(json.dumps(r) + "\n" for r in [*kept, *rows]).encode()
-        checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
+        checkpoint.write_atomic(self.path / name, lambda file: file.write(as_lines([*kept, *rows])))
         self.whole.add(name)
 
     def figure(self, figure, name: str) -> None:
