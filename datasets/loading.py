@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,21 +220,29 @@ class Data:
     """Both splits of a data set, and their loaders for this process; own: how the model that reads them does so."""
 
     def __init__(self, config: DataConfig, context: Context, own: Preprocessing | None = None):
-        if config.download:
-            if context.main:
-                for train in (True, False):
-                    build_split(config.dataset, config.root, train, True)
-            context.barrier()
         self.config, self.context = config, context
-        source = SOURCES.get(config.dataset)
-        train = self._build(True)
-        self.labelled, self.num_classes = source.labelled, self._count(count_classes(config.dataset, train))
-        names = class_names(config.dataset, train)
+        source, train, classes, names = self._open()
+        self.labelled, self.num_classes = source.labelled, self._count(classes)
         self.class_names = names if len(names) == self.num_classes else ()
         self.preprocessing = preprocessing(config, source, own)
+        plain = self.preprocessing.transform(config.input_size)
+        self.train, self.val = self._views(train, train_transform(config, source, self.preprocessing), plain)
+
+    def _open(self) -> tuple[Source, Dataset, int | None, tuple[str, ...]]:
+        """What is known of the data set: its kind, its training split, its classes and their names."""
+        config, name = self.config, self.config.dataset
+        if config.download:
+            if self.context.main:
+                for train in (True, False):
+                    build_split(name, config.root, train, True)
+            self.context.barrier()
+        train = self._build(True)
+        return SOURCES[name], train, count_classes(name, train), class_names(name, train)
+
+    def _views(self, train: Dataset, augment, plain) -> tuple[Dataset, Dataset]:
+        """The training split as it is augmented, the evaluation split as it is evaluated."""
         train, val = self._split(train)
-        self.train = Augmented(train, train_transform(config, source, self.preprocessing), config.seed)
-        self.val = Transformed(val, self.preprocessing.transform(config.input_size))
+        return Augmented(train, augment, self.config.seed), Transformed(val, plain)
 
     def _build(self, train: bool) -> Dataset:
         return build_split(self.config.dataset, self.config.root, train, category=self.config.inat_category)
@@ -286,6 +294,10 @@ class Data:
         if self.config.repeated_aug:
             return RepeatAugSampler(self.train, world, rank, shuffle=True, num_repeats=3, selected_round=0)
         return DistributedSampler(self.train, world, rank, shuffle=True, seed=self.config.seed)
+
+    def pictures(self) -> Iterator[torch.Tensor]:
+        """Training images as this process alone reads and augments them, over and over."""
+        return (self.train[i % len(self.train), 0][0] for i in count())
 
     def smallest_batch(self, batch_size: int) -> int:
         """Images in every training batch of a process: `batch_size`, or all of its share where that is smaller."""

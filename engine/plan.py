@@ -1,5 +1,6 @@
 """What a training would do, said before it begins: --dry-run."""
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int
         return tensor
 
     count = min(IMAGES, len(data.train))
-    images = torch.stack([data.train[i, 0][0] for i in range(count)])
+    images = torch.stack(list(itertools.islice(data.pictures(), count)))
     device = next(task.parameters()).device
     targets = torch.zeros(count, dtype=torch.long, device=device)
     task.train()
@@ -47,11 +48,11 @@ def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int
 
 def rate(data: Data, seconds: float = 1.0) -> float:
     """Training images a second that one process reads and augments."""
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        data.train[count % len(data.train), 0]
-        count += 1
-    return count / (time.perf_counter() - started)
+    started, pictures = time.perf_counter(), data.pictures()
+    for count in itertools.count(1):
+        next(pictures)
+        if (spent := time.perf_counter() - started) >= seconds:
+            return count / spent
 
 
 def describe_data(data: Data) -> str:

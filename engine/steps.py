@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data, DataConfig
 from datasets.registry import imagenet_names
+from datasets.streams import open_data
 from engine.configs import FarSource, ModelConfig, ModelName
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
@@ -28,7 +29,7 @@ def say(context: Context, text: str) -> None:
 
 def load_data(asked: DataConfig, config: FarConfig, context: Context) -> Data:
     """The data set as a model reads it: at its image side, prepared as its weights know pictures."""
-    return Data(replace(asked, input_size=config.img_size), context, config.reading)
+    return open_data(replace(asked, input_size=config.img_size), context, config.reading)
 
 
 def load_labelled(asked: DataConfig, config: FarConfig, context: Context) -> Data:

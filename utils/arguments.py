@@ -148,6 +148,19 @@ def loss(text: str) -> str:
     return text
 
 
+def dataset(text: str) -> str:
+    """A data set by name, or one that timm's readers stream."""
+    if text.startswith(("hfds/", "hfids/")):
+        raise argparse.ArgumentTypeError(
+            f"{text:.80}: HuggingFace's package datasets cannot be imported beside FAR's own folder of that name; save "
+            "it as class folders and take FOLDER, or as WebDataset tars and take wds/NAME"
+        )
+    if text not in names.DATASETS and not names.is_stream(text):
+        streams = " or ".join(f"{kind}/NAME" for kind in names.STREAMS)
+        raise argparse.ArgumentTypeError(f"{text:.80} is none of {', '.join(names.DATASETS)}, nor {streams}")
+    return text
+
+
 def add_file(group, flag: str, meaning: str, required: bool = False) -> None:
     group.add_argument(flag, type=path, metavar="FILE", help=meaning, required=required)
 
@@ -241,7 +254,14 @@ def add_model_group(parser: Parser) -> None:
 
 def add_data_group(parser: Parser) -> None:
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", choices=names.DATASETS, default="IMNET", help="the data set")
+    g.add_argument(
+        "--dataset",
+        type=dataset,
+        default="IMNET",
+        metavar="NAME",
+        help=f"the data set: {', '.join(names.DATASETS)}; wds/NAME: WebDataset tars and their _info.json in "
+        "--data-path, whatever the NAME; tfds/NAME: one of TensorFlow Datasets, made there before",
+    )
     g.add_argument(
         "--images-only",
         dest="dataset",
@@ -260,7 +280,10 @@ def add_data_group(parser: Parser) -> None:
         help="evaluate on this share of the training split, kept out of training: for tuning choices",
     )
     g.add_argument(
-        "--num-workers", type=number(int, 0, 1024), default=8, help="loader processes; results do not depend on it"
+        "--num-workers",
+        type=number(int, 0, 1024),
+        default=8,
+        help="loader processes; results do not depend on it, but for the order of wds/ and tfds/",
     )
     g.add_argument(
         *("--eval-crop-ratio", "--crop-pct"),

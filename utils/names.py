@@ -6,6 +6,7 @@ REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEM
 BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
+STREAMS = ("wds", "tfds")  # datasets.streams.KINDS: before the slash of a --dataset that is read from front to back
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
@@ -17,6 +18,12 @@ TABLES = (".csv", ".json")  # engine.predict.TABLES
 SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
 SENSITIVITY = 1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's
+
+
+def is_stream(dataset: str) -> bool:
+    """Whether --dataset is wds/NAME or the like."""
+    kind, _, name = dataset.partition("/")
+    return kind in STREAMS and bool(name)
 
 
 def loss_terms(text: str) -> dict[str, float]:

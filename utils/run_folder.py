@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from utils import checkpoint
+from utils import checkpoint, names
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import save_figure, training_curves
@@ -211,8 +211,10 @@ def _own(path: Path) -> filelock.BaseFileLock:
 
 def _check_same(path: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
     before = {**defaults, **read_record(path / "args.json")["args"]}
+    # Which sample comes when follows from the loader processes where each reads a part of a stream.
+    free = FREE_ON_RESUME - ({"num_workers"} if names.is_stream(record.get("dataset", "")) else set())
     for key in sorted(before.keys() | record.keys()):
-        if key not in FREE_ON_RESUME and before.get(key) != record.get(key):
+        if key not in free and before.get(key) != record.get(key):
             flag = "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"
             raise FarError(
                 f"--resume: {path} was run with {flag} {before.get(key)}, not {record.get(key)}; "
