@@ -1,8 +1,8 @@
 """What a training would do, said before it begins: --dry-run."""
 
-import itertools
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int
         return tensor
 
     count = min(IMAGES, len(data.train))
-    images = torch.stack(list(itertools.islice(data.pictures(), count)))
+    images = torch.stack(list(islice(data.pictures(), count)))
     device = next(task.parameters()).device
     targets = torch.zeros(count, dtype=torch.long, device=device)
     task.train()
@@ -48,11 +48,11 @@ def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int
 
 def rate(data: Data, seconds: float = 1.0) -> float:
     """Training images a second that one process reads and augments."""
-    started, pictures = time.perf_counter(), data.pictures()
-    for count in itertools.count(1):
+    started, pictures, count, spent = time.perf_counter(), data.pictures(), 0, 0.0
+    while spent < seconds:
         next(pictures)
-        if (spent := time.perf_counter() - started) >= seconds:
-            return count / spent
+        count, spent = count + 1, time.perf_counter() - started
+    return count / spent
 
 
 def describe_data(data: Data) -> str:
