@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -38,18 +39,22 @@ def recorded_z(model: VisionTransformer, blocks: Iterable[int]):
             handle.remove()
 
 
-def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> Features:
-    """A whole forward pass, keeping inputs, z and outputs of the named blocks."""
+def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[int], answers: bool = True) -> Features:
+    """A forward pass, keeping inputs, z and outputs of the named blocks.
+
+    Without `answers` it ends with the last of them, and there are no logits.
+    """
     blocks, inputs, output = set(blocks), {}, {}
+    depth = len(model.blocks) if answers else 1 + max(blocks, default=-1)
     with recorded_z(model, blocks) as z:
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))  # (B, N, D)
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(islice(model.blocks, depth)):
             if i in blocks:
                 inputs[i] = x
             x = block(x)
             if i in blocks:
                 output[i] = x
-        logits = model.forward_head(model.norm(x))
+        logits = model.forward_head(model.norm(x)) if answers else None
     return Features(logits, inputs, z, output)
 
 
@@ -194,13 +199,15 @@ class Distillation(nn.Module):
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _view(self, images: Tensor, targets: Tensor) -> View:
-        blocks, reads = self.stage.blocks, self.loss.reads
+        """Both models run as far as the loss reads: up to the stage's last block, or to the logits."""
+        reads = self.loss.reads
+        blocks = self.stage.blocks if "maps" in reads else ()
         own = teacher = seen = None
         if "logits" in reads or self.distill_input == "student":
-            own = forward_features(self.student, images, blocks)
+            own = forward_features(self.student, images, blocks, "logits" in reads)
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = forward_features(self.teacher, images, blocks)
+                teacher = forward_features(self.teacher, images, blocks, "answers" in reads)
             seen = own if self.distill_input == "student" else forward_blocks(self.student, teacher.inputs)
         compares = self.loss.compares or self.stage.target
         maps, goals = (getattr(features, compares, None) for features in (seen, teacher))
