@@ -40,7 +40,7 @@ MODES = {
         "evaluate a FAR model, against its teacher where --base-weight names one, or a teacher alone",
         "eval_mode",
         frozenset({"run", "model", "data", "FAR model"}),
-        frozenset({"resume", "select", "dry_run", "ds_mode", "eval_every", "save_every"}),
+        frozenset("resume select dry_run ds_mode eval_every save_every compile tensorboard".split()),
         frozenset({"batch_size"}),
     ),
     "predict": Mode(

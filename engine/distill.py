@@ -1,7 +1,8 @@
 """Teacher and student side by side: their features, and the losses between them (arXiv 2505.21535, section 3)."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -23,41 +24,54 @@ class Features(NamedTuple):
     output: dict[int, Tensor]
 
 
+def _keep_z(proj: nn.Module, args: tuple[Tensor]) -> None:
+    proj.z = args[0]
+
+
 @contextlib.contextmanager
-def recorded_z(model: VisionTransformer, blocks: Iterable[int]):
-    """Collects z of the named blocks: it is what enters their output projection, for attention and LSTM alike."""
-    z: dict[int, Tensor] = {}
-    handles = [
-        model.blocks[i].attn.proj.register_forward_pre_hook(lambda _, args, i=i: z.__setitem__(i, args[0]))
-        for i in blocks
-    ]
+def keeping_z(model: VisionTransformer, blocks: Iterable[int]) -> Iterator[None]:
+    """While open, the named blocks leave z with their output projections, for `take_z`: it is what enters them.
+
+    One inside another adds no second hook.
+    """
+    projections = [model.blocks[i].attn.proj for i in blocks]
+    new = [proj for proj in projections if _keep_z not in proj._forward_pre_hooks.values()]
+    handles = [proj.register_forward_pre_hook(_keep_z) for proj in new]
     try:
-        yield z
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> Features:
-    """A whole forward pass, keeping inputs, z and outputs of the named blocks."""
-    blocks, inputs, output = set(blocks), {}, {}
-    with recorded_z(model, blocks) as z:
+def take_z(block: nn.Module) -> Tensor | None:
+    """The z that its last call left, if any, which is kept no longer."""
+    return vars(block.attn.proj).pop("z", None)
+
+
+def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[int], answers: bool = True) -> Features:
+    """A forward pass, keeping inputs, z and outputs of the named blocks.
+
+    Without `answers` it ends with the last of them, and there are no logits.
+    """
+    blocks = set(blocks)
+    seen = Features(None, {}, {}, {})
+    depth = len(model.blocks) if answers else 1 + max(blocks, default=-1)
+    with keeping_z(model, blocks):
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))  # (B, N, D)
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(islice(model.blocks, depth)):
+            before, x = x, block(x)
+            z = take_z(block)  # compiled ones all leave it
             if i in blocks:
-                inputs[i] = x
-            x = block(x)
-            if i in blocks:
-                output[i] = x
-        logits = model.forward_head(model.norm(x))
-    return Features(logits, inputs, z, output)
+                seen.inputs[i], seen.z[i], seen.output[i] = before, z, x
+    return seen._replace(logits=model.forward_head(model.norm(x))) if answers else seen
 
 
 def forward_blocks(model: VisionTransformer, inputs: dict[int, Tensor]) -> Features:
     """Each block on an input of its own, independent of the others."""
-    with recorded_z(model, inputs) as z:
+    with keeping_z(model, inputs):
         output = {i: model.blocks[i](x) for i, x in inputs.items()}
-    return Features(None, inputs, z, output)
+        return Features(None, inputs, {i: take_z(model.blocks[i]) for i in inputs}, output)
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -194,13 +208,15 @@ class Distillation(nn.Module):
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _view(self, images: Tensor, targets: Tensor) -> View:
-        blocks, reads = self.stage.blocks, self.loss.reads
+        """Both models run as far as the loss reads: up to the stage's last block, or to the logits."""
+        reads = self.loss.reads
+        blocks = self.stage.blocks if "maps" in reads else ()
         own = teacher = seen = None
         if "logits" in reads or self.distill_input == "student":
-            own = forward_features(self.student, images, blocks)
+            own = forward_features(self.student, images, blocks, "logits" in reads)
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = forward_features(self.teacher, images, blocks)
+                teacher = forward_features(self.teacher, images, blocks, "answers" in reads)
             seen = own if self.distill_input == "student" else forward_blocks(self.student, teacher.inputs)
         compares = self.loss.compares or self.stage.target
         maps, goals = (getattr(features, compares, None) for features in (seen, teacher))

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from datasets.loading import Data, DataConfig
 from datasets.registry import imagenet_names
 from datasets.streams import open_data
+from engine.compiling import check_compiler
 from engine.configs import FarSource, ModelConfig, ModelName
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
@@ -169,6 +170,8 @@ def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
         raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
     check_reach(kept)
     check_labels(kept, data)
+    if settings.compile:
+        check_compiler(data.context.device)
     for stage in kept:
         if (settings.mixup or settings.cutmix) and (least := data.smallest_batch(stage.optim.batch_size)) < 2:
             raise FarError(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from datasets.loading import Data, Loader, naming_dead_workers
 from engine.choosing import settle
+from engine.compiling import compiled
 from engine.evaluate import evaluate
 from engine.resume import check, load_optimizer, load_scaler, require
 from engine.stages import Optim, Stage, select_trainable
@@ -59,6 +60,7 @@ class Settings:
     model_ema: float | None = None  # decay of the averaged weights; None: no average
     rep_init: str = "chrono"
     lstm_backend: str = "auto"
+    compile: bool = False
 
     def autocast(self, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
         dtype = AMP[self.precision(device)]
@@ -67,6 +69,12 @@ class Settings:
     def precision(self, device: torch.device) -> str:
         """A key of AMP."""
         return automatic(device) if self.amp == "auto" else self.amp
+
+    def products(self, device: torch.device) -> str:
+        """How matrix products are computed there, in words."""
+        plain = f"float32 matrix products {'in TF32' if torch.get_float32_matmul_precision() == 'high' else 'in full'}"
+        chosen = self.precision(device)
+        return plain if chosen == "off" else f"autocast to {chosen}, other {plain}"
 
     def mixer(self, num_classes: int) -> Mixup | None:
         if self.mixup or self.cutmix:
@@ -206,6 +214,9 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Trains every stage; returns the evaluation of the weights handed on. Raises signals.Stopped, FarError."""
+        device = self.context.device
+        if device.type == "cuda":
+            self._say(f"{torch.cuda.get_device_name(device)}: {self.settings.products(device)}")
         self._place(self.stages[min(self.at.stage, len(self.stages) - 1)])
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
@@ -221,6 +232,11 @@ class Trainer:
     def _stage(self, stage: Stage) -> None:
         loader, val = self.data.train_loader(stage.optim.batch_size), self.data.val_loader(stage.optim.batch_size)
         task = self._prepare(stage, len(loader))
+        with compiled(task) if self.settings.compile else contextlib.nullcontext():
+            self._epochs(stage, task, loader, val)
+        self._hand_on()
+
+    def _epochs(self, stage: Stage, task: nn.Module, loader: Loader, val: Loader) -> None:
         if self.at.epoch == 0 and self.at.step == 0:
             self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
             self._report(stage, {}, self._evaluate(stage, val), 0.0, 0)
@@ -238,7 +254,6 @@ class Trainer:
             self._report(stage, train, result, seconds, images * self.context.world)
             if save:
                 self._save_last()
-        self._hand_on()
 
     def _due(self, stage: Stage, every: int) -> bool:
         """Whether the epoch that ends here is one of every so many, or the stage's last."""
@@ -271,9 +286,10 @@ class Trainer:
         task = self.make_task(stage, self.settings.criterion()).to(self.context.device)
         if self.context.world > 1:
             ids = [self.context.device.index] if self.context.device.type == "cuda" else None
-            task = DistributedDataParallel(
-                task, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            # Batches that only add up (no_sync) see another graph than those that exchange gradients.
+            static = stage.optim.accum_steps == 1
+            kwargs = {"forward_sync_buffers": False, "gradient_as_bucket_view": True, "static_graph": static}
+            task = DistributedDataParallel(task, device_ids=ids, **kwargs)
         return task
 
     def _epoch(self, task: nn.Module, stage: Stage, loader: Loader) -> int:
@@ -399,15 +415,17 @@ class Trainer:
     def _flush(self, pending: list, stage: Stage) -> float:
         """Adds the collected losses to the epoch's sums; stops on the first that is not finite."""
         value = math.nan
+        found = [part.float() for _, _, parts in pending for part in parts.values()]
+        losses = iter(torch.stack(found).tolist() if found else [])  # in one transfer
         for step, size, parts in pending:
-            value = parts["loss"].item()
+            values = dict(zip(parts, losses, strict=False))
+            value = values["loss"]
             if not math.isfinite(value):
                 raise FarError(
                     f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage "
                     f"{stage.name}; the last good "
                     f"checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
-            values = {name: float(part) for name, part in parts.items()}
             for name, part in [("images", 1.0), *values.items()]:
                 self.at.sums[name] = self.at.sums.get(name, 0.0) + part * size
             if step % self.trace_every == 0:

@@ -109,8 +109,17 @@ class MultiHeadBiRNN(Replacement):
     def mix(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
         p = self.pre_proj(x).view(b, n, self.num_heads, self.width)  # (B, N, H, d)
-        heads = self.hidden(p).split([sum(pair) for pair in self.sizes], dim=2)
-        return torch.cat([proj(h) for proj, h in zip(self.head_proj, heads, strict=True)], dim=2)
+        hidden, units = self.hidden(p), [sum(pair) for pair in self.sizes]
+        if len(set(units)) == 1 and plain(*self.head_proj):
+            return self._read_at_once(hidden)
+        return torch.cat([proj(h) for proj, h in zip(self.head_proj, hidden.split(units, dim=2), strict=True)], dim=2)
+
+    def _read_at_once(self, hidden: Tensor) -> Tensor:
+        """All heads' projections, of one shape, as one product: a GPU pays for each by its launch."""
+        weight = torch.stack([proj.weight.t() for proj in self.head_proj])  # (H, u, d)
+        bias = torch.stack([proj.bias for proj in self.head_proj])[:, None]
+        by_head = hidden.flatten(0, 1).unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (H, B N, u)
+        return torch.baddbmm(bias, by_head, weight).transpose(0, 1).reshape(*hidden.shape[:2], -1)
 
     def hidden(self, p: Tensor) -> Tensor:
         """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""

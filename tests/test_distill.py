@@ -98,6 +98,28 @@ def test_losses_are_the_sums_their_names_say(loss, target, source):
     assert value.item() == pytest.approx(sum(v.item() for v in expected.values()), rel=1e-3)
 
 
+DEPTHS = {  # by loss: how often each of the student's and of the teacher's blocks runs where blocks 0 and 1 train
+    "similarity": ([1, 1, 0, 0], [1, 1, 0, 0]),
+    "kl": ([1, 1, 1, 1], [1, 1, 1, 1]),
+    "similarity+classification": ([1, 1, 1, 1], [1, 1, 0, 0]),
+    "classification": ([1, 1, 1, 1], [0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("loss", DEPTHS)
+def test_both_models_run_once_and_no_deeper_than_the_loss_reads(loss):
+    student, teacher = pair()
+    counts = []
+    for model in (student, teacher):
+        seen = [0] * len(model.blocks)
+        for i, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(lambda *_, i=i, seen=seen: seen.__setitem__(i, seen[i] + 1))
+        counts.append(seen)
+    task = Distillation(student, teacher, stage(loss, blocks=(0, 1)), nn.CrossEntropyLoss()).train()
+    task(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert tuple(counts) == DEPTHS[loss]
+
+
 def test_weights_of_a_sum_count():
     student, teacher = pair()
     x, y = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])

@@ -585,6 +585,8 @@ ELSEWHERE = {  # what a table cannot hold, and the test that does
     "--select": "test_training.py::test_select_hands_on_the_best_or_the_last_epoch",
     "--eval-every": "test_training.py::test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same",
     "--save-every": "test_training.py::test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same",
+    "--compile": "test_compiling.py::test_a_compiled_run_computes_what_an_ordinary_one_does",
+    "--tensorboard": "test_board.py::test_the_board_holds_the_logs_and_a_resumed_run_writes_it_anew",
     "--dist-timeout": "test_launch.py::test_a_process_that_does_not_come_is_missed_after_the_time_given",
     "--distributed": "test_main.py::test_two_processes_with_half_the_batch_give_the_weights_of_one",
     "--device": "test_flags.py::test_cpu_can_be_asked_for_and_cuda_is_refused_without_one",

@@ -214,6 +214,18 @@ sys.exit(run_script(main.main))
     assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
 
 
+@pytest.mark.parametrize("flags", [["--data-path", "nowhere"], ["--no-such-flag"]])
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_what_all_ranks_meet_is_told_once_an_attempt_and_last(flags, restarts, tmp_path):
+    command = torchrun(*"--mode teacher --dataset FOLDER --scale Micro --device cpu --output-dir run".split(), *flags)
+    command.insert(command.index(MAIN), f"--max-restarts={restarts}")
+    done = launch(*command, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    said = [k for k, line in enumerate(lines) if "error: " in line and (flags[0] in line)]
+    assert len(said) == 1 + restarts and said[-1] == len(lines) - 2, done.stderr  # below it a line of = signs alone
+    assert said[-1] > lines.index("Root Cause (first observed failure):") and not (tmp_path / "run").exists()
+
+
 def test_a_process_that_does_not_come_is_missed_after_the_time_given(short, tmp_path):
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     done = launch(MAIN, "--distributed", "--dist-timeout", "0.02", *short, cwd=tmp_path, **alone)

@@ -24,7 +24,7 @@ from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import ROOT, TEACH, TRAIN, launch
 from utils.checkpoint import load
-from utils.distributed import Context
+from utils.distributed import Context, prepare
 from utils.errors import FarError
 from utils.run_folder import RunFolder
 
@@ -458,6 +458,20 @@ def test_automatic_precision_is_bfloat16_where_a_gpu_has_it(monkeypatch):
     for has, expected in ((True, "bf16"), (False, "off")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert Settings().precision(cuda) == expected
+
+
+def test_a_gpu_gets_tf32_products_and_a_cpu_full_ones(monkeypatch):
+    used, before = [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    try:
+        assert prepare(torch.device("cpu")) == torch.device("cpu") and not used
+        assert Settings(amp="off").products(torch.device("cpu")) == "float32 matrix products in full"
+        assert prepare(torch.device("cuda", 1)) == torch.device("cuda", 1) and used == [torch.device("cuda", 1)]
+        assert Settings(amp="bf16").products(torch.device("cuda")) == (
+            "autocast to bf16, other float32 matrix products in TF32"
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_the_log_says_how_long_steps_waited_for_images_and_the_memory_held(far):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from utils import names
-from utils.errors import one_line
+from utils.errors import one_line, tell
 
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"error: {one_line(message)}; see --help\n")
+        tell(f"error: {one_line(message)}; see --help")
+        self.exit(2)
 
     def given(self, argv: list[str] | None) -> dict[str, str]:
         """The flags that a command line names, by destination."""
@@ -190,18 +191,8 @@ def add_unscale(group) -> None:
     group.add_argument("--unscale-lr", action="store_true", help="take rates as given, not times global batch / 512")
 
 
-def add_run_group(parser: Parser) -> None:
-    g = parser.add_argument_group("run")
-    g.add_argument("--output-dir", type=path, help="the run's folder; default runs/<mode>-<time>")
-    g.add_argument(
-        "--resume",
-        nargs="?",
-        const="must",
-        choices=("must", "auto"),
-        help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet",
-    )
-    g.add_argument("--dry-run", action="store_true", help="say what would train, on what and where to, and stop")
-    g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
+def add_machine(g) -> None:
+    """Where and how a run computes."""
     add_device(g)
     g.add_argument("--distributed", action="store_true", help="join torchrun's processes (NCCL on CUDA, else gloo)")
     g.add_argument(
@@ -218,6 +209,27 @@ def add_run_group(parser: Parser) -> None:
         help="mixed precision; auto: bf16 on a GPU that computes in it, else off. Gates and cell state stay float32",
     )
     add_backend(g)
+    g.add_argument(
+        "--compile",
+        action="store_true",
+        help="train with compiled blocks: on a GPU, where it takes minutes first; on a CPU it did not pay",
+    )
+
+
+def add_run_group(parser: Parser) -> None:
+    g = parser.add_argument_group("run")
+    g.add_argument("--output-dir", type=path, help="the run's folder; default runs/<mode>-<time>")
+    g.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        help="continue the run in --output-dir from its last.pth; auto: begin it where there is none yet",
+    )
+    g.add_argument("--dry-run", action="store_true", help="say what would train, on what and where to, and stop")
+    g.add_argument("--seed", type=SEED, default=42, help="seed of every random draw")
+    add_machine(g)
+    g.add_argument("--tensorboard", action="store_true", help="write the logs for TensorBoard as well")
     g.add_argument("--eval-every", type=SIZE, default=1, metavar="EPOCHS", help="evaluate so often, and at the end")
     g.add_argument("--save-every", type=SIZE, default=1, metavar="EPOCHS", help="write last.pth so often, and at stops")
     g.add_argument(

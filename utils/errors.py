@@ -1,9 +1,14 @@
 """How a script ends: one line for what the user can mend, and for whatever else one line before its traceback."""
 
+import contextlib
+import hashlib
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from utils import signals
 
@@ -37,6 +42,28 @@ class LostContact(FarError):
     code = 1
 
 
+def tell(text: str, late: bool = False) -> None:
+    """Says an error on stderr, or under torchrun in the report with which that ends: below its own traceback.
+
+    What several processes of a node meet is said by one of them. An attempt that torchrun follows with another has no
+    report. late: a consequence of another error, and so never what the report calls the root cause.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        print(text, file=sys.stderr)
+        return
+    told = Path(file).parents[1] / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.told"
+    with contextlib.suppress(FileExistsError):
+        told.touch(exist_ok=False)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+            print(text, file=sys.stderr)
+            return
+        # The root cause is the earliest, in whole seconds, and what says nothing is as of when torchrun noticed it.
+        when = str(int(time.time()) - (not late))
+        content = {"message": {"message": text, "extraInfo": {"timestamp": when}}}
+        Path(file).write_text(json.dumps(content))
+
+
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Runs a script's `main` and returns the exit code.
 
@@ -47,7 +74,7 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
             return main(argv)
         except FarError as error:
             if not error.told:
-                print(f"error: {error}", file=sys.stderr)
+                tell(f"error: {error}", late=error.code == LostContact.code)
             return error.code
         except signals.Stopped as stopped:
             print(stopped, end="\n" if str(stopped) else "", flush=True)
@@ -56,11 +83,6 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
-            print(
-                "error: a fault of FAR, not of yours: please report it with the command, its "
-                "args.json if there is one, "
-                "and the lines below",
-                file=sys.stderr,
-            )
-            traceback.print_exc()
+            asked = "please report it with the command, its args.json if there is one, and the lines below"
+            tell(f"error: a fault of FAR, not of yours: {asked}\n{traceback.format_exc().rstrip()}")
             return 1

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from utils import checkpoint, names
+from utils.board import Board, check_board
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import save_figure, training_curves
@@ -23,7 +24,17 @@ from utils.records import read_lines, read_record
 
 LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
 # Flags that change where or how fast a run goes, not what it computes: a resumed run may change them.
-FREE_ON_RESUME = {"resume", "output_dir", "num_workers", "device", "download", "distributed", "dist_timeout", "dry_run"}
+FREE_ON_RESUME = {
+    "resume",
+    "output_dir",
+    "num_workers",
+    "device",
+    "download",
+    "distributed",
+    "dist_timeout",
+    "dry_run",
+    "tensorboard",
+}
 
 
 def versions() -> dict[str, str]:
@@ -54,6 +65,7 @@ class RunConfig:
     resume: str | None  # "must": a run must be there; "auto": continue one, or begin
     record: Record
     dry_run: bool = False  # say what would happen, and stop
+    tensorboard: bool = False
 
     def check(self) -> None:
         """Told before any work; for rank 0, which alone writes. Raises FarError."""
@@ -61,6 +73,8 @@ class RunConfig:
             raise FarError(f"--resume {self.resume}: needs the run's folder; name it with --output-dir")
         if self.output_dir:
             check_writable(self.output_dir)
+        if self.tensorboard:
+            check_board()
 
 
 def as_lines(rows: list[dict[str, Any]]) -> bytes:
@@ -69,17 +83,21 @@ def as_lines(rows: list[dict[str, Any]]) -> bytes:
 
 
 class RunFolder:
-    """Reads and writes one folder. `resumed`: it continues a run that an earlier call began there."""
+    """Reads and writes one folder.
 
-    def __init__(self, path: Path, context: Context, resumed: bool):
-        self.path, self.context, self.resumed = path, context, resumed
+    resumed: it continues a run that an earlier call began there. shows: its logs go to TensorBoard besides.
+    """
+
+    def __init__(self, path: Path, context: Context, resumed: bool, shows: bool = False):
+        self.path, self.context, self.resumed, self.shows = path, context, resumed, shows
+        self.board: Board | None = None  # from the first row on
         self.whole: set[str] = set()  # logs that this process has written: they end with a whole line
 
     def child(self, name: str) -> "RunFolder":
         """A folder inside, for one of several trainings of a run."""
         if self.context.main:
             (self.path / name).mkdir(exist_ok=True)
-        return RunFolder(self.path / name, self.context, self.resumed)
+        return RunFolder(self.path / name, self.context, self.resumed, self.shows)
 
     def has(self, name: str) -> bool:
         return self.context.on_main(lambda: (self.path / name).exists())
@@ -107,7 +125,16 @@ class RunFolder:
             return
         if name in self.whole:
             checkpoint.append(self.path / name, as_lines(rows))
-            return
+        else:
+            self._append_first(name, rows)
+        if self.board:
+            self.board.add(rows)
+        elif self.shows:
+            self.board = Board(self.path)
+            self.board.add([*self.rows("log.jsonl"), *self.rows("steps.jsonl")])
+
+    def _append_first(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """This process's first lines of a log."""
 
         def place(row: dict[str, Any]) -> tuple[int, int, int]:
             return row["stage_index"], row["epoch"], row.get("step", 0)
@@ -166,7 +193,7 @@ def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
 
     try:
         path, resumed = context.on_main(claim)
-        yield RunFolder(Path(path), context, resumed)
+        yield RunFolder(Path(path), context, resumed, asked.tensorboard)
     finally:
         for held in lock:
             held.release()
