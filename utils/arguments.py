@@ -264,9 +264,8 @@ def add_model_group(parser: Parser) -> None:
     add_student(parser.add_argument_group("student"))
 
 
-def add_data_group(parser: Parser) -> None:
-    g = parser.add_argument_group("data")
-    g.add_argument(
+def add_dataset(group) -> None:
+    group.add_argument(
         "--dataset",
         type=dataset,
         default="IMNET",
@@ -274,7 +273,7 @@ def add_data_group(parser: Parser) -> None:
         help=f"the data set: {', '.join(names.DATASETS)}; wds/NAME: WebDataset tars and their _info.json in "
         "--data-path, whatever the NAME; tfds/NAME: one of TensorFlow Datasets, made there before",
     )
-    g.add_argument(
+    group.add_argument(
         "--images-only",
         dest="dataset",
         action="store_const",
@@ -282,6 +281,11 @@ def add_data_group(parser: Parser) -> None:
         default=argparse.SUPPRESS,
         help="the same as --dataset IMAGES: a folder of pictures, without classes",
     )
+
+
+def add_data_group(parser: Parser) -> None:
+    g = parser.add_argument_group("data")
+    add_dataset(g)
     g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default: the model's")
