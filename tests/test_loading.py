@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from datasets.loading import Data, DataConfig, check_policy
+from datasets.loading import Data, DataConfig, PaddedCrop, check_policy
 from datasets.registry import build_split
 from tests.conftest import image_folder, write_images
 from utils.distributed import Context, cores
@@ -25,6 +26,17 @@ def digits(seed=0, **kwargs):
 
 def batches(data, epoch=0, size=64, start=0):
     return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
+
+
+@pytest.mark.parametrize("side", [32, 20, 6])  # the last has no padding
+def test_the_padded_crop_is_torchvisions(side):
+    image = Image.fromarray(np.random.randint(0, 256, (side, side, 3), dtype=np.uint8))
+    for seed in range(40):
+        crops = []
+        for kind in (PaddedCrop, transforms.RandomCrop):
+            torch.manual_seed(seed)
+            crops.append(np.asarray(kind(side, padding=side // 8)(image)))
+        assert np.array_equal(*crops)
 
 
 def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():

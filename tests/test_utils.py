@@ -1,5 +1,6 @@
 """Checkpoints are written whole or not at all; draws follow from their key."""
 
+import platform
 import random
 import sys
 
@@ -84,3 +85,25 @@ def test_idle_threads_sleep_soon_so_that_two_trainings_share_the_cores(script, t
     assert "GOMP_SPINCOUNT = '2000'" in done.stderr  # as libgomp read it
     done = launch(str(ROOT / script), "--scale", "Micro", cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE", GOMP_SPINCOUNT="7")
     assert "GOMP_SPINCOUNT = '7'" in done.stderr
+
+
+FAULTS = """
+import resource, sys, torch
+from utils.distributed import prepare
+if sys.argv[1] == "kept":
+    prepare(torch.device("cpu"))
+def step():
+    return [torch.zeros(12 << 20) for _ in range(2)]  # 48 MiB each
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_a_training_on_a_cpu_keeps_the_memory_it_frees(tmp_path):
+    given_back, kept = (int(launch("-c", FAULTS, way, cwd=tmp_path).stdout) for way in ("given back", "kept"))
+    assert given_back > 50_000 and kept < given_back / 10

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from utils import signals
 from utils.errors import Echo, FarError, LostContact, one_line
+from utils.memory import keep_freed
 
 MINUTES = 30.0  # that processes wait for one another: a download on the first takes long
 
@@ -123,6 +124,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 def prepare(device: torch.device) -> torch.device:
     """Makes a CUDA device this process's own, with float32 matrix products in TF32, as cuDNN has them by default."""
+    if device.type == "cpu":
+        keep_freed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
