@@ -19,8 +19,8 @@ STATES = 2  # of Adam and its kin, each as large as the weights
 WRITTEN = "args.json, log.jsonl, steps.jsonl, curves.png, result.json, last.pth, best.pth"
 
 
-def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int]:
-    """Bytes that a training step of `stage` needs: whatever the batch, and more for each image.
+def weigh(task: nn.Module, data: Data, settings: Settings) -> tuple[int, int]:
+    """Bytes that a training step of the task needs: whatever the batch, and more for each image.
 
     The latter are those of the tensors that the forward pass keeps for the backward one, weights not counted.
     """
@@ -34,12 +34,14 @@ def weigh(task: nn.Module, data: Data, stage: Stage, autocast) -> tuple[int, int
         return tensor
 
     count = min(IMAGES, len(data.train))
-    images = torch.stack(list(islice(data.pictures(), count)))
     device = next(task.parameters()).device
+    images = torch.stack(list(islice(data.pictures(), count))).to(device)
     targets = torch.zeros(count, dtype=torch.long, device=device)
+    if mixer := settings.mixer(data.num_classes):
+        images, targets = mixer(images, targets)
     task.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast():
-        loss, _ = task(images.to(device), targets)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), settings.autocast(device)():
+        loss, _ = task(images, targets)
     del loss
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
     fixed = sum(p.numel() * p.element_size() for p in task.parameters())
@@ -92,7 +94,7 @@ def show_plan(
         batch = f"{optim.batch_size} images a process" + f" x {context.world}" * (context.world > 1)
         lines.append(("", f"{optim.epochs} epochs of {updates:,} updates, {batch}, {optim.opt}, rate {optim.lr:.3g}"))
         task = make_task(stage, settings.criterion()).to(context.device)
-        fixed, image = weigh(task, data, stage, settings.autocast(context.device))
+        fixed, image = weigh(task, data, settings)
         total = fixed + image * min(optim.batch_size, len(data.train))
         lines.append(
             ("", f"about {total / 1e9:.2f} GB a process: {fixed / 1e6:.0f} MB and {image / 1e6:.1f} MB an image")

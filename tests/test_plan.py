@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 
 import main
 import prune
@@ -41,17 +40,23 @@ def test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing(mode, teacher,
         assert "4 of 4 blocks" in said
 
 
+def test_a_mixed_batch_is_weighed_too(teacher, tmp_path, capsys):
+    flags = ["--mode", "teacher", *DIGITS, "--mixup", "0.8", "--batch-size", "64", "--dry-run"]
+    assert main.main([*flags, "--output-dir", str(tmp_path / "run")]) == 0
+    assert "MB an image" in capsys.readouterr().out
+
+
 def test_memory_is_that_of_weights_optimiser_and_what_the_backward_pass_needs():
     data = Data(DataConfig("DIGITS", None, 32, train_subset=0.05), Context())
     model = create_teacher("DeiT-Micro", 10, 32)
     stage = Stage("head", (), (), "head", "classification", "output", Optim(1, 8, 0.1))
     select_trainable(model, stage)
     task = Distillation(model, None, stage, Settings().criterion())
-    fixed, image = weigh(task, data, stage, Settings().autocast(torch.device("cpu")))
+    fixed, image = weigh(task, data, Settings())
     parameters, head = sum(p.numel() for p in model.parameters()), 64 * 10 + 10
     assert fixed == 4 * parameters + 3 * 4 * head
     model.requires_grad_(True)
-    fixed, whole = weigh(task, data, stage, Settings().autocast(torch.device("cpu")))
+    fixed, whole = weigh(task, data, Settings())
     assert fixed == 16 * parameters
     # 65 tokens, width 64: at least inputs of 4 blocks' two norms and four maps, hidden units of MLPs twice.
     assert whole > 4 * 65 * 64 * 4 * (6 + 2 * 4) > 20 * image
