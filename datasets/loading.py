@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_choices
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import transforms
 
@@ -157,6 +158,14 @@ class PaddedCrop(transforms.RandomCrop):
         return image.crop((left, top, left + image.width, top + image.height))
 
 
+class ToNormalized(transforms.Normalize):
+    """torchvision's ToTensor and Normalize of an RGB image, bit-equal, in one pass of checks and no copies between."""
+
+    def forward(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels.to(torch.float32).div_(255).sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+
+
 def check_policy(text: str | None) -> None:
     """Raises FarError where timm cannot run an auto-augment policy, or would skip a part of it without a word."""
     if text in (None, "none"):
@@ -211,6 +220,9 @@ def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
         hflip=(0.5 if source.flip else 0.0) if config.hflip is None else config.hflip,
         vflip=config.vflip,
     )
+    (k,) = (k for k, part in enumerate(transform.transforms) if isinstance(part, transforms.Normalize))
+    normalize = transform.transforms[k]
+    transform.transforms[k - 1 : k + 1] = [ToNormalized(normalize.mean, normalize.std)]
     if config.input_size <= 32:
         size = config.input_size
         mode = transforms.InterpolationMode(
@@ -305,7 +317,7 @@ class Data:
             return RepeatAugSampler(self.train, world, rank, shuffle=True, num_repeats=3, selected_round=0)
         return DistributedSampler(self.train, world, rank, shuffle=True, seed=self.config.seed)
 
-    def pictures(self) -> Iterator[torch.Tensor]:
+    def pictures(self) -> Iterator[Tensor]:
         """Training images as this process alone reads and augments them, over and over."""
         return (self.train[i % len(self.train), 0][0] for i in count())
 

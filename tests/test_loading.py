@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from datasets.loading import Data, DataConfig, PaddedCrop, check_policy
+from datasets.loading import Data, DataConfig, PaddedCrop, ToNormalized, check_policy
 from datasets.registry import build_split
 from tests.conftest import image_folder, write_images
 from utils.distributed import Context, cores
@@ -37,6 +37,16 @@ def test_the_padded_crop_is_torchvisions(side):
             torch.manual_seed(seed)
             crops.append(np.asarray(kind(side, padding=side // 8)(image)))
         assert np.array_equal(*crops)
+
+
+def test_tensors_are_torchvisions_bit_by_bit():
+    image = Image.fromarray(np.random.randint(0, 256, (19, 23, 3), dtype=np.uint8))
+    mean, std = torch.rand(3), 0.1 + torch.rand(3)
+    expected = transforms.Normalize(mean, std)(transforms.ToTensor()(image))
+    assert torch.equal(ToNormalized(mean, std)(image), expected)
+    data = Data(DataConfig("DIGITS", None, 32, num_workers=0, reprob=1.0), Context())
+    kinds = [type(part).__name__ for part in data.train.transform.transforms]
+    assert kinds[-2:] == ["ToNormalized", "RandomErasing"] and "MaybeToTensor" not in kinds
 
 
 def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
