@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from demo import ATTN, BLOCK, DIGITS, TEACHER, Demo, write_json
+from demo import BLOCK, COMPARED, DIGITS, TEACHER, Demo, write_json
 from demo import PRUNE as PRUNING
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.errors import FarError, run_script
@@ -87,7 +87,7 @@ def distil(demo: Demo, row: str) -> dict:
     attn, block = DISTILLING[row]
     weight, start = ["--base-weight", demo.best("teacher"), *demo.data], []
     if attn is not None:
-        demo.stage(folder("attn", row), *ATTN, *weight, *attn)
+        demo.stage(folder("attn", row), *COMPARED, *weight, *attn)
         start = ["--attn-weight", demo.best(folder("attn", row))]
     return demo.stage(folder("block", row), *BLOCK, *weight, *start, *block)
 
