@@ -78,7 +78,8 @@ class Regularized(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor):
         loss, parts = self.task(images, targets)
-        families = [unit_norms(replacements(self.model))] + [unit_norms(mlps(self.model))] * self.mlp
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.regularizer is not None):  # else for curves alone
+            families = [unit_norms(replacements(self.model))] + [unit_norms(mlps(self.model))] * self.mlp
         if self.regularizer is not None:
             loss = loss + self.decay * sum(penalty(norms, self.regularizer) for norms in families)
         with torch.no_grad():

@@ -33,6 +33,7 @@ from utils.run_folder import RunFolder
 from utils.seeding import seed_all, seeded
 
 DECAY_RATE = 0.1
+FUSED = ("adam", "adamw")  # torch's, whose step over all weights is one operation: a quarter of the time on a CPU
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -107,6 +108,7 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay."""
     own = {"eps": optim.opt_eps, "betas": optim.opt_betas}
     kwargs = {name: value for name, value in own.items() if value is not None}
+    kwargs |= {"fused": True} if optim.opt in FUSED else {}
     kwargs |= {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
     plain = optim.opt == "sgd" and not optim.momentum  # timm's sgd is Nesterov's, which needs momentum
     name = "momentum" if plain else optim.opt
