@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.distill import keeping_z
+from engine.distill import keeping_z, take_z
 from utils.errors import FarError, one_line
 
 COMPILER = "inductor"
@@ -25,6 +25,12 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
+def _drop_z(model: VisionTransformer, *_) -> None:
+    """A hook behind a call of the whole model, an evaluation, in which nobody takes z."""
+    for block in model.blocks:
+        take_z(block)
+
+
 @contextlib.contextmanager
 def compiled(task: nn.Module) -> Iterator[None]:
     """While open, all blocks of the task's models are compiled, one by one, so that those alike share their code.
@@ -39,6 +45,7 @@ def compiled(task: nn.Module) -> Iterator[None]:
         # Compiled code is shared without a look at hooks: either all blocks have one, or none.
         for model in models:
             stack.enter_context(keeping_z(model, range(len(model.blocks))))
+            stack.callback(model.register_forward_hook(_drop_z).remove)
         for block in own:
             block.forward = torch.compile(block.forward, backend=COMPILER)
             stack.callback(delattr, block, "forward")

@@ -110,7 +110,7 @@ class MultiHeadBiRNN(Replacement):
         b, n, _ = x.shape
         p = self.pre_proj(x).view(b, n, self.num_heads, self.width)  # (B, N, H, d)
         hidden, units = self.hidden(p), [sum(pair) for pair in self.sizes]
-        if len(set(units)) == 1 and plain(*self.head_proj):
+        if len(set(units)) == 1 and plain(*self.head_proj) and all(proj.bias is not None for proj in self.head_proj):
             return self._read_at_once(hidden)
         return torch.cat([proj(h) for proj, h in zip(self.head_proj, hidden.split(units, dim=2), strict=True)], dim=2)
 
@@ -119,7 +119,7 @@ class MultiHeadBiRNN(Replacement):
         weight = torch.stack([proj.weight.t() for proj in self.head_proj])  # (H, u, d)
         bias = torch.stack([proj.bias for proj in self.head_proj])[:, None]
         by_head = hidden.flatten(0, 1).unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (H, B N, u)
-        return torch.baddbmm(bias, by_head, weight).transpose(0, 1).reshape(*hidden.shape[:2], -1)
+        return torch.baddbmm(bias, by_head, weight).transpose(0, 1).reshape(*hidden.shape[:2], self.dim)
 
     def hidden(self, p: Tensor) -> Tensor:
         """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""

@@ -36,7 +36,8 @@ class Merged:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether anything but the modules themselves has a say in what they compute."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in vars(module) or any(getattr(module, kind) for kind in kinds) for module in modules)
 
 
 def plain(*modules: nn.Module) -> bool:

@@ -81,6 +81,36 @@ def test_one_dense_layer_is_one_call(monkeypatch):
     assert tokens.shape == (2, 20, 192) and zero.shape == (2, 2, 192) and weights[1].shape == (4 * 192, 192)
 
 
+def test_no_images_are_no_error():
+    for kind in (MultiHeadBiLSTM, MultiHeadBiGRU):
+        assert kind(192, 3, 9)(torch.empty(0, 9, 192)).shape == (0, 9, 192)
+
+
+def _without_bias(proj, seen):
+    proj.bias = None
+
+
+def _watched(proj, seen):
+    proj.register_full_backward_hook(lambda *_: seen.append("hook"))
+
+
+def _wrapped(proj, seen):
+    own = proj.forward
+    proj.forward = lambda x: (seen.append("call"), own(x))[1]
+
+
+@pytest.mark.parametrize(("change", "found"), [(_without_bias, []), (_watched, ["hook"]), (_wrapped, ["call"])])
+def test_a_changed_head_projection_is_called_as_it_is(change, found):
+    m, x, seen = MultiHeadBiLSTM(192, 3, 9), torch.randn(2, 9, 192), []
+    change(m.head_proj[1], seen)
+    parts = m.hidden(m.pre_proj(x).view(2, 9, 3, 64)).split(128, dim=2)
+    expected = m.post_proj(torch.cat([proj(h) for proj, h in zip(m.head_proj, parts, strict=True)], 2))
+    seen.clear()
+    m(x).sum().backward()
+    torch.testing.assert_close(m(x), expected)
+    assert seen[: len(found)] == found
+
+
 def test_heads_are_independent():
     m = MultiHeadBiLSTM(192, 3, 20)
     p = torch.randn(1, 20, 3, 64)

@@ -46,6 +46,19 @@ def test_the_board_holds_the_logs_and_a_resumed_run_writes_it_anew(tmp_path):
     assert again["steps of stage 1/loss"] == found["steps of stage 1/loss"]
 
 
+def test_steps_that_run_again_after_a_kill_are_on_the_board_once(tmp_path):
+    steps = [{"stage_index": 0, "epoch": 0, "step": k, "loss": 1.0 + k} for k in range(3)]
+    epoch = {"stage": "s", "stage_index": 0, "epoch": 1, "train": {}, "val": {}, "lr": 1.0, "images_per_s": 1.0}
+    epoch |= {"data_seconds": 0.0, "peak_memory_mb": 1}
+    RunFolder(tmp_path, Context(), False, True).append("steps.jsonl", steps)  # and killed before last.pth
+    resumed = RunFolder(tmp_path, Context(), True, True)
+    resumed.append("log.jsonl", [epoch])
+    resumed.append("steps.jsonl", steps)
+    resumed.append("steps.jsonl", [{**steps[0], "epoch": 1}])
+    assert scalars(tmp_path)["steps of stage 1/loss"] == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 1.0)]
+    assert lines(tmp_path / "steps.jsonl") == [*steps, {**steps[0], "epoch": 1}]
+
+
 def test_the_board_is_only_written_where_asked_for_and_a_missing_package_is_one_line(tmp_path, monkeypatch):
     assert main.main([*FLAGS[:-1], "--epochs", "1", "--output-dir", str(tmp_path / "run")]) == 0
     assert not (tmp_path / "run/tensorboard").exists()

@@ -52,6 +52,7 @@ def test_blocks_are_compiled_within_and_as_before_afterwards():
         assert all("forward" in vars(block) for model in (teacher, student) for block in model.blocks)
         for _ in range(2):
             torch.testing.assert_close(task(images, labels)[0], expected)
+            student(images)  # an evaluation
         assert not any("z" in vars(block.attn.proj) for block in student.blocks)  # nothing is held on to
     assert counters["stats"]["unique_graphs"]
     for model in (teacher, student):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import errors as failures
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, wait_for
-from utils import distributed
+from utils import distributed, errors
 from utils.checkpoint import load
 from utils.errors import FarError
 from utils.run_folder import Record, RunConfig, open_run
@@ -240,6 +242,28 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     assert (
         done.returncode == 1 and "a fault of FAR" in first and "args.json" in first and "ZeroDivisionError" in rest[-1]
     )
+
+
+def test_an_error_is_said_on_stderr_where_torchruns_folder_is_gone_or_cannot_be_written(tmp_path):
+    program = "from utils.errors import tell\ntell('--flag: wrong; mend it')"
+    (tmp_path / "file").touch()
+    for file in ("nowhere/attempt/0/error.json", "0/error.json", "file/attempt/0/error.json"):
+        done = launch("-c", program, cwd=tmp_path, TORCHELASTIC_ERROR_FILE=file)
+        assert done.returncode == 0 and done.stderr == "--flag: wrong; mend it\n", file
+
+
+def test_lost_contact_is_never_the_root_cause_and_any_text_can_be_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(errors.time, "time", lambda: 1000.9)
+    for rank, (text, late) in enumerate([("lost contact", True), ("file \udc80.jpg", False)]):
+        file = tmp_path / f"attempt/{rank}/error.json"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        errors.tell(text, late)
+    monkeypatch.setattr(failures.time, "time", lambda: 1001.1)  # when torchrun sees that all have ended
+    named = [ProcessFailure(k, 0, 1, str(tmp_path / f"attempt/{k}/error.json")) for k in range(3)]
+    assert [failure.message["message"] for failure in named[:2]] == ["lost contact", "file \udc80.jpg"]
+    assert ChildFailedError("main", {0: named[0], 2: named[2]}).get_first_failure()[0] == 2  # killed, says nothing
+    assert ChildFailedError("main", dict(enumerate(named))).get_first_failure()[0] == 1
 
 
 def asked(mode="train", output_dir=None, resume=None):

@@ -3,6 +3,7 @@
 import platform
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from models.deit import create_teacher, load_teacher_weights
 from tests.conftest import ROOT, launch
-from utils import checkpoint
+from utils import checkpoint, memory
 from utils.errors import FarError
 from utils.seeding import seed_all, seeded
 
@@ -108,3 +109,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_training_on_a_cpu_keeps_the_memory_it_frees(tmp_path):
     given_back, kept = (int(launch("-c", FAULTS, way, cwd=tmp_path).stdout) for way in ("given back", "kept"))
     assert given_back > 50_000 and kept < given_back / 10
+
+
+@pytest.mark.parametrize("most", [1 << 40, 32 << 20])  # an older glibc takes no higher one
+def test_an_allocator_that_refuses_the_threshold_gets_the_highest_it_takes(most, monkeypatch):
+    took = {}
+
+    def mallopt(parameter, value):
+        if parameter == memory.M_MMAP_THRESHOLD and value > most:
+            return 0
+        took[parameter] = value
+        return 1
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    memory.keep_freed()
+    assert took == {memory.M_MMAP_THRESHOLD: min(most, memory.LARGE), memory.M_TRIM_THRESHOLD: memory.LARGE}

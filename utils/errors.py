@@ -12,6 +12,8 @@ from pathlib import Path
 
 from utils import signals
 
+LATER = 60  # seconds: longer than torchrun takes to notice that a process has ended (its --monitor-interval)
+
 
 def one_line(text: str) -> str:
     """The text with line breaks, and whatever else a terminal would not show, escaped: a file's name may hold any."""
@@ -49,19 +51,26 @@ def tell(text: str, late: bool = False) -> None:
     report. late: a consequence of another error, and so never what the report calls the root cause.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
-        print(text, file=sys.stderr)
-        return
-    told = Path(file).parents[1] / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.told"
-    with contextlib.suppress(FileExistsError):
-        told.touch(exist_ok=False)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
-            print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # the folder is that of a torchrun that has ended, or cannot be written
+        if file and _is_reported(Path(file), text, late):
             return
-        # The root cause is the earliest, in whole seconds, and what says nothing is as of when torchrun noticed it.
-        when = str(int(time.time()) - (not late))
-        content = {"message": {"message": text, "extraInfo": {"timestamp": when}}}
-        Path(file).write_text(json.dumps(content))
+    print(text, file=sys.stderr)
+
+
+def _is_reported(file: Path, text: str, late: bool) -> bool:
+    """Whether torchrun, or another process of the node, says it. Raises OSError where this cannot be arranged."""
+    told = file.parent.parent / f"{hashlib.sha256(ascii(text).encode()).hexdigest()[:16]}.told"
+    try:
+        told.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+        return False
+    # The root cause is the earliest, in whole seconds, and what says nothing is as of when torchrun noticed it.
+    when = str(int(time.time()) + (LATER if late else -1))
+    content = {"message": {"message": text, "extraInfo": {"timestamp": when}}}
+    file.write_text(json.dumps(content))
+    return True
 
 
 def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:

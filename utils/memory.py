@@ -3,7 +3,7 @@
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LARGE = 1 << 30  # bytes
+LARGE, OLD_LIMIT = 1 << 30, 32 << 20  # bytes; an older glibc refuses a mapping threshold above the latter
 
 
 def keep_freed() -> None:
@@ -16,5 +16,6 @@ def keep_freed() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another allocator; Windows
         return
-    mallopt(M_MMAP_THRESHOLD, LARGE)
+    # Setting either ends glibc's own raising of the mapping threshold, from 128 kB: without one it would stay there.
+    mallopt(M_MMAP_THRESHOLD, LARGE) or mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
     mallopt(M_TRIM_THRESHOLD, LARGE)

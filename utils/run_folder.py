@@ -90,7 +90,7 @@ class RunFolder:
 
     def __init__(self, path: Path, context: Context, resumed: bool, shows: bool = False):
         self.path, self.context, self.resumed, self.shows = path, context, resumed, shows
-        self.board: Board | None = None  # from the first row on
+        self.board: Board | None = None  # from the first row of either log on
         self.whole: set[str] = set()  # logs that this process has written: they end with a whole line
 
     def child(self, name: str) -> "RunFolder":
@@ -127,6 +127,9 @@ class RunFolder:
             checkpoint.append(self.path / name, as_lines(rows))
         else:
             self._append_first(name, rows)
+            if self.board:  # which may hold rows that these replace
+                self.board.writer.close()
+                self.board = None
         if self.board:
             self.board.add(rows)
         elif self.shows:
