@@ -25,7 +25,7 @@ from utils.run_folder import RunFolder
 
 FILE = "kernels.json"
 # By type of device; torch's is the measure of the others. Elsewhere `kernels.AUTO` decides without measuring.
-CANDIDATES = {"cuda": ("torch", "dense", "triton", "triton-lean")}
+CANDIDATES = {"cuda": ("torch", "dense", "triton", "triton-lean", "flashrnn")}
 NUMBERS = ("units", "heads", "channels", "batch", "tokens")
 ROW = dict.fromkeys(("kind", "device", "dtype", "kernel"), str) | dict.fromkeys(NUMBERS, int)
 ROW |= {"learns": bool, "ms": dict, "left_out": dict}  # times, and reasons, by kernel

@@ -10,7 +10,7 @@ import torch
 from models import kernels
 from models.bigru import GRU
 from models.bilstm import MultiHeadBiLSTM
-from models.kernels import cpu
+from models.kernels import cpu, flash
 from tests.conftest import ROOT
 from utils.errors import FarError
 
@@ -335,3 +335,19 @@ def test_a_way_back_inside_autocast_is_the_same(operators):
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(loss, asked)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_flashrnn_is_asked_for_what_the_cells_compute(units, monkeypatch):
+    """By its form in plain torch: that its kernels compute the same is for `auto` to find out where there is CUDA."""
+    pytest.importorskip("flashrnn")
+    task = kernels.Task(kernels.LSTM, torch.device("cpu"), torch.float32, 64)
+    assert "needs CUDA" in flash.refusal(task)
+    monkeypatch.setattr(flash, "BACKEND", "vanilla")
+    assert (
+        not flash.refusal(task) and flash.refusal(task._replace(kind=GRU)) and flash.refusal(task._replace(units=129))
+    )
+    m = layer(units, tokens=23).requires_grad_()
+    x = torch.randn(3, 23, 3, 64, requires_grad=True)
+    errors = gradient_errors(x, m, lambda: kernels.KERNELS["flashrnn"].run(kernels.LSTM, x, cells(m)))
+    assert max(errors) < 1e-5

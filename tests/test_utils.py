@@ -80,7 +80,7 @@ def test_position_embeddings_are_resized_when_teacher_weights_are_loaded(tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
-@pytest.mark.parametrize(("script", "spins"), [("main.py", "2000"), ("prune.py", "2000"), ("demo.py", "10000")])
+@pytest.mark.parametrize(("script", "spins"), [("main.py", "5000"), ("prune.py", "5000"), ("demo.py", "10000")])
 def test_idle_threads_sleep_soon_so_that_two_trainings_share_the_cores(script, spins, tmp_path, monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # this process has set it by itself
     done = launch(str(ROOT / script), "--scale", "Micro", cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE")

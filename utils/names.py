@@ -3,7 +3,8 @@
 MODELS = ("DeiT-Tiny", "DeiT-Small", "DeiT-Base", "DeiT-Micro")  # models.deit.TEACHERS
 SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
 REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
-BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean")  # models.kernels.BACKENDS
+# models.kernels.BACKENDS
+BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean", "flashrnn")
 # datasets.registry.SOURCES
 DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
 STREAMS = ("wds", "tfds")  # datasets.streams.KINDS: before the slash of a --dataset that is read from front to back

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import cpu, gpu
+from models.kernels import cpu, flash, gpu
 from models.kernels.cells import LSTM, Cell, CellKind, Choice, Shape, Task, shape_of
 from models.kernels.reference import reference
 from models.kernels.stock import dense, stock
@@ -43,6 +43,7 @@ KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
     "triton-lean": Kernel(gpu.lean, gpu.refusal),
+    "flashrnn": Kernel(flash.fused, flash.refusal),
 }
 AUTO = ("cpu", "torch")  # the first that can; a run on CUDA measures instead (engine.choosing)
 BACKENDS = ("auto", *KERNELS)

@@ -1,9 +1,4 @@
-"""The fused CUDA kernel: lstm_triton.py between torch's batched matrix products. Float32, forward and backward.
-
-FlashRNN (arXiv 2412.07752, package flashrnn) was studied for this part. It too keeps W_hh on chip, but takes heads
-of one size (a power of two), compiles anew for each batch size and sequence length, and reads one direction: the other
-needs a flipped copy.
-"""
+"""The fused CUDA kernel: lstm_triton.py between torch's batched matrix products. Float32, forward and backward."""
 
 import functools
 import importlib
