@@ -184,7 +184,7 @@ class Distillation(nn.Module):
         criterion: (logits, targets) to a scalar.
         distill_input: `teacher`: a student block reads the teacher's input to that block; `student`: the running state.
 
-    forward(images (B, 3, S, S), targets) returns (loss, its parts as detached scalars).
+    forward(images (B, 3, S, S), targets) returns (loss, its parts as detached scalars), looked at or not.
     """
 
     def __init__(self, student, teacher, stage: Stage, criterion: nn.Module, distill_input: str = "student"):
@@ -201,7 +201,7 @@ class Distillation(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Parts]:
+    def forward(self, images: Tensor, targets: Tensor, looked_at: bool = True) -> tuple[Tensor, Parts]:
         view = self._view(images, targets)
         parts = {name: TERMS[name].value(view) for name in self.loss.terms}
         loss = sum(weight * parts[name] for name, weight in self.loss.terms.items())

@@ -66,7 +66,8 @@ class Regularized(nn.Module):
         mlp: whether the MLPs' hidden units are regularized too.
         sensitivity: a unit below this share of its block's mean norm counts as sparse, for the curves only.
 
-    forward returns (loss, parts), parts with `hoyer_square` and `sparsity` (0 to 1) of the LSTM's units besides.
+    forward returns (loss, parts); where the step is looked at, parts have `hoyer_square` and `sparsity` (0 to 1) of the
+    LSTM's units besides.
     """
 
     def __init__(
@@ -76,14 +77,15 @@ class Regularized(nn.Module):
         self.task, self.model = task, model
         self.regularizer, self.decay, self.mlp, self.sensitivity = REGULARIZERS[kind], decay, mlp, sensitivity
 
-    def forward(self, images: Tensor, targets: Tensor):
+    def forward(self, images: Tensor, targets: Tensor, looked_at: bool = True):
         loss, parts = self.task(images, targets)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.regularizer is not None):  # else for curves alone
-            families = [unit_norms(replacements(self.model))] + [unit_norms(mlps(self.model))] * self.mlp
         if self.regularizer is not None:
-            loss = loss + self.decay * sum(penalty(norms, self.regularizer) for norms in families)
-        with torch.no_grad():
-            blocks = list(by_block(families[0]).values())
-            sparse = torch.cat([s < self.sensitivity * s.mean() for s in blocks]).float().mean()
-            square = torch.stack([group_hoyer_square(s) for s in blocks]).sum()
-        return loss, {**parts, "hoyer_square": square, "sparsity": sparse}
+            families = [replacements(self.model)] + [mlps(self.model)] * self.mlp
+            loss = loss + self.decay * sum(penalty(unit_norms(family), self.regularizer) for family in families)
+        return loss, {**parts, **self._curves()} if looked_at else parts
+
+    @torch.no_grad()
+    def _curves(self) -> dict[str, Tensor]:
+        blocks = list(by_block(unit_norms(replacements(self.model))).values())
+        sparse = torch.cat([s < self.sensitivity * s.mean() for s in blocks]).float().mean()
+        return {"hoyer_square": torch.stack([group_hoyer_square(s) for s in blocks]).sum(), "sparsity": sparse}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from datasets.loading import Data, Loader, naming_dead_workers
 from engine.choosing import settle
 from engine.compiling import compiled
+from engine.distill import find_loss
 from engine.evaluate import evaluate
 from engine.resume import check, load_optimizer, load_scaler, require
 from engine.stages import Optim, Stage, select_trainable
@@ -167,6 +168,15 @@ def turns(start: int, total: int, accum: int, look_every: int) -> Iterator[Turn]
         yield Turn(step, group, last or (step + 1) % accum == 0, last or (step + 1) % look_every == 0)
 
 
+OVER = "images of "  # before a part's name: over how many images it was summed up, where that is not all
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """An epoch's parts, from their totals."""
+    parts = (name for name in sums if name != "images" and not name.startswith(OVER))
+    return {name: sums[name] / sums.get(OVER + name, sums["images"]) for name in parts}
+
+
 def most_held(device: torch.device) -> int:
     """The most bytes held so far: by the device's tensors on CUDA, else by the process."""
     if device.type == "cuda":
@@ -188,7 +198,7 @@ class Trainer:
     stages: list[Stage]
     make_task: Callable[
         [Stage, nn.Module], nn.Module
-    ]  # with the criterion; its forward(images, targets): (loss, parts)
+    ]  # with the criterion; its forward(images, targets, looked at: with curves): (loss, parts)
     data: Data
     run: RunFolder
     context: Context
@@ -249,9 +259,7 @@ class Trainer:
             self.at.step = len(loader)  # where a stop during the evaluation goes on
             result = self._evaluate(stage, val) if self._due(stage, self.settings.eval_every) else {}
             save = self._due(stage, self.settings.save_every)
-            train = self._totals()
-            seen = train.pop("images")
-            train = {name: value / seen for name, value in train.items()}
+            train = means(self._totals())
             self.at.epoch, self.at.step, self.at.sums = self.at.epoch + 1, 0, {}
             self._report(stage, train, result, seconds, images * self.context.world)
             if save:
@@ -356,7 +364,7 @@ class Trainer:
         """Adds the batch's gradient; processes exchange theirs once an update. Returns the loss and its parts."""
         with contextlib.nullcontext() if turn.updates or self.context.world == 1 else task.no_sync():
             with self.autocast():
-                loss, parts = task(images, targets)
+                loss, parts = task(images, targets, turn.step % self.trace_every == 0)
             self.scaler.scale(loss / turn.group).backward()
         return {"loss": loss.detach(), **parts}
 
@@ -428,7 +436,8 @@ class Trainer:
                     f"{stage.name}; the last good "
                     f"checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
-            for name, part in [("images", 1.0), *values.items()]:
+            curves = [(OVER + name, 1.0) for name in values.keys() - {"loss", *find_loss(stage.loss).terms}]
+            for name, part in [("images", 1.0), *values.items(), *sorted(curves)]:
                 self.at.sums[name] = self.at.sums.get(name, 0.0) + part * size
             if step % self.trace_every == 0:
                 self.trace.append({"stage_index": self.at.stage, "epoch": self.at.epoch, "step": step, **values})

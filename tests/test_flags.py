@@ -474,7 +474,7 @@ class Watch(nn.Module):
         super().__init__()
         self.model, self.seen = model, seen
 
-    def forward(self, images, targets):
+    def forward(self, images, targets, looked_at):
         self.seen.append((images.clone(), targets.clone()))
         loss = 0 * sum(p.sum() for p in self.model.parameters())
         return loss, {}

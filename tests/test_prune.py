@@ -232,6 +232,20 @@ def test_prune_shrinks_reports_and_its_checkpoint_rebuilds_alone(pruned, tmp_pat
     assert load_model(tmp_path / "ds/best.pth", "--test")[1].units == config.units
 
 
+def test_curves_are_made_of_the_steps_that_are_logged(far, tmp_path, monkeypatch):
+    """Of 56 steps an epoch every second: no norms are taken for the others, and the epoch's mean is of those seen."""
+    made, curves = [], hoyer.Regularized._curves
+    monkeypatch.setattr(hoyer.Regularized, "_curves", lambda task: made.append(1) or curves(task))
+    few = ["--train-subset", "0.04", "--batch-size", "1", "--reg", "0", "--epochs", "1", "--ft-epochs", "0"]
+    run(tmp_path / "run", far, "--keep-ratio", "0.5", *few)
+    (row,) = [json.loads(line) for line in (tmp_path / "run/regularize/log.jsonl").read_text().splitlines()][1:]
+    steps = [json.loads(line) for line in (tmp_path / "run/regularize/steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(0, 56, 2)) and len(made) == 28
+    for name in ("hoyer_square", "sparsity"):
+        assert row["train"][name] == pytest.approx(sum(step[name] for step in steps) / 28)
+    assert row["train"].keys() == {"loss", "classification", "hoyer_square", "sparsity"}
+
+
 def test_a_pruned_model_can_be_pruned_again(pruned, tmp_path):
     report = run(tmp_path / "again", pruned[0], "--keep-ratio", "0.5", "--epochs", "0", "--ft-epochs", "0")
     assert report["rows"][-1]["units"] == 128
