@@ -1,6 +1,7 @@
 """FAR models as timm and torch.hub know models; another image size than the trained one."""
 
 import ast
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from timm.models._features import FeatureGetterNet
 import main
 import models.timm_models  # noqa: F401  (registers)
 from models.deit import create_teacher
+from models.kernels import gpu
 from models.replace import FarConfig, build, describe, load_model, pack, replacements
 from tests.conftest import BLOCK_BATCH, DIGITS, EVAL, ROOT, launch
 from utils import checkpoint
@@ -195,6 +197,11 @@ def test_torch_hub_and_the_suite_itself_fit_into_one_process(files):
     model = torch.hub.load(str(ROOT), "far", source="local", checkpoint=files / "gru.pth")
     assert_same(model, load_model(files / "gru.pth")[0], 64)
     assert type(model).__module__ == "far_hub.models.vit"
+    other = sys.modules["far_hub.models.kernels.gpu"]
+    # An operator registered twice would take the first one's place and leave its callers a dangling one.
+    for name in ("recurrence", "recurrence_backward"):
+        ours, theirs = (getattr(module, name)._opoverload.name() for module in (gpu, other))
+        assert ours == f"models_kernels_gpu::{name}" and theirs == f"far_hub_models_kernels_gpu::{name}"
 
 
 def test_the_suite_imports_itself_in_the_form_that_torch_hub_renames():

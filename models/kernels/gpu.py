@@ -13,6 +13,8 @@ from models.kernels.stock import padded_cell, unpad
 
 LEAST, MOST = 16, 64  # hidden units a cell: tl.dot starts at 16; more than 64 do not stay on chip
 ROWS = (4, 8, 16)  # of the batch in one program; more do not fit beside the weights on every chip
+# Of the operators: torch.hub may bring a second copy of this module, whose operators must not take the place of ours.
+SPACE = __name__.replace(".", "_")
 NOTHING, STATES, ALL = 0, 1, 2  # what is kept for the way back: cell states, or activated gates as well
 
 
@@ -36,7 +38,7 @@ def refusal(task: Task) -> str:
     return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"
 
 
-@torch.library.custom_op("far_triton::recurrence", mutates_args=())
+@torch.library.custom_op(f"{SPACE}::recurrence", mutates_args=())
 def recurrence(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Heads' tokens (H, B, N, d) to hidden (B, N, 2 H, U), activated gates (H, B, N, 2, 4, U), states as hidden.
 
@@ -61,7 +63,7 @@ def _outputs(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, keep: int) -> 
     return hidden, gates, torch.empty_like(hidden) if keep else x.new_empty(0)
 
 
-@torch.library.custom_op("far_triton::recurrence_backward", mutates_args=())
+@torch.library.custom_op(f"{SPACE}::recurrence_backward", mutates_args=())
 def recurrence_backward(grad: Tensor, w_hh: Tensor, gates: Tensor, states: Tensor) -> Tensor:
     """Gradients of the gates' inputs from those of hidden, (B, N, 2 H, U) to (H, B, N, 2, 4, U)."""
     kernel = importlib.import_module("models.kernels.lstm_triton")
