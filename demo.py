@@ -39,14 +39,15 @@ TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 -
 OPTIM, BLOCK_OPTIM = "--batch-size 64 --clip-grad 1".split(), "--block-ft-batch-size 64 --block-ft-clip-grad 1".split()
 DIGITS = ["--dataset", "DIGITS"]
 TEACHER = ["--mode", "teacher", *OPTIM, *"--epochs 50 --lr 2e-3 --warmup-epochs 8".split()]
-ATTN = ["--mode", "train", *OPTIM, *BLOCK_OPTIM, *"--epochs 20 --lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()]
+STAGE = ["--mode", "train", *OPTIM, *BLOCK_OPTIM, *"--lr 1e-2 --warmup-epochs 3 --block-ft-epochs 0".split()]
+ATTN = [*STAGE, "--epochs", "20"]
+COMPARED = [*STAGE, "--epochs", "24"]  # in the ablation and in study.py: 32 epochs with BLOCK's
 BLOCK = [
     "--mode",
     "block-distill",
     *BLOCK_OPTIM,
     *"--block-ft-epochs 8 --block-ft-lr 1e-3 --block-ft-warmup-epochs 1 --block-ft-train-loss combine".split(),
 ]
-COMPARED = [word if word != "20" else "24" for word in ATTN]  # of the ablation and of study.py: 32 epochs with BLOCK's
 PRUNE = [
     *OPTIM,
     *"""--epochs 6 --lr 1e-3 --warmup-epochs 1 --decay 1e-3 --keep-ratio 0.5 --ft-epochs 12 --ft-lr 3e-3

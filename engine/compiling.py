@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from engine.distill import keeping_z, take_z
-from utils.errors import FarError, one_line
+from utils.errors import FarError, first_line
 
 COMPILER = "inductor"
 VARIANTS = 8  # of one block: training and evaluation, whole batches and an epoch's last, gradients or none
@@ -19,9 +19,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1, backend=COMPILER)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001  (a compiler, a driver, a disk: each fails in its own way)
-        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise FarError(
-            f"--compile: torch cannot compile here ({reason:.200}); leave it out, or install a C++ compiler"
+            f"--compile: torch cannot compile here ({first_line(error):.200}); leave it out, or install a C++ compiler"
         ) from error
 
 

@@ -35,7 +35,7 @@ from models.fuse import merge_blocks
 from models.replace import FarConfig, describe, load_model, set_backend
 from utils.checkpoint import save_safe, write_atomic
 from utils.distributed import Context
-from utils.errors import FarError
+from utils.errors import FarError, first_line
 from utils.files import check_writable
 
 OPSET = 20  # with GELU as one operator
@@ -201,10 +201,6 @@ def write_safetensors(exported: Exported, asked: ExportConfig, path: Path) -> st
     }
     path.with_name("config.json").write_text(json.dumps(hub, indent=2) + "\n")
     return "weights and config.json"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def run_onnx_runtime(path: Path) -> Call:

@@ -23,7 +23,7 @@ from engine.trial import milliseconds, synchronize
 from models.deit import TEACHERS
 from models.replace import FarConfig, build, replacements, set_backend, swap_attention
 from utils.checkpoint import write_atomic
-from utils.errors import FarError, one_line
+from utils.errors import FarError, first_line
 from utils.files import check_writable
 
 ATTENTION = "attention (SDPA)"
@@ -181,7 +181,7 @@ def take(module: nn.Module, x: Tensor, case: Case, seconds: float, on: Machine) 
     except torch.OutOfMemoryError:
         reason = "out of memory"
     except Exception as error:  # noqa: BLE001  (whatever a compiler or driver says; the other rows are worth having)
-        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+        reason = first_line(error)
     module.zero_grad(set_to_none=True)
     synchronize(on.device)
     if on.device.type == "cuda":
@@ -278,7 +278,7 @@ def run(asked: Asked, on: Machine) -> int:
         try:
             measure_all(asked, on, found, taken)
         except (RuntimeError, FarError) as error:
-            lost = one_line(str(error).strip().splitlines()[0])
+            lost = first_line(error)
     numbers = [{**case._asdict(), **numbers} for case, numbers in found.items()]
     record = json.dumps({"about": on.about, "cases": numbers, "auto": taken, "lost": lost}, indent=1).encode()
     page = report(found, taken, on.about, asked, lost)

@@ -29,7 +29,7 @@ from engine.stages import Optim, Stage, select_trainable
 from models.replace import FarConfig, pack, swap_attention
 from utils import checkpoint, signals
 from utils.distributed import Context
-from utils.errors import FarError
+from utils.errors import FarError, first_line
 from utils.run_folder import RunFolder
 from utils.seeding import seed_all, seeded
 
@@ -146,10 +146,8 @@ def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
             toy(torch.ones(2, 4, device=device)).sum().backward()
             optimizer.step()
     except Exception as error:  # noqa: BLE001  (each optimiser fails in its own way; each means that it cannot serve here)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FarError(
-            f"{flag} {optim.opt}: timm's optimiser of this name cannot serve here ({reason}); try adamw, sgd or lamb"
-        ) from error
+        where = f"{flag} {optim.opt}: timm's optimiser of this name cannot serve here ({first_line(error)})"
+        raise FarError(f"{where}; try adamw, sgd or lamb") from error
 
 
 class Turn(NamedTuple):
@@ -427,6 +425,7 @@ class Trainer:
         value = math.nan
         found = [part.float() for _, _, parts in pending for part in parts.values()]
         losses = iter(torch.stack(found).tolist() if found else [])  # in one transfer
+        always = {"loss", *find_loss(stage.loss).terms}
         for step, size, parts in pending:
             values = dict(zip(parts, losses, strict=False))
             value = values["loss"]
@@ -436,7 +435,7 @@ class Trainer:
                     f"{stage.name}; the last good "
                     f"checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
-            curves = [(OVER + name, 1.0) for name in values.keys() - {"loss", *find_loss(stage.loss).terms}]
+            curves = [(OVER + name, 1.0) for name in values.keys() - always]
             for name, part in [("images", 1.0), *values.items(), *sorted(curves)]:
                 self.at.sums[name] = self.at.sums.get(name, 0.0) + part * size
             if step % self.trace_every == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from models import kernels
 from models.kernels import Cell, Task
 from models.kernels.gpu import tf32_allowed
-from utils.errors import FarError, one_line
+from utils.errors import FarError, first_line
 
 REPEATS = 7
 CLOSE = 1.05  # times the fastest's time: of those within it, the one that keeps the least is taken
@@ -128,7 +128,7 @@ def trial(name: str, probe: Probe, expected: list[Tensor], clock: Clock) -> Tria
             return Trial(math.inf, kept, wrong)
         return Trial(clock(partial(probe.run, name), probe.task.device), kept)
     except Exception as error:  # noqa: BLE001  (a compiler, a driver, memory: whatever it is, another kernel serves)
-        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+        reason = first_line(error)
     try:
         synchronize(probe.task.device)
     except RuntimeError as error:

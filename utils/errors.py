@@ -20,6 +20,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of others says, in a line; its kind where it says nothing."""
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
 class FarError(Exception):
     """A mistake the user can mend. The message is one line: the flag or file, what is wrong, what to do."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.cells import LSTM, Cell, CellKind, Task
+from utils.errors import first_line
 
 SOURCES = Path(__file__).with_name("cpp")
 TORCH = Path(torch.__file__).parent
@@ -147,7 +148,7 @@ def load(flags: tuple[str, ...]):
             _register(namespace, operators.vector_width())
             return operators
         except (OSError, RuntimeError) as error:
-            failure = str(error).strip().splitlines()[0]
+            failure = first_line(error)
     log.warning("the CPU kernel could not be built, torch's LSTM serves instead: %s", failure)
     return None
 
