@@ -23,9 +23,10 @@ from models.replace import count_parameters
 from utils.arguments import SECONDS, SIZE, Parser, path, pick
 from utils.checkpoint import write_atomic
 from utils.distributed import pick_device
-from utils.errors import FarError, run_script
+from utils.errors import FarError
 from utils.figures import accuracy_by_latency, latency_by_tokens, save_figure
 from utils.files import check_writable
+from utils.script import run_script
 
 
 def show(title: str, times: speed.Times, against: str) -> None:

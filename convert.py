@@ -4,7 +4,7 @@ import sys
 
 from utils import arguments
 from utils.arguments import Parser, pick
-from utils.errors import run_script
+from utils.script import run_script
 
 READS = {"published": {"base_model", "scale", "rep_by", "tolerance", "remove_zeroed"}, "far_weight": {"per_head"}}
 

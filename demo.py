@@ -28,10 +28,11 @@ from models.replace import load_model, swap_attention
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.distributed import Context
-from utils.errors import FarError, run_script
+from utils.errors import FarError
 from utils.figures import fidelity_by_block, save_figure
 from utils.files import check_writable
 from utils.page import Section, write_page
+from utils.script import run_script
 
 RUN = "--scale Micro --num-workers 0".split()
 TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last

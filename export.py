@@ -4,7 +4,7 @@ import sys
 
 from utils import arguments, names
 from utils.arguments import Parser, pick
-from utils.errors import run_script
+from utils.script import run_script
 
 
 def build_parser() -> Parser:

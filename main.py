@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from utils import arguments, names
 from utils.arguments import Parser, pick
-from utils.errors import run_script
+from utils.script import run_script
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
 PRETRAINED_PATH = {"Tiny": "", "Small": "", "Base": "", "Micro": "runs/demo/far/best.pth"}

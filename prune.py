@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError, Namespace
 from main import PRETRAINED_PATH
 from utils import arguments, names
 from utils.arguments import Parser, pick
-from utils.errors import run_script
+from utils.script import run_script
 
 
 def ratios(text: str) -> list[float]:

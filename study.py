@@ -11,7 +11,8 @@ from statistics import mean
 from demo import BLOCK, COMPARED, DIGITS, TEACHER, Demo, write_json
 from demo import PRUNE as PRUNING
 from utils.arguments import PART, SEED, SIZE, Parser, path
-from utils.errors import FarError, run_script
+from utils.errors import FarError
+from utils.script import run_script
 
 HOLDOUT = ["--holdout", "0.2"]  # nothing is tuned on the evaluation split
 

@@ -1,6 +1,8 @@
 """From a split to batches: transforms, samplers, loaders. Order and draws follow from (seed, epoch, sample) alone."""
 
 import contextlib
+import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +20,16 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import transforms
 
-from datasets.images import shown
-from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
+from datasets.classes import Relabelled, match_classes
+from datasets.images import shown, skipping
+from datasets.registry import SOURCES, Folder, Pictures, Source, build_split, class_names, count_classes
 from utils.distributed import Context, cores
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 from utils.seeding import seeded
+
+log = logging.getLogger(__name__)
+LOOKED_AT = 256  # files of a folder whose bytes tell whether a resumed run finds what it began with
 
 
 @dataclass(frozen=True)
@@ -134,9 +140,14 @@ def naming_dead_workers(num_workers: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+        if "unable to allocate shared memory" in str(error) or "shared memory (shm)" in str(error):
+            cause = "no shared memory is left (/dev/shm; in a container, docker run --shm-size sets it)"
+        elif "ancdata" in str(error) or "Too many open files" in str(error):
+            cause = "too many open files (ulimit -n allows more)"
+        elif str(error).startswith("DataLoader worker (pid"):
+            cause = "a loader process died, most likely for want of memory or shared memory"
+        else:
             raise
-        cause = "a loader process died, most likely for want of memory or shared memory"
         raise FarError(f"--num-workers {num_workers}: {cause}; use fewer workers or a smaller batch") from error
 
 
@@ -145,7 +156,12 @@ class Loader(DataLoader):
 
     def __iter__(self):
         with naming_dead_workers(self.num_workers):
-            yield from super().__iter__()
+            try:
+                batches = super().__iter__()
+            except OSError as error:  # its queues need shared memory too
+                where = f"--num-workers {self.num_workers}: loader processes cannot start ({error.strerror})"
+                raise FarError(f"{where}; use --num-workers 0, or give the machine shared memory (/dev/shm)") from error
+            yield from batches
 
 
 class PaddedCrop(transforms.RandomCrop):
@@ -238,33 +254,64 @@ def share(size: int, part: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(size)[: max(1, round(size * part))])
 
 
-class Data:
-    """Both splits of a data set, and their loaders for this process; own: how the model that reads them does so."""
+def fingerprint(split: Dataset) -> str:
+    """Of a split's length and classes and, in a folder, of its files' names and the bytes of LOOKED_AT of them."""
+    digest = hashlib.sha256(repr((len(split), getattr(split, "classes", None))).encode())
+    if isinstance(split, Folder | Pictures):
+        files, root = [str(file) for file, _ in split.samples], str(split.root)
+        digest.update("\0".join(file.removeprefix(root) for file in files).encode(errors="surrogateescape"))
+        for k in np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).astype(int):
+            try:
+                digest.update(Path(files[k]).read_bytes())
+            except OSError as error:
+                raise FarError(f"{shown(files[k])}: cannot be read ({error.strerror}); mend this first") from error
+    return digest.hexdigest()
 
-    def __init__(self, config: DataConfig, context: Context, own: Preprocessing | None = None):
+
+class Data:
+    """Both splits of a data set, and their loaders for this process.
+
+    names: of its classes, those that it has pictures of; empty where it knows none. class_names: of all that a model
+    of `num_classes` is to know. train: None where nothing trains: such a data set need not have that split.
+
+    Args:
+        own: how the model that reads the pictures prepares them.
+        trains: whether the training split is wanted.
+    """
+
+    def __init__(self, config: DataConfig, context: Context, own: Preprocessing | None = None, trains: bool = True):
         self.config, self.context = config, context
-        source, train, classes, names = self._open()
+        source, train, val, classes, self.names = self._open(trains or config.holdout > 0)
         self.labelled, self.num_classes = source.labelled, self._count(classes)
-        self.class_names = names if len(names) == self.num_classes else ()
+        extra = range(len(self.names), self.num_classes or 0)
+        self.class_names = (*self.names, *(f"class {k}" for k in extra)) if self.names else ()
         self.preprocessing = preprocessing(config, source, own)
         plain = self.preprocessing.transform(config.input_size)
-        self.train, self.val = self._views(train, train_transform(config, source, self.preprocessing), plain)
+        augment = train_transform(config, source, self.preprocessing) if trains else None
+        self.train, self.val = self._views(train, val, augment, plain)
 
-    def _open(self) -> tuple[Source, Dataset, int | None, tuple[str, ...]]:
-        """What is known of the data set: its kind, its training split, its classes and their names."""
+    def _open(self, trains: bool) -> tuple[Source, Dataset | None, Dataset | None, int | None, tuple[str, ...]]:
+        """What is known of the data set: its kind, both splits, its classes and their names."""
         config, name = self.config, self.config.dataset
         if config.download:
             if self.context.main:
                 for train in (True, False):
                     build_split(name, config.root, train, True)
             self.context.barrier()
-        train = self._build(True)
-        return SOURCES[name], train, count_classes(name, train), class_names(name, train)
+        train = self._build(True) if trains else None
+        val = None if config.holdout else self._build(False)
+        self.splits = splits = [split for split in (train, val) if split is not None]
+        if len(splits) == 2 and (odd := set(class_names(name, train)) ^ set(class_names(name, val))):
+            where = f"--data-path {shown(config.root)}: class {shown(min(odd))}"
+            raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree")
+        if (skipped := [path for split in splits for path in getattr(split, "skipped", ())]) and self.context.main:
+            log.warning("%s", skipping(f"--data-path {shown(config.root)}", skipped))
+        return SOURCES[name], train, val, count_classes(name, splits[0]), class_names(name, splits[0])
 
-    def _views(self, train: Dataset, augment, plain) -> tuple[Dataset, Dataset]:
+    def _views(self, train: Dataset | None, val: Dataset | None, augment, plain) -> tuple[Dataset | None, Dataset]:
         """The training split as it is augmented, the evaluation split as it is evaluated."""
-        train, val = self._split(train)
-        return Augmented(train, augment, self.config.seed), Transformed(val, plain)
+        train, val = self._split(train, val)
+        return Augmented(train, augment, self.config.seed) if augment else None, Transformed(val, plain)
 
     def _build(self, train: bool) -> Dataset:
         return build_split(self.config.dataset, self.config.root, train, category=self.config.inat_category)
@@ -276,18 +323,19 @@ class Data:
             raise FarError(f"--nb-classes {asked}: --dataset {self.config.dataset} has {found}; give at least those")
         return asked or found
 
-    def _split(self, train: Dataset) -> tuple[Dataset, Dataset]:
+    def _split(self, train: Dataset | None, val: Dataset | None) -> tuple[Dataset | None, Dataset]:
         """What trains and what evaluates after --holdout and --train-subset. Raises FarError on too few images."""
-        config, val = self.config, None
-        if config.holdout:
+        config = self.config
+        if val is None:
             # Tuning reads a share of the training split, so that the evaluation split stays unseen.
             held = share(len(train), config.holdout, 0)
             rest = np.setdiff1d(np.arange(len(train)), held)
             train, val = Subset(train, rest.tolist()), Subset(train, held.tolist())
-        val = val or self._build(False)
-        if config.train_subset < 1:
+        if train is not None and config.train_subset < 1:
             train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):
+            if data is None:
+                continue
             if not len(data):
                 where = f"--holdout {config.holdout:g}, --data-path {shown(config.root)}"
                 raise FarError(f"{where}: no {split} images are left; hold out less or add images")
@@ -295,6 +343,18 @@ class Data:
                 where = f"--nproc_per_node: {self.context.world} processes but {len(data)} {split} images"
                 raise FarError(f"{where}; start fewer processes")
         return train, val
+
+    def fingerprint(self) -> str:
+        """Of what the splits hold, wherever they lie. Raises FarError where a file cannot be read."""
+        return hashlib.sha256("".join(map(fingerprint, self.splits)).encode()).hexdigest()
+
+    def relabel(self, classes: tuple[str, ...]) -> None:
+        """From here on labels are numbers of `classes`, a model's, matched by name. Raises UnknownClass."""
+        labels = match_classes(classes, self.names)
+        if labels != list(range(len(labels))):
+            self.val = Relabelled(self.val, labels)
+            self.train = None if self.train is None else Relabelled(self.train, labels)
+        self.class_names, self.num_classes = classes, len(classes)
 
     @property
     def workers(self) -> int:

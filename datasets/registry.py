@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from timm.data import ImageNetInfo
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv
 
-from datasets.images import read_image, shown
+from datasets.classes import Relabelled, imagenet_names
+from datasets.images import is_leftover, read_image, shown, walk
 from utils.errors import FarError
 
 Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data set of (PIL image, label)
@@ -61,37 +62,32 @@ def photographs() -> dict[str, Image.Image]:
     return {Path(name).stem: Image.fromarray(image) for name, image in zip(bunch.filenames, bunch.images, strict=True)}
 
 
-def image_files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
-    """(folder, name) of every image file at or below a class folder, links followed.
-
-    Raises FarError naming a link that leads back to a folder above it, or an image that is no regular file.
-    """
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise FarError(f"--data-path {shown(folder)}: a link back to a folder above it; remove the link")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from image_files(Path(entry.path), (*above, here))
-            elif tv.folder.is_image_file(entry.name):
-                if not entry.is_file():
-                    raise FarError(f"--data-path {shown(entry.path)}: a broken link or no regular file; remove it")
-                yield str(folder), entry.name
-
-
 class Folder(tv.ImageFolder):
-    """torchvision's ImageFolder over `image_files`, in its order of samples."""
+    """torchvision's ImageFolder over `walk`, in its order of samples. skipped: paths of what is no picture."""
 
-    @staticmethod
-    def make_dataset(directory, class_to_idx: dict[str, int], **_) -> list[tuple[str, int]]:
+    def __init__(self, root: Path):
+        self.skipped: list[str] = []
+        super().__init__(root, loader=read_image)
+
+    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
+        names = []
+        for path in Path(directory).iterdir():
+            if path.is_dir() and not is_leftover(path.name):
+                names.append(path.name)
+            else:
+                self.skipped.append(str(path))
+        if not names:
+            raise FarError(f"--data-path {shown(directory)}: holds no class folders; make one folder of images a class")
+        return sorted(names), {name: k for k, name in enumerate(sorted(names))}
+
+    def make_dataset(self, directory: Path, class_to_idx: dict[str, int], **_) -> list[tuple[str, int]]:
         samples = []
         for name, label in class_to_idx.items():
             folder = Path(directory) / name
-            found = sorted(image_files(folder))
-            if not found:
+            files = sorted(walk(folder, self.skipped, "--data-path"))
+            if not files:
                 raise FarError(f"--data-path {shown(folder)}: an empty class folder; add images or remove it")
-            samples += [(str(Path(below) / file), label) for below, file in found]
+            samples += [(os.path.join(below, file), label) for below, file in files]  # noqa: PTH118  (a million times)
         return samples
 
 
@@ -99,25 +95,16 @@ class Pictures(Dataset):
     """Pictures without classes, at or below a folder. By name, every tenth evaluates and the others train."""
 
     def __init__(self, root: Path, train: bool):
-        files = sorted(Path(below) / name for below, name in image_files(root))
-        self.files = [file for k, file in enumerate(files) if (k % 10 > 0) == train]
+        self.root, self.skipped = root, []
+        files = sorted(Path(below) / name for below, name in walk(root, self.skipped, "--data-path"))
+        self.samples = [(file, 0) for k, file in enumerate(files) if (k % 10 > 0) == train]  # 0 where others' label is
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.samples)
 
     def __getitem__(self, index: int):
-        return read_image(self.files[index]), 0  # where others have a label
-
-
-def _folder(root: Path, train: bool, download: bool) -> Dataset:
-    split, other = (root / part for part in (("train", "val") if train else ("val", "train")))
-    names = {p.name for p in split.iterdir() if p.is_dir()}
-    if not names:
-        raise FarError(f"--data-path {shown(split)}: holds no class folders; make one folder of images a class")
-    if other.is_dir() and (odd := names ^ {p.name for p in other.iterdir() if p.is_dir()}):
-        where = f"--data-path {shown(root)}: class {shown(min(odd))}"
-        raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree")
-    return Folder(split, loader=read_image)
+        file, label = self.samples[index]
+        return read_image(file), label
 
 
 def _flowers(root: Path, train: bool, download: bool) -> Dataset:
@@ -161,20 +148,12 @@ def _inaturalist(year: str) -> Build:
     return build
 
 
-class Grouped(Dataset):
+class Grouped(Relabelled):
     """A split by coarser classes: groups gives each class's, by number."""
 
     def __init__(self, data: Dataset, groups: list[str]):
-        self.data, self.classes = data, sorted(set(groups))
-        number = {name: k for k, name in enumerate(self.classes)}
-        self.labels = [number[group] for group in groups]
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int):
-        image, label = self.data[index]
-        return image, self.labels[label]
+        self.classes = sorted(set(groups))
+        super().__init__(data, [self.classes.index(group) for group in groups])
 
 
 def _grouped(name: str, root: Path, data: Dataset, category: str) -> Grouped:
@@ -196,7 +175,12 @@ def _grouped(name: str, root: Path, data: Dataset, category: str) -> Grouped:
 
 
 def _folder_source(num_classes: int | None, get: str) -> Source:
-    return Source(_folder, num_classes, "train/<class>/*.jpg and val/<class>/*.jpg", get)
+    return Source(
+        lambda root, train, download: Folder(root / ("train" if train else "val")),
+        num_classes,
+        "train/<class>/*.jpg and val/<class>/*.jpg",
+        get,
+    )
 
 
 def _cifar(kind: type, num_classes: int, layout: str) -> Source:
@@ -291,9 +275,4 @@ def count_classes(name: str, data: Dataset) -> int | None:
 def class_names(name: str, data: Dataset) -> tuple[str, ...]:
     """The classes of a split by name, in the order of its labels; ImageNet's in words. Empty where there are none."""
     names = tuple(map(str, getattr(data, "classes", ()))) if SOURCES[name].labelled else ()
-    return imagenet_names() if len(names) == 1000 and list(names) == ImageNetInfo().label_names() else names
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """ImageNet's thousand classes in words, in timm's order, which is that of its class folders."""
-    return tuple(ImageNetInfo().label_descriptions())
+    return imagenet_names() if list(names) == ImageNetInfo().label_names() else names

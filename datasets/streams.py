@@ -5,6 +5,7 @@ process, place in that one's order): other than with folders, they change with t
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -245,7 +246,7 @@ class StreamLoader(Loader):
 class Streams(Data):
     """Both splits of a stream, named train and validation. tfds/NAME goes the same way, but no test reads one."""
 
-    def _open(self) -> tuple[Source, Split, int | None, tuple[str, ...]]:
+    def _open(self, trains: bool) -> tuple[Source, Split | None, Split, int | None, tuple[str, ...]]:
         config = self.config
         for flag, given in (
             ("--holdout", config.holdout),
@@ -257,18 +258,24 @@ class Streams(Data):
             if given:
                 where = f"{flag}: not with --dataset {config.dataset}, which is read from front to back"
                 raise FarError(f"{where}; leave it out, or take class folders (--dataset FOLDER)")
-        train = open_split(config, "train")
-        if not (train.num_classes or config.nb_classes):
+        train, val = open_split(config, "train") if trains else None, open_split(config, "validation")
+        known = val if train is None else train
+        if not (known.num_classes or config.nb_classes):
             raise FarError(f"--dataset {config.dataset}: does not tell its number of classes; name --nb-classes")
-        if len(train.lengths) < self.context.world:
+        if train and len(train.lengths) < self.context.world:
             where = f"--nproc_per_node: {self.context.world} processes but {len(train.lengths)} training tars"
             raise FarError(f"{where}; start fewer processes, or write more tars")
-        return SOURCES["FOLDER"], train, train.num_classes, ()
+        self.splits = [split for split in (train, val) if split]
+        return SOURCES["FOLDER"], train, val, known.num_classes, ()
 
-    def _views(self, train: Split, augment, plain) -> tuple[Training, Evaluation]:
+    def fingerprint(self) -> str:
+        """Of the lengths of the splits' tars, which no data set that is read from front to back goes without."""
+        return hashlib.sha256(repr([list(split.lengths) for split in self.splits]).encode()).hexdigest()
+
+    def _views(self, train: Split | None, val: Split, augment, plain) -> tuple[Training | None, Evaluation]:
         given = self.num_classes, self.context.rank, self.context.world
-        val = open_split(self.config, "validation")
-        return Training(self.config, train, augment, *given), Evaluation(self.config, val, plain, *given)
+        training = train and Training(self.config, train, augment, *given)
+        return training, Evaluation(self.config, val, plain, *given)
 
     @property
     def workers(self) -> int:
@@ -303,6 +310,6 @@ class Streams(Data):
         return self._loader(self.val, batch_size)
 
 
-def open_data(config: DataConfig, context: Context, own: Preprocessing | None = None) -> Data:
+def open_data(config: DataConfig, context: Context, own: Preprocessing | None = None, trains: bool = True) -> Data:
     """The data set of whichever kind."""
-    return (Streams if names.is_stream(config.dataset) else Data)(config, context, own)
+    return (Streams if names.is_stream(config.dataset) else Data)(config, context, own, trains)

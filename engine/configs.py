@@ -67,7 +67,7 @@ class FarSource:
             raise FarError(
                 f"{self.flag}: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint"
             )
-        return Path(found)
+        return Path(found).expanduser()
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,13 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from datasets.images import read_image
+from datasets.images import find_files, read_image
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
 from engine.configs import ModelName
-from engine.pictures import find_files
 from engine.predict import preprocessing_of
 from engine.rivals import PAUSE_S, measure, open_onnx_runtime, open_openvino
-from engine.steps import check_named, load_any
+from engine.steps import check_classes, check_named, load_any
 from models.deit import find_teacher
 from models.fuse import merge_blocks
 from models.replace import FarConfig, describe, load_model, set_backend
@@ -255,10 +254,8 @@ def batches(asked: ExportConfig, exported: Exported) -> Iterable[Batch]:
     size = exported.config.img_size
     config = DataConfig(asked.dataset or "", asked.data_path, size, num_workers=0)
     if asked.dataset:
-        found = Data(config, Context(), exported.config.preprocessing)
-        if found.labelled and found.num_classes != exported.config.num_classes:
-            knows = f"has {found.num_classes} classes, {asked.weight} knows {exported.config.num_classes}"
-            raise FarError(f"--dataset {asked.dataset}: {knows}; name the one it was trained on")
+        found = Data(config, Context(), exported.config.preprocessing, trains=False)
+        check_classes(str(asked.weight), exported.config, found, "name the data set it was trained on")
         yield from ((x, y if found.labelled else None) for x, y in found.val_loader(BATCH))
         return
     if asked.images:

@@ -23,6 +23,7 @@ from engine.steps import (
     answer_by,
     check_backend,
     check_classes,
+    keeps_classifier,
     load_data,
     load_far,
     load_labelled,
@@ -67,20 +68,26 @@ class ModeCommand(Command):
     prediction: Prediction
 
 
-def start(command: ModeCommand, context: Context, load=load_data) -> tuple[Data, FarConfig]:
-    """The data, and the configuration that the teacher, the flags and the data's class count describe."""
+def start(command: ModeCommand, context: Context, load=load_data, trains: bool = True) -> tuple[Data, FarConfig]:
+    """The data, and the configuration of the teacher that its weights and the flags describe."""
     torch.manual_seed(command.settings.seed)
     asked = command.model
     known = name_teacher(asked, asked.base_weight)
     known = replace(known, rep_by=asked.rep_by, img_size=asked.input_size or known.img_size)
     check_size(known.base_model, known.img_size)
-    data = load(command.data, known, context)
-    config = replace(known, num_classes=data.num_classes or known.num_classes)
-    if data.labelled:
-        config = replace(config, classes=())
-    elif not config.num_classes:
-        raise FarError(f"--base-weight {asked.base_weight}: holds no classifier; give a teacher's weights with one")
-    return data, reading(config, data)
+    return load(command.data, known, context, trains), known
+
+
+def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
+    """The configuration of a teacher that is to answer for a data set's classes."""
+    where = f"--base-weight {command.model.base_weight or f'(published {config.base_model})'}"
+    if config.classes and data.names:
+        check_classes(where, config, data, "train a teacher on this data first with --mode teacher")
+    elif not (data.labelled or config.num_classes):
+        raise FarError(f"{where}: holds no classifier; give a teacher's weights with one")
+    elif data.labelled:
+        config = replace(config, num_classes=data.num_classes, classes=())
+    return reading(config, data)
 
 
 def fresh(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
@@ -103,7 +110,7 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
         task = partial(Distillation, model, None)
         show_plan(model, config, stages, task, data, command.run, context, command.settings)
         return
-    with open_run(command.run, context) as run:
+    with open_run(command.run, context, data.fingerprint) as run:
         model, last = resumed(run, model, command.model)
         task = partial(Distillation, model, None)
         result = Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
@@ -112,17 +119,23 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
 
 def teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
-    data, config = start(command, context, load_labelled)
-    model, weight = fresh(command.model, config), command.model.base_weight
-    if weight and not load_teacher_weights(model, weight, head=False):
-        say(context, f"--base-weight {weight}: its classifier has another class count; a fresh one is trained")
+    data, known = start(command, context, load_labelled)
+    weight = command.model.base_weight
+    keeps = bool(weight) and keeps_classifier(known, data)
+    config = reading(replace(known, num_classes=data.num_classes, classes=()), data)
+    model = fresh(command.model, config)
+    if weight:
+        load_teacher_weights(model, weight, keep_head=keeps)
+        if not keeps:
+            say(context, f"--base-weight {weight}: does not know these classes; a fresh classifier is trained")
     stage = Stage("teacher", (), (), "full", "classification", "output", command.rates.optim(context))
     train_on_labels(command, context, model, config, stage, data)
 
 
 def train(command: ModeCommand, context: Context) -> None:
     """--mode train and block-distill: swap, then the stages of distillation."""
-    data, config = start(command, context)
+    data, known = start(command, context)
+    config = taught(command, known, data)
     check_backend(config, command.settings, context)
     reference = load_teacher(command.model, config)
     answer_by(reference, data, command.settings, context)
@@ -136,7 +149,7 @@ def train(command: ModeCommand, context: Context) -> None:
         task = partial(Distillation, model, reference, distill_input=command.distill_input)
         show_plan(model, config, stages, task, data, command.run, context, settings)
         return
-    with open_run(command.run, context) as run:
+    with open_run(command.run, context, data.fingerprint) as run:
         model, last = resumed(run, model, command.model)
         reference.to(context.device)
 
@@ -195,11 +208,12 @@ def load_start(command: ModeCommand, context: Context) -> tuple[Path, VisionTran
 
 
 def downstream(command: ModeCommand, context: Context) -> None:
-    """--mode downstream: a FAR model on another label set, with a fresh classifier where the class count differs."""
+    """--mode downstream: a FAR model on another label set, with a fresh classifier where the classes differ."""
     torch.manual_seed(command.settings.seed)
-    _, model, config = load_start(command, context)
+    path, model, config = load_start(command, context)
     data = load_labelled(command.data, config, context)
-    if data.num_classes != config.num_classes:
+    if not keeps_classifier(config, data):
+        say(context, f"--far-weight {path}: does not know these classes; a fresh classifier is trained")
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
         config = replace(config, num_classes=data.num_classes, classes=())
         if command.ds_mode == "FC":
@@ -214,11 +228,11 @@ def load_evaluated(command: ModeCommand, context: Context):
     """What eval reads: (the weights' file, the model, the teacher that it is compared with or None, the data)."""
     asked = command.model
     if not (command.far.path or command.ds_pruned) and asked.base_weight:
-        data, config = start(command, context, load_labelled)
-        return asked.base_weight, load_teacher(asked, config), None, data
+        data, known = start(command, context, load_labelled, trains=False)
+        return asked.base_weight, load_teacher(asked, taught(command, known, data)), None, data
     path, model, config = load_start(command, context)
-    data = load_data(command.data, config, context)
-    check_classes(f"--far-weight {path}", config, data, "with --mode downstream")
+    data = load_data(command.data, config, context, trains=False)
+    check_classes(f"--far-weight {path}", config, data, "move it there with --mode downstream")
     return path, model, load_teacher(asked, config) if asked.base_weight else None, data
 
 

@@ -1,5 +1,6 @@
 """What visualization.py does: find the models and images, measure, draw, save."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from utils.files import check_writable
 from utils.map_figures import Row, importance_maps, signed, token_matrices
 from utils.page import Section, write_page
 
+log = logging.getLogger(__name__)
 EXACT_UP_TO = 5000  # N * D up to which the influence matrix is exact; of larger ones tokens and directions are sampled
 TOKENS, PROBES, SAMPLED_AT = 64, 8, 197 * 192**2  # so many at N * D^2 of DeiT-Tiny, fewer at more
 LONGEST_NAME = 28
@@ -156,8 +158,10 @@ def find_images(asked: PictureConfig, config: FarConfig) -> Images:
         photos = list(photographs().items())
         total, read = len(photos), photos.__getitem__
     else:
-        data, source = Data(wanted, Context()), SOURCES[name]
+        data, source = Data(wanted, Context(), trains=False), SOURCES[name]
         split, own = data.val.data, data.class_names
+        if classes and own and (other := sorted(set(data.names) - set(classes))):
+            log.warning("--dataset %s: the models do not know its class %r; labels are as it has them", name, other[0])
         classes = classes or (own if data.num_classes == config.num_classes else ())
         total, read = len(split), lambda i: _labelled(split[i], f"{name}, evaluation image {i}", own)
     chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.images import find_files, read_image
-from datasets.loading import naming_dead_workers
+from datasets.loading import Loader, naming_dead_workers
 from models.replace import FarConfig
 from utils.checkpoint import write_atomic
 from utils.distributed import cores
@@ -78,7 +78,7 @@ def preprocessing_of(config: FarConfig) -> Preprocessing:
 def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:
     """Batches (B, 3, S, S) of the files, in their order."""
     pictures = Pictures(files, preprocessing_of(config).transform(config.img_size))
-    return DataLoader(pictures, batch, num_workers=min(workers, cores(), len(files) // batch))
+    return Loader(pictures, batch, num_workers=min(workers, cores(), len(files) // batch))
 
 
 @torch.no_grad()

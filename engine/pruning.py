@@ -100,7 +100,9 @@ class Pruning:
             raise FarError(f"--prune-mlp: a {self.config.base_model} has {kind}, not fc1, GELU, fc2; leave it out")
         check_backend(self.config, self.settings, context)
         self.data = load_data(command.data, self.config, context)
-        check_classes(f"--model-path {self.path}", self.config, self.data, "first with main.py --mode downstream")
+        check_classes(
+            f"--model-path {self.path}", self.config, self.data, "move it there first with main.py --mode downstream"
+        )
         self.config = reading(self.config, self.data)
         self.teacher = None
         if command.model.base_weight:
@@ -128,7 +130,7 @@ class Pruning:
         """
         if self.command.run.dry_run:
             return self._say_plan()
-        with open_run(self.command.run, self.context) as top:
+        with open_run(self.command.run, self.context, self.data.fingerprint) as top:
             if self.latency:
                 top.write_json(latency.FILE, {"table": asdict(self.latency)})
             report = self._steps(top)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from datasets.classes import UnknownClass, imagenet_names
+from datasets.images import shown
 from datasets.loading import Data, DataConfig
-from datasets.registry import imagenet_names
 from datasets.streams import open_data
 from engine.compiling import check_compiler
 from engine.configs import FarSource, ModelConfig, ModelName
@@ -28,14 +29,17 @@ def say(context: Context, text: str) -> None:
         print(text, flush=True)
 
 
-def load_data(asked: DataConfig, config: FarConfig, context: Context) -> Data:
-    """The data set as a model reads it: at its image side, prepared as its weights know pictures."""
-    return open_data(replace(asked, input_size=config.img_size), context, config.reading)
+def load_data(asked: DataConfig, config: FarConfig, context: Context, trains: bool = True) -> Data:
+    """The data set as a model reads it: at its image side, prepared as its weights know pictures.
+
+    trains: whether its training split is wanted; where not, it need not be there.
+    """
+    return open_data(replace(asked, input_size=config.img_size), context, config.reading, trains)
 
 
-def load_labelled(asked: DataConfig, config: FarConfig, context: Context) -> Data:
+def load_labelled(asked: DataConfig, config: FarConfig, context: Context, trains: bool = True) -> Data:
     """The same, for what learns from labels. Raises FarError where the data set has none."""
-    data = load_data(asked, config, context)
+    data = load_data(asked, config, context, trains)
     if not data.labelled:
         raise FarError(f"--dataset {asked.dataset}: has no labels to learn from; name a data set with classes")
     return data
@@ -64,8 +68,7 @@ def name_teacher(asked: ModelName, path: Path | None, flag: str = "--base-weight
         return config
     own = find_teacher(asked.name)
     classes = own.classes if known is None else known
-    names = imagenet_names() if path is None else ()
-    names = names if len(names) == classes else ()
+    names = imagenet_names() if path is None and own.published and classes == 1000 else ()
     return FarConfig(asked.name, classes, own.input_size, preprocessing=own.preprocessing, classes=names)
 
 
@@ -144,12 +147,38 @@ def check_backend(config: FarConfig, settings: Settings, context: Context) -> No
 
 
 def check_classes(where: str, config: FarConfig, data: Data, mend: str) -> None:
-    """Raises FarError where the data set has other classes than the model of `where`, a flag and its file."""
-    if data.num_classes not in (None, config.num_classes):
-        raise FarError(
-            f"{where}: knows {config.num_classes} classes, --dataset {data.config.dataset} has {data.num_classes}; "
-            f"move it there {mend}"
-        )
+    """Makes a data set's labels a model's: by name where both know their classes, else by number.
+
+    A data set may have pictures of some of the classes only. Raises FarError where it has others than the model of
+    `where`, a flag and its file.
+    """
+    name, known = data.config.dataset, config.num_classes
+    if config.classes and data.names and data.config.nb_classes in (None, known):
+        count = data.num_classes
+        try:
+            data.relabel(config.classes)
+        except UnknownClass as error:
+            other = f"but not {shown(error)!r}, one of the {count} that --dataset {name} has"
+            raise FarError(f"{where}: knows {known} classes, {other}; {mend}") from error
+        if len(data.names) < known:
+            say(data.context, f"--dataset {name}: has {len(data.names)} of the {known} classes that {where} knows")
+    elif data.num_classes not in (None, known):
+        raise FarError(f"{where}: knows {known} classes, --dataset {name} has {data.num_classes}; {mend}")
+
+
+def keeps_classifier(config: FarConfig, data: Data) -> bool:
+    """Whether a model's classifier names the data set's classes; labels are then matched by name.
+
+    A data set with as many classes of other names needs a fresh one.
+    """
+    if config.num_classes != data.num_classes:
+        return False
+    if config.classes and data.names:
+        try:
+            data.relabel(config.classes)
+        except UnknownClass:
+            return False
+    return True
 
 
 def check_labels(stages: list[Stage], data: Data) -> None:

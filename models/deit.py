@@ -111,24 +111,24 @@ def resize_positions(state: dict[str, Tensor], model: VisionTransformer, source:
     return {**state, "pos_embed": resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)}
 
 
-def load_teacher_weights(model: VisionTransformer, path: str | Path, flag: str = "--base-weight", head: bool = True):
+def load_teacher_weights(
+    model: VisionTransformer, path: str | Path, flag: str = "--base-weight", keep_head: bool = True
+) -> None:
     """Loads timm's or DeiT's layout (.pth or .safetensors); position embeddings are resized by timm.
 
-    With `head=False` a classifier of another class count stays fresh (returns False then); else it is an error.
+    keep_head: whether the file's classifier is wanted, which must then fit; else the model's own stays.
     """
     source = f"{flag} {path}".strip()
     state = resize_positions(teacher_state(load(path, flag), source), model, source)
-    found = state.get("head.weight")
-    fits = found is not None and (found.ndim != 2 or len(found) == model.num_classes)
-    if not fits and not head:
+    head = state.get("head.weight")
+    if not keep_head:
         state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(("head.", "head_dist."))}}
-    elif not fits:
+    elif head is None or head.ndim == 2 and len(head) != model.num_classes:
         raise FarError(
-            f"{source}: its classifier has {0 if found is None else len(found)} classes, --dataset needs "
+            f"{source}: its classifier has {0 if head is None else len(head)} classes, --dataset needs "
             f"{model.num_classes}; train a teacher on this data first with --mode teacher"
         )
     load_into(model, state, source)
-    return fits
 
 
 def count_answers(content: dict, source: str) -> int:

@@ -11,8 +11,10 @@ from utils.preprocessing import Preprocessing
 
 
 def data_config(model: VisionTransformer, preprocessing: Preprocessing | None = None) -> dict[str, Any]:
-    """timm's configuration of a model's data, at its image size."""
+    """timm's configuration of a model's data, at its image size; label_names: its classes, where they are known."""
     known = {**getattr(model, "pretrained_cfg", {}), **(asdict(preprocessing) if preprocessing else {})}
+    if len(known.get("label_names") or ()) != model.num_classes:
+        known.pop("label_names", None)  # of another classifier
     return {**known, "input_size": (3, *model.patch_embed.img_size), "num_classes": model.num_classes}
 
 
@@ -24,10 +26,11 @@ def load(
     input_size: image side in pixels, positions resized. num_classes: with a fresh classifier where it differs. Raises
     FarError on a file or a size that does not serve.
     """
-    model, config = load_model(checkpoint, drop_path=drop_path)
+    model, config = load_model(Path(checkpoint).expanduser(), drop_path=drop_path)
     if input_size is not None:
         resize(model, config, input_size, str(checkpoint))
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
+    model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "label_names": config.classes}
     model.pretrained_cfg = model.default_cfg = data_config(model, config.reading or Preprocessing())
     return model

@@ -111,7 +111,7 @@ def far(tmp_path_factory, teacher) -> Path:
 @pytest.fixture
 def failure(capsys):
     """Runs a script (main.py) in this process, expects exit code 2 and one line; returns it."""
-    from utils.errors import run_script
+    from utils.script import run_script
 
     def run(*argv: str, script=main.main) -> str:
         capsys.readouterr()

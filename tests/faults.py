@@ -32,7 +32,7 @@ from tqdm import tqdm
 import main
 import prune
 from utils import checkpoint
-from utils.errors import run_script
+from utils.script import run_script
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 START = multiprocessing.get_context("forkserver")

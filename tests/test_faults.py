@@ -38,9 +38,10 @@ from tests import faults
 from utils import arguments, checkpoint
 from utils.arguments import Parser
 from utils.distributed import Context
-from utils.errors import FarError, run_script
+from utils.errors import FarError
 from utils.figures import save_figure
 from utils.run_folder import Record, RunConfig, open_run
+from utils.script import run_script
 
 
 @pytest.fixture(scope="module")

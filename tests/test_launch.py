@@ -139,7 +139,7 @@ def slow(*args):
     print("ready", flush=True)
     time.sleep(60)
 jobs.evaluate = slow
-from utils.errors import run_script
+from utils.script import run_script
 argv = "--mode eval --dataset DIGITS --num-workers 0 --far-weight".split()
 sys.exit(run_script(main.main, [*argv, {str(far / "best.pth")!r}]))
 """
@@ -197,7 +197,8 @@ def test_an_error_of_one_rank_is_its_one_line(short, tmp_path):
     program = """
 import os, sys, main
 from datasets import loading
-from utils.errors import FarError, run_script
+from utils.errors import FarError
+from utils.script import run_script
 whole = loading.Data.at
 def broken(self, loader, *place):
     if os.environ["RANK"] == "1":

@@ -26,7 +26,8 @@ from tests.conftest import launch, torchrun
 from tests.faults import assert_equal
 from utils import names
 from utils.distributed import Context
-from utils.errors import FarError, run_script
+from utils.errors import FarError
+from utils.script import run_script
 
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
 TRAIN, VALIDATION = (14, 14, 12), (11, 9)

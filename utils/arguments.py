@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
@@ -99,6 +100,8 @@ OnOff = argparse.BooleanOptionalAction
 
 
 def path(text: str) -> Path:
+    """`~` is the home folder here, too: a shell leaves that of --flag=~/x as it is."""
+    text = os.path.expanduser(text)  # noqa: PTH111  (pathlib's raises where there is no such user)
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
     try:

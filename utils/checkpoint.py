@@ -1,6 +1,5 @@
 """Checkpoints: tensors and plain data, written atomically, never unpickled."""
 
-import argparse
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -26,7 +26,33 @@ SAFE = "far"  # where safetensors' metadata hold our plain data
 # moving average: it is what such a script evaluates and reports, and DeiT's published files hold.
 WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod)\.)*")  # DataParallel's and torch.compile's
+RECIPE = (
+    f"import torch; m = torch.load('FILE', 'cpu', weights_only=False); "
+    f"m = next((m[k] for k in {WRAPPERS} if k in m), m) if isinstance(m, dict) else m; "
+    "m = m if isinstance(m, dict) else m.state_dict(); "
+    "torch.save({k: v for k, v in m.items() if torch.is_tensor(v)}, 'weights.pth')"
+)
 FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
+
+
+class Ignored:
+    """Stands for what training scripts keep beside weights and FAR does not read: nothing of theirs is made."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Plain data whose types torch's own loader refuses: a script's flags, paths among them, dates, NumPy's scalars.
+BESIDE_WEIGHTS = (
+    *("argparse.Namespace", "types.SimpleNamespace", "datetime.datetime", "datetime.timedelta"),
+    *(f"pathlib{module}.{kind}" for module in ("", "._local") for kind in ("PosixPath", "WindowsPath")),
+    *(f"pathlib{module}.Pure{kind}" for module in ("", "._local") for kind in ("PosixPath", "WindowsPath")),
+    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+    *("numpy.dtype", *(f"numpy.dtypes.{name}" for name in dir(np.dtypes) if name.endswith("DType"))),
+)
 
 
 def write_atomic(path: Path, write) -> None:
@@ -104,8 +130,7 @@ def _load(path: Path, source: str) -> dict[str, Any]:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise FarError(
                 f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; if you trust "
-                'it, save its weights where the code that wrote it is: python3 -c "import torch; m = '
-                "torch.load('FILE', 'cpu', weights_only=False); torch.save(m.state_dict(), 'weights.pth')\""
+                f'it, save its weights where the code that wrote it is: python3 -c "{RECIPE}"'
             ) from error
         raise FarError(f"{source}: not a checkpoint, or damaged; copy or train it again") from error
     except Exception as error:  # noqa: BLE001  (parsers of damaged bytes raise a dozen unrelated types)
@@ -141,7 +166,7 @@ def _parse(file: BinaryIO) -> Any:
             if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
                 raise zipfile.BadZipFile
         file.seek(0)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # plain data: a script's flags, in DeiT's checkpoints
+    with torch.serialization.safe_globals([(Ignored, name) for name in BESIDE_WEIGHTS]):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

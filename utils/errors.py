@@ -1,4 +1,4 @@
-"""How a script ends: one line for what the user can mend, and for whatever else one line before its traceback."""
+"""Errors that end a script: one line for what the user can mend, said once however many processes meet it."""
 
 import contextlib
 import hashlib
@@ -6,11 +6,7 @@ import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-
-from utils import signals
 
 LATER = 60  # seconds: longer than torchrun takes to notice that a process has ended (its --monitor-interval)
 
@@ -76,27 +72,3 @@ def _is_reported(file: Path, text: str, late: bool) -> bool:
     content = {"message": {"message": text, "extraInfo": {"timestamp": when}}}
     file.write_text(json.dumps(content))
     return True
-
-
-def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Runs a script's `main` and returns the exit code.
-
-    0 done, 2 a FarError, 128 + n signal n (0 where SIGTERM found a training, which is then saved), 1 a fault of FAR.
-    """
-    with signals.ending_at_once():
-        try:
-            return main(argv)
-        except FarError as error:
-            if not error.told:
-                tell(f"error: {error}", late=error.code == LostContact.code)
-            return error.code
-        except signals.Stopped as stopped:
-            print(stopped, end="\n" if str(stopped) else "", flush=True)
-            return stopped.code
-        except BrokenPipeError:  # `... | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
-            asked = "please report it with the command, its args.json if there is one, and the lines below"
-            tell(f"error: a fault of FAR, not of yours: {asked}\n{traceback.format_exc().rstrip()}")
-            return 1

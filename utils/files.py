@@ -1,5 +1,6 @@
-"""Folders to write to, checked before work begins."""
+"""Folders to write to, checked before work begins, and files told apart by what they hold."""
 
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -25,3 +26,12 @@ def check_writable(path: Path, flag: str = "--output-dir") -> None:
             pass
     except OSError as error:
         raise FarError(f"{flag} {path}: cannot be written ({error.strerror}); name another") from error
+
+
+def fingerprint(path: Path, flag: str) -> str:
+    """The SHA-256 of a file. Raises FarError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FarError(f"{flag} {path}: {error.strerror.lower()}; check the path") from error

@@ -5,10 +5,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 CROPS, INTERPOLATIONS = ("center", "squash"), ("bicubic", "bilinear")
+STRIP = 8
 Colour = tuple[float, float, float]  # red, green, blue, of values 0 to 1
+
+
+def cut_strip(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is more than STRIP times as long as wide, others as they are.
+
+    A centre crop shows no more of it, and resized whole, a strip of few pixels may take gigabytes.
+    """
+    (w, h), most = image.size, STRIP * min(image.size)
+    if max(w, h) <= most:
+        return image
+    left, top = (max(0, side - most) // 2 for side in (w, h))
+    return image.crop((left, top, left + min(w, most), top + min(h, most)))
 
 
 def _three(value: Any) -> bool:
@@ -31,7 +45,10 @@ class Preprocessing:
 
     def transform(self, size: int):
         """From a PIL image to (3, size, size)."""
-        return create_transform(size, is_training=False, **asdict(self))
+        transform = create_transform(size, is_training=False, **asdict(self))
+        if self.crop_mode == "center":
+            transform.transforms.insert(0, cut_strip)
+        return transform
 
     @classmethod
     def read(cls, stored: Any) -> "Preprocessing":

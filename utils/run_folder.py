@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from utils.board import Board, check_board
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.figures import save_figure, training_curves
-from utils.files import check_writable
+from utils.files import check_writable, fingerprint
 from utils.records import read_lines, read_record
 
 LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
@@ -35,6 +35,9 @@ FREE_ON_RESUME = {
     "dry_run",
     "tensorboard",
 }
+# Flags that name what a run reads: a resumed run may find it elsewhere, but must find the same.
+WEIGHTS = ("base_weight", "attn_weight", "far_weight", "model_path")
+LOCATIONS = {"data_path", *WEIGHTS}
 
 
 def versions() -> dict[str, str]:
@@ -163,8 +166,10 @@ def plain(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
+def open_run(asked: RunConfig, context: Context, data: Callable[[], str] | None = None) -> Iterator[RunFolder]:
     """Makes a run's folder, or opens an old one as `resume` says, and owns it until the end of the block.
+
+    data: the fingerprint of the run's data set, where it has one.
 
     Raises:
         FarError: the folder holds a run and `resume` is None, or a run of other arguments or of another number of
@@ -181,8 +186,9 @@ def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
         check_writable(path)
         path.mkdir(parents=True, exist_ok=True)
         lock.append(_own(path))
+        held = contents(asked.record.flags, data)
         if resumed:
-            _check_same(path, record, defaults)
+            _check_same(path, record, defaults, held)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
             raise FarError(
                 f"--output-dir {path}: already holds a run; continue it by its own command with "
@@ -191,7 +197,7 @@ def open_run(asked: RunConfig, context: Context) -> Iterator[RunFolder]:
         _tidy(path, resumed)
         run = RunFolder(path, context, resumed)
         if not resumed:
-            run.write_json("args.json", {"args": record, "versions": versions()})
+            run.write_json("args.json", {"args": record, "versions": versions(), "contents": held})
         return [str(path), resumed]
 
     try:
@@ -239,14 +245,31 @@ def _own(path: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _check_same(path: Path, record: dict[str, Any], defaults: dict[str, Any]) -> None:
-    before = {**defaults, **read_record(path / "args.json")["args"]}
+def contents(flags: dict[str, Any], data: Callable[[], str] | None) -> dict[str, str]:
+    """Fingerprints of what a run reads, by the flag that says where it lies."""
+    files = {key: Path(flags[key]) for key in WEIGHTS if flags.get(key)}
+    found = {key: fingerprint(path, _flag(key)) for key, path in files.items()}
+    return {**found, "data_path": data()} if data else found
+
+
+def _flag(key: str) -> str:
+    return "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"
+
+
+def _check_same(path: Path, record: dict[str, Any], defaults: dict[str, Any], held: dict[str, str]) -> None:
+    mend = "give the same arguments or another --output-dir"
+    stored = read_record(path / "args.json")
+    before, known = {**defaults, **stored["args"]}, stored.get("contents")
     # Which sample comes when follows from the loader processes where each reads a part of a stream.
     free = FREE_ON_RESUME - ({"num_workers"} if names.is_stream(record.get("dataset", "")) else set())
+    if isinstance(known, dict):  # earlier versions did not store it
+        free = free | LOCATIONS
+        for key in sorted(known.keys() | held.keys()):
+            if known.get(key) != held.get(key):
+                where = f"{_flag(key)} {record.get(key) or ''}".strip()
+                raise FarError(f"--resume: {where}: does not hold what {path} was run with; {mend}")
     for key in sorted(before.keys() | record.keys()):
         if key not in free and before.get(key) != record.get(key):
-            flag = "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"
             raise FarError(
-                f"--resume: {path} was run with {flag} {before.get(key)}, not {record.get(key)}; "
-                "give the same arguments or another --output-dir"
+                f"--resume: {path} was run with {_flag(key)} {before.get(key)}, not {record.get(key)}; {mend}"
             )

@@ -1,0 +1,35 @@
+"""How a script begins and ends: one line for what the user can mend, for whatever else one before its traceback."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from utils import signals, terminal
+from utils.errors import FarError, LostContact, tell
+
+
+def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Runs a script's `main` and returns the exit code.
+
+    0 done, 2 a FarError, 128 + n signal n (0 where SIGTERM found a training, which is then saved), 1 a fault of FAR.
+    """
+    with terminal.dependable(), signals.ending_at_once():
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except FarError as error:
+            if not error.told:
+                tell(f"error: {error}", late=error.code == LostContact.code)
+            return error.code
+        except signals.Stopped as stopped:
+            with contextlib.suppress(FarError, BrokenPipeError):
+                print(stopped, end="\n" if str(stopped) else "", flush=True)
+            return stopped.code
+        except BrokenPipeError:  # `... | head` has read enough
+            return 1
+        except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
+            asked = "please report it with the command, its args.json if there is one, and the lines below"
+            tell(f"error: a fault of FAR, not of yours: {asked}\n{traceback.format_exc().rstrip()}")
+            return 1

@@ -1,0 +1,67 @@
+"""stdout and stderr as a script can rely on them: any text can be written, and a closed or full one is foreseen."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from utils.errors import FarError
+
+
+class Stream:
+    """A stream whose failure to write `failed` decides on; else as it is."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names may hold what an encoding lacks
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            return self.failed(error) or len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.failed(error)
+
+    def failed(self, error: OSError) -> None:
+        """What is still to be written goes nowhere, so that Python does not try again at its end."""
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class Output(Stream):
+    """stdout: what cannot be written ends the script, with FarError, or BrokenPipeError where the reader has gone."""
+
+    def failed(self, error: OSError) -> None:
+        super().failed(error)
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise FarError(f"standard output: cannot be written ({error.strerror}); make room, or send it elsewhere")
+
+
+@contextlib.contextmanager
+def dependable() -> Iterator[None]:
+    """Inside, sys.stdout and sys.stderr are such streams. Remarks that stderr cannot take are lost, work goes on."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115  (as long as the streams)
+    sys.stdout, sys.stderr = Output(before[0] or nowhere), Stream(before[1] or nowhere)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        nowhere.close()
