@@ -301,7 +301,8 @@ class Data:
         train = self._build(True) if trains else None
         val = None if config.holdout else self._build(False)
         self.splits = splits = [split for split in (train, val) if split is not None]
-        if len(splits) == 2 and (odd := set(class_names(name, train)) ^ set(class_names(name, val))):
+        known = [set(class_names(name, split)) for split in splits]
+        if len(splits) == 2 and all(known) and (odd := known[0] ^ known[1]):
             where = f"--data-path {shown(config.root)}: class {shown(min(odd))}"
             raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree")
         if (skipped := [path for split in splits for path in getattr(split, "skipped", ())]) and self.context.main:

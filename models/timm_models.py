@@ -36,6 +36,10 @@ class FarDeiT(ViT):
 
     def _shaped_by(self, state: dict[str, Any], adopts: frozenset[str]) -> dict[str, Any]:
         """Takes the shape of FAR weights, and gives them in its own image size and classes."""
+        state = {
+            **{f"head.{name}": value for name, value in self.head.state_dict().items()},
+            **state,
+        }  # timm may drop it
         config = infer_far(state, "checkpoint_path")
         like, own = self.pos_embed, build(config)
         if (own.embed_dim, len(own.blocks)) != (self.embed_dim, len(self.blocks)):

@@ -4,9 +4,15 @@ import copy
 import math
 import os
 import re
+import subprocess
+import sys
 import warnings
 import zipfile
+from argparse import Namespace
+from datetime import datetime
+from pathlib import PosixPath
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,7 +21,7 @@ from hypothesis import strategies as st
 
 from models.deit import create_teacher, load_teacher_weights
 from models.replace import FarConfig, build, load_model, pack, parse_blocks
-from tests.conftest import EVAL, TEACH
+from tests.conftest import EVAL, ROOT, TEACH
 from utils import checkpoint
 from utils.errors import FarError
 
@@ -257,6 +263,42 @@ def test_a_payload_is_refused_and_not_run(new, load, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+class Wrapped(torch.nn.Module):
+    """A kind of object that no loader of weights alone takes."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, value in state.items():
+            self.register_buffer(name.replace(".", "_"), value)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_plain_data_beside_weights_is_left_out_without_making_it(new, tmp_path):
+    beside = {
+        "args": Namespace(output_dir=PosixPath("/runs"), began=datetime(2026, 1, 1)),
+        "metrics": {"acc1": np.float64(1), "epoch": np.int64(3), "ok": np.bool_(True), "kind": np.dtype("float32")},
+    }
+    state = create_teacher("DeiT-Micro", 2, 32).state_dict()
+    torch.save({"model": state, **beside}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+    found = checkpoint.load(tmp_path / "a.pth")
+    assert all(torch.equal(found["model"][name], value) for name, value in state.items())
+    assert type(found["args"]) is type(found["metrics"]["acc1"]) is checkpoint.Ignored
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
+@pytest.mark.parametrize("module", [True, False])
+def test_the_recipe_for_a_refused_file_gives_one_that_is_taken(wrap, module, tmp_path):
+    state = {"a.b": torch.ones(2), "c": torch.zeros(3)}
+    weights = Wrapped(state) if module else {**state, "note": Wrapped({})}
+    torch.save({wrap: weights, "other": Wrapped({})} if wrap else weights, tmp_path / "a.pth")
+    with pytest.raises(FarError, match="refuses to execute") as error:
+        checkpoint.load(tmp_path / "a.pth")
+    code = re.search(r'python3 -c "(.*)"$', str(error.value))[1].replace("'FILE'", "'a.pth'")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    found = checkpoint.load(tmp_path / "weights.pth")
+    assert sorted(found) == (["a_b", "c"] if module else ["a.b", "c"]) and found["c"].tolist() == [0, 0, 0]
+
+
 def test_what_is_no_file_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -377,7 +419,7 @@ def test_a_classifier_may_differ_only_where_a_fresh_one_is_asked_for(tmp_path):
     path, state = teacher_file(tmp_path / "a.pth", **{"head.weight": torch.ones(7, 64), "head.bias": torch.ones(7)})
     model = create_teacher("DeiT-Micro", 10, 32)
     before = model.head.weight.clone()
-    assert not load_teacher_weights(model, path, head=False)
+    load_teacher_weights(model, path, keep_head=False)
     assert torch.equal(model.head.weight, before) and torch.equal(model.cls_token, state["cls_token"])
 
 

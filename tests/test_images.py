@@ -1,14 +1,17 @@
 """One image file to 8-bit RGB, against values worked out here; and every file that must be refused by name."""
 
 import os
+import resource
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from timm.data import create_transform
 
 from datasets.images import read_image
 from utils.errors import FarError
+from utils.preprocessing import Preprocessing
 
 DEEP = [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2"), ("tif", "<i4")]
 
@@ -89,7 +92,7 @@ def test_a_cut_off_jpeg_or_png_is_refused_by_name(tmp_path):
         path = tmp_path / name
         Image.fromarray(noise(256, 64, 64, 3, dtype=np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-        refused(path, "OSError")
+        refused(path, "truncated")
 
 
 @pytest.mark.parametrize("factor", [1.5, 3])  # PIL warns above its limit and raises above twice that
@@ -122,7 +125,46 @@ def test_what_is_not_a_regular_file_is_never_opened(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
         refused(tmp_path / name, "not a regular file")
-    refused(tmp_path / "missing.jpg", "FileNotFoundError")
+
+
+def test_a_missing_file_is_told_as_missing_and_other_bytes_as_no_picture(tmp_path):
+    with pytest.raises(FarError, match=r"missing\.jpg: no such file"):
+        read_image(tmp_path / "missing.jpg")
+    (tmp_path / "text.jpg").write_text("no picture")
+    refused(tmp_path / "text.jpg", "of no known format")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+def test_pictures_are_upright_as_viewers_show_them(orientation, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise(256, 6, 9, 3, dtype=np.uint8)).save(path, exif=exif)
+    assert np.array_equal(pixels(path), ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    assert pixels(path).shape[0] == (9 if 5 <= orientation <= 8 else 6)
+
+
+def test_deep_greys_are_upright_too_and_damaged_exif_says_nothing(tmp_path):
+    exif, grey = Image.Exif(), noise(65536, 6, 9, dtype=np.uint16)
+    exif[0x112] = 6
+    Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
+    assert np.abs(pixels(tmp_path / "a.png")[..., 0] - np.rot90(grey, -1) / 257).max() <= 0.5
+    Image.fromarray(grey).save(tmp_path / "b.png", exif=b"Exif\0\0MM\0*\0\0\xff\xffzz")
+    assert pixels(tmp_path / "b.png").shape == (6, 9, 3)
+
+
+@pytest.mark.parametrize("size", [(320, 40), (321, 40), (40, 400)])
+def test_a_strip_is_evaluated_as_its_middle_and_takes_no_gigabytes(size, tmp_path):
+    slope = np.linspace(0, 255, size[0] * size[1]).astype(np.uint8).reshape(size)
+    image = Image.fromarray(slope.T).convert("RGB")
+    plain = Preprocessing(crop_pct=0.9)
+    whole = create_transform(32, is_training=False, crop_pct=0.9, interpolation="bicubic")(image)
+    assert (plain.transform(32)(image) - whole).abs().max() < (1e-6 if max(size) == 320 else 0.1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    strip = Image.new("RGB", (1_000_000, 1), (255, 0, 0))
+    assert plain.transform(224)(strip)[0].min() > 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 def test_a_name_of_odd_bytes_stays_one_line(tmp_path):

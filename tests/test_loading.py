@@ -406,6 +406,23 @@ def test_a_loader_process_that_dies_is_one_line(deed, train):
             pass
 
 
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "/dev/shm"),
+        ("received 0 items of ancdata", "ulimit -n"),
+    ],
+)
+def test_a_loader_process_without_room_says_what_to_give_it(said, cause):
+    def deed():
+        raise RuntimeError(said)
+
+    data = digits(num_workers=1, train_subset=0.02)
+    data.val.data = Deadly(data.val.data, deed)
+    with pytest.raises(FarError, match=f"--num-workers 1: .*{cause}.*fewer workers or a smaller batch"):
+        list(data.val_loader(4))
+
+
 def test_other_errors_of_a_loader_process_stay_as_they_are():
     def deed():
         raise RuntimeError("DataLoader worker of another kind")

@@ -1,0 +1,111 @@
+"""Folders as people have them: with what systems and tools leave there, with val/ alone, moved, named by a tilde."""
+
+import json
+import shutil
+
+import pytest
+
+import main
+from datasets.images import SUFFIXES, find_files, is_leftover
+from datasets.loading import Data, DataConfig
+from datasets.registry import build_split
+from tests.conftest import QUIET, image_folder, write_images
+from utils.distributed import Context
+
+LEFT = [
+    "._0.jpg",
+    ".hidden.png",
+    "Thumbs.db",
+    "notes.txt",
+    "@eaDir/0.jpg",
+    "__MACOSX/._0.jpg",
+    ".ipynb_checkpoints/0.jpg",
+]
+
+
+def litter(folder):
+    for name in LEFT:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "IMAGES"])
+def test_what_is_no_picture_is_skipped_and_counted_in_one_line(name, tmp_path, caplog):
+    root = image_folder(tmp_path)
+    clean = Data(DataConfig(name, root, 32), Context())
+    for folder in (root / "train", root / "train/class0", root / "val/class1"):
+        litter(folder)
+    data = Data(DataConfig(name, root, 32), Context())
+    assert len(data.train) == len(clean.train) and len(data.val) == len(clean.val) and data.names == clean.names
+    (line,) = [record.message for record in caplog.records]
+    count = 3 * len(LEFT) * (2 if name == "IMAGES" else 1)  # both splits of IMAGES read the same folder
+    assert f"{count} in all" in line and str(root) in line
+
+
+def test_images_of_one_folder_are_those_with_a_known_suffix(tmp_path, caplog):
+    write_images(tmp_path, 1)
+    for suffix in SUFFIXES:
+        (tmp_path / f"b{suffix.upper()}").write_bytes(b"")
+    litter(tmp_path)
+    assert {path.name for path in find_files(tmp_path)} == {"0.jpg", *(f"b{s.upper()}" for s in SUFFIXES)}
+    assert f"{len(LEFT)} in all" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["$RECYCLE.BIN", "System Volume Information", "#recycle", "lost+found", ".Trashes"])
+def test_leftovers_are_no_class(name, tmp_path):
+    assert is_leftover(name) and not is_leftover("cat")
+    (image_folder(tmp_path) / "train" / name).mkdir()
+    assert build_split("FOLDER", tmp_path, True).classes == ["class0", "class1"]
+
+
+def test_what_evaluates_alone_needs_no_training_split(teacher, tmp_path, caplog):
+    root = tmp_path / "data"
+    for label in range(10):
+        write_images(root / "val" / str(label), 1)
+    flags = [
+        "--mode",
+        "eval",
+        "--base-weight",
+        str(teacher),
+        "--dataset",
+        "FOLDER",
+        "--data-path",
+        str(root),
+        "--num-workers",
+        "0",
+    ]
+    main.main([*flags, "--output-dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/result.json").read_text())["images"] == 10
+    (root / "train/other").mkdir(parents=True)  # not looked at
+    assert main.main(flags) == 0
+
+
+TEACH = ["--mode", "teacher", "--scale", "Micro", "--input-size", "32", "--batch-size", "4", "--epochs", "1", *QUIET]
+
+
+def test_a_run_goes_on_wherever_its_data_and_weights_lie_but_not_with_others(tmp_path, failure, capsys):
+    first, data = tmp_path / "first", image_folder(tmp_path / "data")
+    read = ["--dataset", "FOLDER", "--data-path"]
+    main.main([*TEACH, *read, str(data), "--output-dir", str(first)])
+    weight, moved, run = first / "best.pth", tmp_path / "moved.pth", str(tmp_path / "run")
+    main.main([*TEACH, "--base-weight", str(weight), *read, str(data), "--output-dir", run])
+    shutil.copy(weight, moved)
+    data = data.rename(tmp_path / "elsewhere")
+    again = [*TEACH, *read, data, "--output-dir", run, "--resume", "--base-weight"]
+    assert main.main(list(map(str, [*again, moved]))) == 0
+    moved.write_bytes((tmp_path / "run/best.pth").read_bytes())
+    assert "does not hold what" in failure(*again, moved) and "--base-weight" in failure(*again, moved)
+    write_images(data / "train/class0", 1, seed=7)  # another picture of the same name
+    assert f"--data-path {data}: does not hold what" in failure(*again, weight)
+    record = json.loads((tmp_path / "run/args.json").read_text())
+    del record["contents"]  # as earlier versions wrote it
+    (tmp_path / "run/args.json").write_text(json.dumps(record))
+    assert "was run with --base-weight" in failure(*again, moved)
+
+
+@pytest.mark.parametrize("flag", ["--output-dir=~/run", "--output-dir ~/run"])
+def test_a_tilde_is_the_home_folder_in_any_path(flag, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image_folder(tmp_path / "data")
+    main.main([*TEACH, "--dataset", "FOLDER", "--data-path=~/data", *flag.split()])
+    assert (tmp_path / "run/best.pth").exists()
