@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchvision import transforms
 
 from datasets.images import shown
-from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
+from datasets.registry import SOURCES, Source, build_split, class_names, count_classes, default_folder
 from utils.distributed import Context, cores
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
@@ -55,7 +55,7 @@ class DataConfig:
 
     @property
     def root(self) -> Path:
-        return self.data_path or Path("data") / self.dataset
+        return self.data_path or default_folder(self.dataset)
 
 
 class Transformed(Dataset):

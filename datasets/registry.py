@@ -1,5 +1,6 @@
 """Every data set FAR knows, as one table: how to build a split, how many classes, where to get it."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from timm.data import ImageNetInfo
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv
 
+from datasets.elpv import SolarCells
 from datasets.images import read_image, shown
 from utils.errors import FarError
 
@@ -23,7 +25,7 @@ Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data
 @dataclass(frozen=True)
 class Source:
     """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same;
-    `labelled`: its labels mean something."""
+    `labelled`: its labels mean something; `package`: the one that ships it, in data/."""
 
     build: Build
     num_classes: int | None
@@ -34,6 +36,7 @@ class Source:
     labelled: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    package: str = ""
 
 
 class Digits(Dataset):
@@ -219,6 +222,16 @@ def _inat_source(year: str, num_classes: int) -> Source:
     )
 
 
+def _elpv(types: bool) -> Source:
+    return Source(
+        lambda root, train, download: SolarCells(root, train, types),
+        4 if types else 2,
+        "labels.csv and images/*.png",
+        "pip install --no-deps -r requirements-real.txt, and leave --data-path out",
+        package="elpv_dataset",
+    )
+
+
 SOURCES: dict[str, Source] = {
     "IMNET": _folder_source(1000, "unpack ImageNet-1k's ILSVRC2012 archives, one folder a class"),
     "CIFAR10": _cifar(tv.CIFAR10, 10, "cifar-10-batches-py/"),
@@ -251,7 +264,16 @@ SOURCES: dict[str, Source] = {
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     ),
+    "ELPV": _elpv(types=True),
+    "ELPV2": _elpv(types=False),
 }
+
+
+def default_folder(name: str) -> Path:
+    """The folder without --data-path: that of the installed package that ships the data set, else data/<name>."""
+    package = SOURCES[name].package if name in SOURCES else ""
+    spec = importlib.util.find_spec(package) if package else None  # not imported
+    return Path(spec.origin).parent / "data" if spec else Path("data") / name
 
 
 def build_split(name: str, root: Path, train: bool, download: bool = False, category: str = "name") -> Dataset:
