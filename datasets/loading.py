@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from datasets.classes import Relabelled, match_classes
 from datasets.images import shown, skipping
-from datasets.registry import SOURCES, Folder, Pictures, Source, build_split, class_names, count_classes
+from datasets.registry import SOURCES, Source, build_split, class_names, count_classes, default_folder
 from utils.distributed import Context, cores
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
@@ -61,7 +61,7 @@ class DataConfig:
 
     @property
     def root(self) -> Path:
-        return self.data_path or Path("data") / self.dataset
+        return self.data_path or default_folder(self.dataset)
 
 
 class Transformed(Dataset):
@@ -255,10 +255,11 @@ def share(size: int, part: float, seed: int) -> np.ndarray:
 
 
 def fingerprint(split: Dataset) -> str:
-    """Of a split's length and classes and, in a folder, of its files' names and the bytes of LOOKED_AT of them."""
-    digest = hashlib.sha256(repr((len(split), getattr(split, "classes", None))).encode())
-    if isinstance(split, Folder | Pictures):
-        files, root = [str(file) for file, _ in split.samples], str(split.root)
+    """Of a split's classes and labels and, where it has files, of their names and the bytes of LOOKED_AT of them."""
+    known = [getattr(split, name, None) for name in ("classes", "targets")]
+    digest = hashlib.sha256(repr((len(split), *known)).encode())
+    if files := list(map(str, getattr(split, "files", ()))):
+        root = str(split.root)
         digest.update("\0".join(file.removeprefix(root) for file in files).encode(errors="surrogateescape"))
         for k in np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).astype(int):
             try:

@@ -1,5 +1,6 @@
 """Every data set FAR knows, as one table: how to build a split, how many classes, where to get it."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv
 
 from datasets.classes import Relabelled, imagenet_names
+from datasets.elpv import SolarCells
 from datasets.images import is_leftover, read_image, shown, walk
 from utils.errors import FarError
 
@@ -24,7 +26,7 @@ Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data
 @dataclass(frozen=True)
 class Source:
     """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same;
-    `labelled`: its labels mean something."""
+    `labelled`: its labels mean something; `package`: the one that ships it, in data/."""
 
     build: Build
     num_classes: int | None
@@ -35,6 +37,7 @@ class Source:
     labelled: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    package: str = ""
 
 
 class Digits(Dataset):
@@ -69,6 +72,10 @@ class Folder(tv.ImageFolder):
         self.skipped: list[str] = []
         super().__init__(root, loader=read_image)
 
+    @property
+    def files(self) -> list[str]:
+        return [file for file, _ in self.samples]
+
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
         names = []
         for path in Path(directory).iterdir():
@@ -97,14 +104,13 @@ class Pictures(Dataset):
     def __init__(self, root: Path, train: bool):
         self.root, self.skipped = root, []
         files = sorted(Path(below) / name for below, name in walk(root, self.skipped, "--data-path"))
-        self.samples = [(file, 0) for k, file in enumerate(files) if (k % 10 > 0) == train]  # 0 where others' label is
+        self.files = [file for k, file in enumerate(files) if (k % 10 > 0) == train]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.files)
 
     def __getitem__(self, index: int):
-        file, label = self.samples[index]
-        return read_image(file), label
+        return read_image(self.files[index]), 0  # where others have a label
 
 
 def _flowers(root: Path, train: bool, download: bool) -> Dataset:
@@ -203,6 +209,16 @@ def _inat_source(year: str, num_classes: int) -> Source:
     )
 
 
+def _elpv(types: bool) -> Source:
+    return Source(
+        lambda root, train, download: SolarCells(root, train, types),
+        4 if types else 2,
+        "labels.csv and images/*.png",
+        "pip install --no-deps -r requirements-real.txt, and leave --data-path out",
+        package="elpv_dataset",
+    )
+
+
 SOURCES: dict[str, Source] = {
     "IMNET": _folder_source(1000, "unpack ImageNet-1k's ILSVRC2012 archives, one folder a class"),
     "CIFAR10": _cifar(tv.CIFAR10, 10, "cifar-10-batches-py/"),
@@ -235,7 +251,16 @@ SOURCES: dict[str, Source] = {
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     ),
+    "ELPV": _elpv(types=True),
+    "ELPV2": _elpv(types=False),
 }
+
+
+def default_folder(name: str) -> Path:
+    """The folder without --data-path: that of the installed package that ships the data set, else data/<name>."""
+    package = SOURCES[name].package if name in SOURCES else ""
+    spec = importlib.util.find_spec(package) if package else None  # not imported
+    return Path(spec.origin).parent / "data" if spec else Path("data") / name
 
 
 def build_split(name: str, root: Path, train: bool, download: bool = False, category: str = "name") -> Dataset:

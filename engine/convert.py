@@ -1,4 +1,4 @@
-"""What convert.py does: weights of the published code to a FAR checkpoint, and back."""
+"""What convert.py does: weights of the published code to a FAR checkpoint and back, DINOv2 to a teacher."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import safetensors.torch
 from timm.models.vision_transformer import VisionTransformer
 
 from engine.configs import ModelName
+from models.dinov2 import find_file, from_onnx
 from models.parts import BlockPart
 from models.published import from_published, to_published
 from models.replace import FarConfig, count_parameters, load_model, mlps, pack, replacements
@@ -15,15 +16,16 @@ from utils.checkpoint import load, save, write_atomic
 from utils.errors import FarError
 from utils.files import check_writable
 
-SUFFIXES = {"far_weight": (".pth", ".pt", ".safetensors"), "published": (".pth", ".pt")}
+SUFFIXES = (".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class ConvertConfig(ModelName):
-    """What convert.py asks for; one of `published` and `far_weight` is given."""
+    """What convert.py asks for; one of `published`, `onnx` and `far_weight` is given."""
 
     output: Path = Path()
     published: Path | None = None
+    onnx: Path | None = None
     far_weight: Path | None = None
     per_head: bool = False
     rep_by: str = "multi-lstm"
@@ -34,7 +36,8 @@ class ConvertConfig(ModelName):
 def convert(asked: ConvertConfig) -> str:
     """Writes --output and says what it holds. Raises FarError, nothing written, where one cannot become the other."""
     _check_output(asked)
-    model, config, parameters, said = _leave(asked) if asked.far_weight else _come(asked)
+    convert_source = _leave if asked.far_weight else _come if asked.published else _from_onnx
+    model, config, parameters, said = convert_source(asked)
     return (
         f"{asked.output}: {config.base_model}, {len(replacements(model))} of {len(model.blocks)} blocks replaced, "
         f"{config.num_classes} classes, {config.img_size} px, {parameters:,} parameters, {said}"
@@ -74,11 +77,18 @@ def _come(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]
     return model, config, count_parameters(model), said
 
 
+def _from_onnx(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]:
+    """A DINOv2 in an ONNX file to a teacher's checkpoint."""
+    model, config = from_onnx(find_file(asked.onnx), f"--onnx {asked.onnx}", asked.asked)
+    save(asked.output, pack(model, config))
+    return model, config, count_parameters(model), "--mode teacher gives it a classifier"
+
+
 def _check_output(asked: ConvertConfig) -> None:
-    known = SUFFIXES["far_weight" if asked.far_weight else "published"]
+    known = (*SUFFIXES, ".safetensors") if asked.far_weight else SUFFIXES
     if asked.output.suffix not in known:
         raise FarError(f"--output {asked.output}: unknown suffix; write one of {', '.join(known)}")
-    if asked.output.resolve() == (asked.far_weight or asked.published).resolve():
+    if asked.output.resolve() == (asked.far_weight or asked.published or asked.onnx).resolve():
         raise FarError(f"--output {asked.output}: would take the place of the weights; name another file")
     check_writable(asked.output.absolute().parent, "--output")
 

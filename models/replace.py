@@ -37,10 +37,11 @@ BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of
 class FarConfig:
     """All that is needed to rebuild a model before its weights are loaded.
 
-    base_model: a name that `find_teacher` knows. replaced: indices of the replaced blocks; empty is a plain teacher.
-    units: kept units u[h][r] of those replaced blocks that were pruned, by block index (as text: it is stored as
-    JSON too). mlp: hidden units of those MLPs that were pruned, by block index.
-    preprocessing, classes: how pictures become its input, and the names of its classes; None and empty are unknown.
+    base_model: a name that `find_teacher` knows. num_classes: 0 is a teacher without a classifier. replaced: indices
+    of the replaced blocks; empty is a plain teacher. units: kept units u[h][r] of those replaced blocks that were
+    pruned, by block index (as text: it is stored as JSON too). mlp: hidden units of those MLPs that were pruned, by
+    block index. preprocessing, classes: how pictures become its input, and the names of its classes; None and empty
+    are unknown.
     """
 
     base_model: str
@@ -161,8 +162,8 @@ def find_damage(config: FarConfig) -> str:
         return f"base_model: {error}"
     if not isinstance(config.rep_by, str) or config.rep_by not in REPLACEMENTS:
         return f"rep_by is none of {', '.join(REPLACEMENTS)}"
-    if not whole(config.num_classes, 1, MOST_CLASSES):
-        return f"num_classes must be a whole number from 1 to {MOST_CLASSES}"
+    if not whole(config.num_classes, 0, MOST_CLASSES):
+        return f"num_classes must be a whole number from 0 to {MOST_CLASSES}"
     if not fits_patches(config.base_model, config.img_size):
         return f"img_size must be a multiple of {find_teacher(config.base_model).patch_size} up to {LARGEST_INPUT}"
     with torch.device("meta"):
@@ -230,6 +231,8 @@ def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: 
     Nothing is allocated before the tensors are known to be the model's: it is built on meta, then takes copies of them.
     """
     config = read_config(content, source)
+    if not config.num_classes:
+        raise FarError(f"{source}: num_classes is 0, no classifier; train one with --mode teacher --base-weight FILE")
     model = build_on_meta(config, source, drop, drop_path)
     load_into(model, content["model"], source)
     return model.eval(), config

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from torchvision import datasets as tv
 
 import main
 from datasets.loading import Data, DataConfig
-from datasets.registry import SOURCES, build_split, count_classes
+from datasets.registry import SOURCES, build_split, count_classes, default_folder
 from tests.conftest import image_folder, write_images
 from utils import checkpoint
 from utils.distributed import Context
@@ -77,6 +78,19 @@ def inat(root, year, classes):
         (root / f"{split}{year}.json").write_text(json.dumps({"images": images}))
 
 
+def solar_cells(root, count=4):
+    """elpv-dataset's layout: `count` cells of each type and probability."""
+    (root / "images").mkdir()
+    lines = []
+    for kind in ("mono", "poly"):
+        for probability in ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0"):
+            for _ in range(count):
+                name = f"images/cell{len(lines) + 1:04d}.png"
+                Image.new("L", (30, 30), 7 * len(lines)).save(root / name)
+                lines.append(f"{name}  {probability:<19} {kind}\n")
+    (root / "labels.csv").write_text("".join(lines))
+
+
 FIXTURES = {
     "IMNET": (lambda root, mp: image_folder(root, 1000, count=1, size=8), 1000, 1000, 1000),
     "FOLDER": (lambda root, mp: image_folder(root, classes=3), 12, 12, 3),
@@ -88,6 +102,8 @@ FIXTURES = {
     "INAT19": (lambda root, mp: inat(root, "2019", 1010), 4, 2, 1010),
     "IMAGES": (lambda root, mp: write_images(root, 12), 10, 2, None),
     "DIGITS": (lambda root, mp: None, 1437, 360, 10),
+    "ELPV": (lambda root, mp: solar_cells(root), 24, 8, 4),
+    "ELPV2": (lambda root, mp: solar_cells(root), 24, 8, 2),
 }
 
 
@@ -272,6 +288,69 @@ def test_digits_splits_are_disjoint_complete_and_stratified():
     expected = sorted(np.repeat(np.round(i * 255 / 16).astype(np.uint8)[..., None], 3, 2).tobytes() for i in source)
     assert pixels == expected
     assert np.bincount(val.targets).min() >= 34
+
+
+def test_solar_cells_are_split_once_and_classed_by_type_and_probability(tmp_path):
+    solar_cells(tmp_path)
+    four, two = ([build_split(name, tmp_path, t) for t in (True, False)] for name in ("ELPV", "ELPV2"))
+    for a, b in zip(four, two, strict=True):
+        assert a.files == b.files and two[0].classes == ["intact", "defective"]
+        assert [f"{'mono' if k < 2 else 'poly'} {b.classes[k % 2]}" for k in a.targets] == [
+            a.classes[k] for k in a.targets
+        ]
+        assert [k % 2 for k in a.targets] == b.targets
+    places = {int(file.stem[4:]) - 1: k for data in four for file, k in zip(data.files, data.targets, strict=True)}
+    assert [places[i] for i in range(32)] == [i // 8 for i in range(32)]  # 0 and 1/3 are intact, 2/3 and 1 defective
+    assert np.bincount(four[1].targets).tolist() == [2, 2, 2, 2]
+    image, _ = four[0][0]
+    assert image.mode == "RGB" and image.getpixel((0, 0))[0] == 7 * (int(four[0].files[0].stem[4:]) - 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("images/a.png 0.5", "not enough values"),
+        ("images/a.png half mono", "could not convert"),
+        ("images/a.png nan mono", "outside 0 to 1"),
+        ("images/a.png 0.5 thin", "not in tuple|x not in"),
+    ],
+)
+def test_a_wrong_line_of_labels_is_named(line, said, tmp_path):
+    solar_cells(tmp_path)
+    labels = tmp_path / "labels.csv"
+    labels.write_text(labels.read_text() + line)
+    with pytest.raises(FarError, match=rf"labels\.csv: line 33 is no image, .*({said})"):
+        build_split("ELPV", tmp_path, True)
+
+
+def test_labels_too_few_to_split_are_named(tmp_path):
+    solar_cells(tmp_path, count=1)
+    with pytest.raises(FarError, match=r"labels\.csv: too few images"):
+        build_split("ELPV2", tmp_path, True)
+
+
+def test_a_package_that_ships_a_data_set_is_found_without_importing_it(tmp_path, monkeypatch, failure):
+    words = "--mode teacher --dataset ELPV --scale Micro --dry-run".split()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "elpv_dataset" else find_spec(name))
+    assert "pip install --no-deps -r requirements-real.txt" in failure(*words)
+    monkeypatch.undo()
+    package = tmp_path / "elpv_dataset"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no OpenCV here')")
+    solar_cells(package / "data")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert default_folder("ELPV") == default_folder("ELPV2") == package / "data"
+    assert default_folder("FOLDER") == Path("data/FOLDER")
+    assert main.main(words) == 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("elpv_dataset"), reason="elpv-dataset is not installed")
+def test_the_published_solar_cells_are_all_there():
+    train, val = (build_split("ELPV", default_folder("ELPV"), t) for t in (True, False))
+    assert np.bincount(train.targets).tolist() == [529, 277, 823, 339]
+    assert np.bincount(val.targets).tolist() == [176, 92, 275, 113]
+    assert train[0][0].size == (300, 300) and not {*train.files} & {*val.files}
 
 
 def test_a_corrupted_archive_is_no_absent_one(tmp_path):

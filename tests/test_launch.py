@@ -237,7 +237,7 @@ def test_a_process_that_does_not_come_is_missed_after_the_time_given(short, tmp_
 
 
 def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
-    program = "from utils.errors import run_script\nimport sys\nsys.exit(run_script(lambda argv: 1 / 0))"
+    program = "from utils.script import run_script\nimport sys\nsys.exit(run_script(lambda argv: 1 / 0))"
     done = launch("-c", program, cwd=tmp_path)
     first, *rest = done.stderr.splitlines()
     assert (

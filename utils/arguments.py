@@ -289,7 +289,7 @@ def add_dataset(group) -> None:
 def add_data_group(parser: Parser) -> None:
     g = parser.add_argument_group("data")
     add_dataset(g)
-    g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>")
+    g.add_argument("--data-path", type=path, help="the data set's folder; default data/<dataset>, or its package's")
     g.add_argument("--download", action="store_true", help="fetch the data set where torchvision can")
     g.add_argument("--input-size", type=number(int, 1, 8192), help="image side in pixels; default: the model's")
     g.add_argument(

