@@ -150,7 +150,7 @@ def to_teacher(*words) -> None:
 
 def features(path: Path, base_model: str, images: torch.Tensor) -> torch.Tensor:
     model = create_teacher(base_model, 0, images.shape[2]).eval()
-    load_teacher_weights(model, path, head=False)
+    load_teacher_weights(model, path, keep_head=False)
     with torch.no_grad():
         return model.forward_features(images)
 
