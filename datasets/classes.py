@@ -1,4 +1,4 @@
-"""Classes by name: a data set's labels as the numbers under which a model knows the same classes."""
+"""Classes by name: the numbers under which one side, a model or a split, knows the classes of another."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import transforms
 
-from datasets.classes import Relabelled, match_classes
+from datasets.classes import Relabelled, UnknownClass, match_classes
 from datasets.images import shown, skipping
 from datasets.registry import SOURCES, Source, build_split, class_names, count_classes, default_folder
 from utils.distributed import Context, cores
@@ -254,6 +255,12 @@ def share(size: int, part: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(size)[: max(1, round(size * part))])
 
 
+def filled(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """So many names: after those given "class 3" and so on, but for what is among them."""
+    free = (name for k in itertools.count(len(names)) if (name := f"class {k}") not in names)
+    return (*names, *islice(free, count - len(names)))
+
+
 def fingerprint(split: Dataset) -> str:
     """Of a split's classes and labels and, where it has files, of their names and the bytes of LOOKED_AT of them."""
     known = [getattr(split, name, None) for name in ("classes", "targets")]
@@ -284,8 +291,7 @@ class Data:
         self.config, self.context = config, context
         source, train, val, classes, self.names = self._open(trains or config.holdout > 0)
         self.labelled, self.num_classes = source.labelled, self._count(classes)
-        extra = range(len(self.names), self.num_classes or 0)
-        self.class_names = (*self.names, *(f"class {k}" for k in extra)) if self.names else ()
+        self.class_names = filled(self.names, self.num_classes) if self.names else ()
         self.preprocessing = preprocessing(config, source, own)
         plain = self.preprocessing.transform(config.input_size)
         augment = train_transform(config, source, self.preprocessing) if trains else None
@@ -302,13 +308,23 @@ class Data:
         train = self._build(True) if trains else None
         val = None if config.holdout else self._build(False)
         self.splits = splits = [split for split in (train, val) if split is not None]
-        known = [set(class_names(name, split)) for split in splits]
-        if len(splits) == 2 and all(known) and (odd := known[0] ^ known[1]):
-            where = f"--data-path {shown(config.root)}: class {shown(min(odd))}"
-            raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree")
+        if len(splits) == 2:
+            val = self._agreeing(class_names(name, train), class_names(name, val), val)
         if (skipped := [path for split in splits for path in getattr(split, "skipped", ())]) and self.context.main:
             log.warning("%s", skipping(f"--data-path {shown(config.root)}", skipped))
         return SOURCES[name], train, val, count_classes(name, splits[0]), class_names(name, splits[0])
+
+    def _agreeing(self, ours: tuple[str, ...], theirs: tuple[str, ...], val: Dataset) -> Dataset:
+        """The evaluation split with the training split's numbers of classes. Raises FarError where one lacks some."""
+        if not (ours and theirs) or ours == theirs:
+            return val
+        try:
+            labels = match_classes(ours, theirs)
+            match_classes(theirs, ours)
+        except UnknownClass as error:
+            where = f"--data-path {shown(self.config.root)}: class {shown(error)}"
+            raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree") from error
+        return Relabelled(val, labels)
 
     def _views(self, train: Dataset | None, val: Dataset | None, augment, plain) -> tuple[Dataset | None, Dataset]:
         """The training split as it is augmented, the evaluation split as it is evaluated."""
@@ -381,7 +397,7 @@ class Data:
 
     def pictures(self) -> Iterator[Tensor]:
         """Training images as this process alone reads and augments them, over and over."""
-        return (self.train[i % len(self.train), 0][0] for i in count())
+        return (self.train[i % len(self.train), 0][0] for i in itertools.count())
 
     def smallest_batch(self, batch_size: int) -> int:
         """Images in every training batch of a process: `batch_size`, or all of its share where that is smaller."""

@@ -10,6 +10,7 @@ from models.deit import find_teacher
 from utils import names
 from utils.distributed import Context
 from utils.errors import FarError
+from utils.files import expanded
 from utils.run_folder import RunConfig
 
 
@@ -67,7 +68,7 @@ class FarSource:
             raise FarError(
                 f"{self.flag}: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint"
             )
-        return Path(found).expanduser()
+        return expanded(found)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from engine.steps import (
     load_labelled,
     load_teacher,
     name_teacher,
+    order_classes,
     planned,
     reading,
     resumed,
@@ -85,7 +86,7 @@ def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
         check_classes(where, config, data, "train a teacher on this data first with --mode teacher")
     elif not (data.labelled or config.num_classes):
         raise FarError(f"{where}: holds no classifier; give a teacher's weights with one")
-    elif data.labelled:
+    elif data.labelled and config.num_classes != data.num_classes:
         config = replace(config, num_classes=data.num_classes, classes=())
     return reading(config, data)
 
@@ -111,7 +112,7 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
         show_plan(model, config, stages, task, data, command.run, context, command.settings)
         return
     with open_run(command.run, context, data.fingerprint) as run:
-        model, last = resumed(run, model, command.model)
+        model, last = resumed(run, model, config, command.model)
         task = partial(Distillation, model, None)
         result = Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
         finish(run, model, result, context)
@@ -121,13 +122,13 @@ def teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
     data, known = start(command, context, load_labelled)
     weight = command.model.base_weight
-    keeps = bool(weight) and keeps_classifier(known, data)
-    config = reading(replace(known, num_classes=data.num_classes, classes=()), data)
+    keeps = bool(weight) and keeps_classifier(f"--base-weight {weight}", known, data)
+    if not keeps:
+        known = replace(known, num_classes=data.num_classes, classes=())
+    config = reading(known, data)
     model = fresh(command.model, config)
     if weight:
         load_teacher_weights(model, weight, keep_head=keeps)
-        if not keeps:
-            say(context, f"--base-weight {weight}: does not know these classes; a fresh classifier is trained")
     stage = Stage("teacher", (), (), "full", "classification", "output", command.rates.optim(context))
     train_on_labels(command, context, model, config, stage, data)
 
@@ -150,7 +151,7 @@ def train(command: ModeCommand, context: Context) -> None:
         show_plan(model, config, stages, task, data, command.run, context, settings)
         return
     with open_run(command.run, context, data.fingerprint) as run:
-        model, last = resumed(run, model, command.model)
+        model, last = resumed(run, model, config, command.model)
         reference.to(context.device)
 
         task = partial(Distillation, model, reference, distill_input=command.distill_input)
@@ -168,6 +169,8 @@ def student(
     asked, weight = command.model, command.plan.attn_weight
     if weight:
         model, found = load_model(weight, "--attn-weight", asked.drop, asked.drop_path)
+        if found.num_classes == config.num_classes:
+            order_classes(model, found.classes, config.classes, f"--attn-weight {weight}")
         found = replace(found, preprocessing=config.preprocessing, classes=config.classes or found.classes)
         check_same(weight, replace(config, replaced=blocks), replace(found, replaced=replaced_blocks(model)))
         if found.img_size != config.img_size:
@@ -212,8 +215,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     torch.manual_seed(command.settings.seed)
     path, model, config = load_start(command, context)
     data = load_labelled(command.data, config, context)
-    if not keeps_classifier(config, data):
-        say(context, f"--far-weight {path}: does not know these classes; a fresh classifier is trained")
+    if not keeps_classifier(f"--far-weight {path}", config, data):
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
         config = replace(config, num_classes=data.num_classes, classes=())
         if command.ds_mode == "FC":

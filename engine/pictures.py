@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.classes import UnknownClass, match_classes
 from datasets.images import find_files, read_image, shown
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, photographs
@@ -26,7 +27,7 @@ from engine.explain import (
     token_importance,
     token_similarity,
 )
-from engine.steps import load_any
+from engine.steps import load_any, order_classes
 from models import kernels
 from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
 from utils.checkpoint import write_atomic
@@ -97,6 +98,8 @@ def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], Far
     _check(models)
     configs = [config for _, config in loaded.values()]
     most = max(configs, key=lambda config: (bool(config.classes), config.preprocessing is not None))
+    for name, (model, config) in loaded.items():
+        order_classes(model, config.classes, most.classes, FLAGS[name])
     return models, most, asked.output_dir or folder
 
 
@@ -160,8 +163,11 @@ def find_images(asked: PictureConfig, config: FarConfig) -> Images:
     else:
         data, source = Data(wanted, Context(), trains=False), SOURCES[name]
         split, own = data.val.data, data.class_names
-        if classes and own and (other := sorted(set(data.names) - set(classes))):
-            log.warning("--dataset %s: the models do not know its class %r; labels are as it has them", name, other[0])
+        try:
+            match_classes(classes or own, data.names)
+        except UnknownClass as error:
+            unknown = shown(error)
+            log.warning("--dataset %s: the models do not know its class %r; labels are as it has them", name, unknown)
         classes = classes or (own if data.num_classes == config.num_classes else ())
         total, read = len(split), lambda i: _labelled(split[i], f"{name}, evaluation image {i}", own)
     chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()

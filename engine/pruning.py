@@ -184,7 +184,7 @@ class Pruning:
             model = self._load(run, "--resume")
             set_backend(model, self.settings.lstm_backend)
             return model
-        model, last = resumed(run, model, self.command.model)
+        model, last = resumed(run, model, self.config, self.command.model)
         stage = self._stage(name, optim)
         set_backend(model, self.settings.lstm_backend)
         if optim.epochs:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from datasets.classes import UnknownClass, imagenet_names
+from datasets.classes import UnknownClass, imagenet_names, match_classes
 from datasets.images import shown
 from datasets.loading import Data, DataConfig
 from datasets.streams import open_data
@@ -18,6 +18,7 @@ from engine.stages import Stage
 from engine.train import Settings
 from models.deit import count_answers, create_teacher, find_teacher, load_published_weights, load_teacher_weights
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
+from models.vit import classifiers
 from utils.checkpoint import load
 from utils.distributed import Context
 from utils.errors import FarError
@@ -94,6 +95,8 @@ def load_teacher(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
     teacher = create_teacher(config.base_model, config.num_classes, config.img_size)
     if asked.base_weight:
         load_teacher_weights(teacher, asked.base_weight)
+        own = name_teacher(asked, asked.base_weight).classes
+        order_classes(teacher, own, config.classes, f"--base-weight {asked.base_weight}")
     else:
         load_published_weights(teacher, config.base_model)
     return teacher
@@ -158,7 +161,8 @@ def check_classes(where: str, config: FarConfig, data: Data, mend: str) -> None:
         try:
             data.relabel(config.classes)
         except UnknownClass as error:
-            other = f"but not {shown(error)!r}, one of the {count} that --dataset {name} has"
+            how = "and twice" if config.classes.count(str(error)) > 1 else "but not"
+            other = f"{how} {shown(error)!r}, one of the {count} that --dataset {name} has"
             raise FarError(f"{where}: knows {known} classes, {other}; {mend}") from error
         if len(data.names) < known:
             say(data.context, f"--dataset {name}: has {len(data.names)} of the {known} classes that {where} knows")
@@ -166,19 +170,39 @@ def check_classes(where: str, config: FarConfig, data: Data, mend: str) -> None:
         raise FarError(f"{where}: knows {known} classes, --dataset {name} has {data.num_classes}; {mend}")
 
 
-def keeps_classifier(config: FarConfig, data: Data) -> bool:
-    """Whether a model's classifier names the data set's classes; labels are then matched by name.
+def keeps_classifier(where: str, config: FarConfig, data: Data) -> bool:
+    """Whether the classifier of the model of `where` names the data set's classes; labels are then matched by name.
 
-    A data set with as many classes of other names needs a fresh one.
+    A data set of another number of classes, or with as many of other names, needs a fresh one, which is said.
     """
-    if config.num_classes != data.num_classes:
-        return False
-    if config.classes and data.names:
-        try:
-            data.relabel(config.classes)
-        except UnknownClass:
-            return False
-    return True
+    try:
+        if config.num_classes == data.num_classes:
+            if config.classes and data.names:
+                data.relabel(config.classes)
+            return True
+    except UnknownClass:
+        pass
+    others = f"the {data.num_classes} of --dataset {data.config.dataset}"
+    say(data.context, f"{where}: its {config.num_classes} classes are not {others}; a fresh classifier is trained")
+    return False
+
+
+def order_classes(model: VisionTransformer, own: tuple[str, ...], wanted: tuple[str, ...], source: str) -> None:
+    """Reorders a model's classifier, whose classes are `own`, to `wanted`; nothing where a side does not know its.
+
+    Raises FarError naming the first class that differs.
+    """
+    if not (own and wanted) or own == wanted:
+        return
+    try:
+        numbers = match_classes(own, wanted)
+    except UnknownClass as error:
+        where = f"{source}: does not know the class {shown(error)!r}, which the other weights or the data have"
+        raise FarError(f"{where}; give weights of the same classes") from error
+    with torch.no_grad():
+        for head in classifiers(model):
+            head.weight.copy_(head.weight[numbers])
+            head.bias.copy_(head.bias[numbers])
 
 
 def check_labels(stages: list[Stage], data: Data) -> None:
@@ -211,10 +235,16 @@ def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
 
 
 def resumed(
-    run: RunFolder, model: VisionTransformer, asked: ModelConfig
+    run: RunFolder, model: VisionTransformer, config: FarConfig, asked: ModelConfig
 ) -> tuple[VisionTransformer, dict[str, Any] | None]:
-    """The model of an interrupted run in place of the fresh one, and the content of last.pth, or None."""
+    """The model of an interrupted run in place of the fresh one, and the content of last.pth, or None.
+
+    Raises FarError where it learned other classes, or in another order, as earlier versions numbered them.
+    """
     content = run.load_last()
     if content is not None:
-        model, _ = restore(content, f"--resume {run.path / 'last.pth'}", asked.drop, asked.drop_path)
+        source = f"--resume {run.path / 'last.pth'}"
+        model, stored = restore(content, source, asked.drop, asked.drop_path)
+        if stored.classes and stored.classes != config.classes:
+            raise FarError(f"{source}: was run with other classes, or in another order; name another --output-dir")
     return model, content

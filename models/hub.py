@@ -7,6 +7,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from models.replace import load_model, resize
+from utils.files import expanded
 from utils.preprocessing import Preprocessing
 
 
@@ -26,7 +27,7 @@ def load(
     input_size: image side in pixels, positions resized. num_classes: with a fresh classifier where it differs. Raises
     FarError on a file or a size that does not serve.
     """
-    model, config = load_model(Path(checkpoint).expanduser(), drop_path=drop_path)
+    model, config = load_model(expanded(checkpoint), drop_path=drop_path)
     if input_size is not None:
         resize(model, config, input_size, str(checkpoint))
     if num_classes is not None and num_classes != model.num_classes:

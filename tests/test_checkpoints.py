@@ -282,7 +282,7 @@ def test_plain_data_beside_weights_is_left_out_without_making_it(new, tmp_path):
     torch.save({"model": state, **beside}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
     found = checkpoint.load(tmp_path / "a.pth")
     assert all(torch.equal(found["model"][name], value) for name, value in state.items())
-    assert type(found["args"]) is type(found["metrics"]["acc1"]) is checkpoint.Ignored
+    assert type(found["args"]) is type(found["metrics"]["acc1"]) is checkpoint.ForeignObject
 
 
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict"])

@@ -3,6 +3,8 @@
 import json
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,10 +15,14 @@ import main
 import prune
 import visualization
 from datasets.classes import UnknownClass, imagenet_names, match_classes
+from datasets.loading import Data, DataConfig, filled
+from engine.jobs import taught
+from engine.pictures import PictureConfig, find_models
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import QUIET, write_images
 from utils.checkpoint import save
+from utils.distributed import Context
 from utils.preprocessing import Preprocessing
 
 KNOWN = ("square", "circle", "bars")  # not in the order of a folder's names
@@ -55,13 +61,8 @@ def test_the_first_name_without_a_number_of_its_own_is_named(known, names, first
 def circle(tmp_path_factory):
     """Checkpoints far.pth and teacher.pth of models that know KNOWN and always answer circle."""
     root = tmp_path_factory.mktemp("circle")
-    for name, replaced in (("far", (0, 1, 2, 3)), ("teacher", ())):
-        config = FarConfig("DeiT-Micro", 3, 32, replaced=replaced, classes=KNOWN, preprocessing=Preprocessing())
-        model = build(config)
-        with torch.no_grad():
-            model.head.weight.zero_()
-            model.head.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
-        save(root / f"{name}.pth", pack(model, config))
+    says(root, "far", KNOWN, 1)
+    says(root, "teacher", KNOWN, 1, replaced=())
     return root
 
 
@@ -71,6 +72,20 @@ def folder(root, **counts):
         for name, count in counts.items():
             write_images(root / split / name, count)
     return ["--dataset", "FOLDER", "--data-path", str(root)]
+
+
+def says(folder, name, classes, number, replaced=(0, 1, 2, 3)):
+    """A checkpoint of a model with these classes that always answers one of them."""
+    config = FarConfig(
+        "DeiT-Micro", len(classes), 32, replaced=replaced, classes=classes, preprocessing=Preprocessing()
+    )
+    model = build(config)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.bias[number] = 9
+    save(folder / f"{name}.pth", pack(model, config))
+    return str(folder / f"{name}.pth")
 
 
 SMALL = ["--batch-size", "4", "--input-size", "32", *QUIET]
@@ -135,7 +150,82 @@ def test_other_classes_get_a_fresh_classifier_and_their_own_names(how, more, nam
     accuracy(how, circle, data, tmp_path / "run")
     model, config = load_model(tmp_path / "run/best.pth")
     assert config.classes == (names or ("bird", "cat", "dog", "class 3"))
-    assert model.head.weight.abs().sum() > 0 and "does not know these classes" in capsys.readouterr().out
+    assert model.head.weight.abs().sum() > 0 and "a fresh classifier is trained" in capsys.readouterr().out
+
+
+OTHER = ("circle", "bars", "square")  # the same classes in another order, of which the first is circle
+
+
+@pytest.mark.parametrize("how", ["eval", "prune"])
+def test_a_model_and_its_teacher_are_compared_by_name(how, circle, tmp_path, failure):
+    data, far = folder(tmp_path / "data", bars=1, circle=6, square=1), str(circle / "far.pth")
+    flags = [
+        "--base-weight",
+        says(tmp_path, "teacher", OTHER, 0, replaced=()),
+        *data,
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    script, more = {
+        "eval": (main.main, ["--mode", "eval", "--far-weight", far, "--num-workers", "0"]),
+        "prune": (prune.main, ["--model-path", far, "--epochs", "0", "--ft-epochs", "0", *SMALL]),
+    }[how]
+    assert script([*more, *flags]) == 0
+    report = json.loads((tmp_path / "run" / {"eval": "result.json", "prune": "prune_report.json"}[how]).read_text())
+    report = report["rows"][0] if how == "prune" else report
+    assert report["agreement"] == 100 and report["teacher_acc1"] == report["acc1"] == 75
+    flags[1] = says(tmp_path, "stranger", ("circle", "cat", "square"), 0, replaced=())
+    assert "does not know the class 'bars'" in failure(*more, *flags[:-2], script=script)
+
+
+def test_weights_after_the_attention_stage_answer_by_name(circle, tmp_path):
+    attn, data = says(tmp_path, "attn", OTHER, 0), folder(tmp_path / "data", bars=1, circle=6, square=1)
+    weights = ["--base-weight", str(circle / "teacher.pth"), "--attn-weight", attn]
+    block = ["--block-ft-batch-size", "4", "--block-ft-epochs", "0"]
+    main.main(["--mode", "train", *TRAINED, *block, *weights, *data, "--output-dir", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["acc1"] == 75 and result["agreement"] == 100
+
+
+def test_a_run_that_learned_classes_in_another_order_is_not_gone_on_with(circle, tmp_path, failure):
+    data, run = folder(tmp_path / "data", bars=1, circle=2, square=1), tmp_path / "run"
+    flags = ["--mode", "downstream", "--far-weight", str(circle / "far.pth"), *TRAINED, *data, "--output-dir", str(run)]
+    main.main(flags)
+    last = torch.load(run / "last.pth", weights_only=True)
+    last["config"]["classes"] = tuple(sorted(KNOWN))  # by number, as before labels were matched
+    torch.save(last, run / "last.pth")
+    assert "was run with other classes, or in another order" in failure(*flags, "--resume")
+
+
+def test_pictures_of_two_models_name_classes_alike(circle, tmp_path):
+    weights = {"base_weight": says(tmp_path, "t", OTHER, 0, replaced=()), "far_weight": circle / "far.pth"}
+    models, config, _ = find_models(PictureConfig(**{k: Path(v) for k, v in weights.items()}, output_dir=tmp_path))
+    answers = {config.classes[model(torch.zeros(1, 3, 32, 32)).argmax()] for model in models.values()}
+    assert answers == {"circle"}
+
+
+def test_names_that_fill_up_are_no_ones_elses():
+    assert filled(("class 3", "x"), 4) == ("class 3", "x", "class 2", "class 4")
+
+
+def test_splits_agree_however_accents_are_composed(tmp_path):
+    names = (ACCENTED, "cafz") if ACCENTED < "cafz" else ("cafz", ACCENTED)
+    for split, spelled in (("train", "café"), ("val", ACCENTED)):
+        write_images(tmp_path / split / spelled, 2)
+        write_images(tmp_path / split / "cafz", 1)
+    data = Data(DataConfig("FOLDER", tmp_path, 32), Context())
+    labels = [label for _, label in data.val]
+    assert names == (ACCENTED, "cafz") and data.names == ("cafz", "café")  # sorted otherwise in either split
+    assert sorted(labels) == [0, 1, 1]
+
+
+def test_a_data_set_without_names_leaves_the_teachers():
+    known = FarConfig("DeiT-Micro", 3, 32, classes=KNOWN)
+    unnamed = SimpleNamespace(names=(), class_names=(), labelled=True, num_classes=3, preprocessing=None)
+    command = SimpleNamespace(model=SimpleNamespace(base_weight="a.pth"))
+    assert taught(command, known, unnamed).classes == KNOWN
+    unnamed.num_classes = 4
+    assert taught(command, known, unnamed).classes == ()
 
 
 def test_export_counts_right_answers_by_name(circle, tmp_path, capsys):
@@ -150,6 +240,11 @@ def test_visualization_says_which_class_the_models_do_not_know(circle, tmp_path,
     flags = ["--far-weight", str(circle / "far.pth"), "--count", "1", "--block", "0"]
     visualization.main([*flags, *data, "--output-dir", str(tmp_path / "figures")])
     assert "do not know its class 'cat'" in caplog.text
+    caplog.clear()
+    visualization.main(
+        [*flags, *folder(tmp_path / "known", bars=1, circle=1), "--output-dir", str(tmp_path / "figures")]
+    )
+    assert not caplog.text
 
 
 def test_the_hub_and_timm_know_the_names_until_the_classifier_is_another(circle, tmp_path):

@@ -103,6 +103,12 @@ def test_a_run_goes_on_wherever_its_data_and_weights_lie_but_not_with_others(tmp
     assert "was run with --base-weight" in failure(*again, moved)
 
 
+def test_a_tilde_of_nobody_is_a_name_like_others(failure):
+    assert "no such file" in failure(
+        "--mode", "predict", "--far-weight", "~nobody-of-this-name/a.pth", "--images", "x.jpg"
+    )
+
+
 @pytest.mark.parametrize("flag", ["--output-dir=~/run", "--output-dir ~/run"])
 def test_a_tilde_is_the_home_folder_in_any_path(flag, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))

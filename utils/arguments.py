@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
@@ -11,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from utils import names
 from utils.errors import one_line, tell
+from utils.files import expanded
 
 SCHEDULES = ("cosine", "tanh", "step", "poly")
 
@@ -101,17 +101,17 @@ OnOff = argparse.BooleanOptionalAction
 
 def path(text: str) -> Path:
     """`~` is the home folder here, too: a shell leaves that of --flag=~/x as it is."""
-    text = os.path.expanduser(text)  # noqa: PTH111  (pathlib's raises where there is no such user)
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    found = expanded(text)
     try:
-        Path(text).stat()
+        found.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass  # told where it is known what should be there
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", str(error))
         raise argparse.ArgumentTypeError(f"{text:.80}: {reason}; name another file or folder") from None
-    return Path(text)
+    return found
 
 
 def table(text: str) -> Path:

@@ -34,7 +34,7 @@ RECIPE = (  # whether the file is a model, weights, or either in one of the firs
 FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
-class Ignored:
+class ForeignObject:
     """Stands for what training scripts keep beside weights and FAR does not read: nothing of theirs is made."""
 
     def __init__(self, *args):
@@ -42,6 +42,9 @@ class Ignored:
 
     def __setstate__(self, state):
         pass
+
+    def __repr__(self) -> str:
+        return "a Python object"
 
 
 # Plain data whose types torch's own loader refuses: a script's flags, paths among them, dates, NumPy's scalars.
@@ -165,7 +168,7 @@ def _parse(file: BinaryIO) -> Any:
             if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
                 raise zipfile.BadZipFile
         file.seek(0)
-    with torch.serialization.safe_globals([(Ignored, name) for name in BESIDE_WEIGHTS]):
+    with torch.serialization.safe_globals([(ForeignObject, name) for name in BESIDE_WEIGHTS]):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

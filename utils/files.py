@@ -1,10 +1,16 @@
 """Folders to write to, checked before work begins, and files told apart by what they hold."""
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 
 from utils.errors import FarError
+
+
+def expanded(path: str | Path) -> Path:
+    """With `~` as the home folder; as it is where there is no such user, which pathlib's own raises at."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def check_writable(path: Path, flag: str = "--output-dir") -> None:
