@@ -25,6 +25,11 @@ TEACH = ["--mode", "teacher", *DIGITS, *BATCH]
 TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test that the whole chain learns comes first: the longest, and the one that tells most."""
+    items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
 def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
     """`count` noise JPEGs."""
     folder.mkdir(parents=True, exist_ok=True)
