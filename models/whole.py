@@ -253,9 +253,8 @@ def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
         return "the C++ kernel cannot be built here"
     if precision not in (torch.float32, torch.bfloat16):
         return f"{precision} is neither float32 nor bfloat16"
-    if precision == torch.bfloat16 and not cpu.has_bfloat16():
-        return "bfloat16 needs a CPU with AVX512_BF16"
-    return next(_faults(model), "")
+    lacks = precision == torch.bfloat16 and not cpu.has_bfloat16()
+    return next(_faults(model), "bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
 
 
 class WholeModel(nn.Module):

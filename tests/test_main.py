@@ -8,6 +8,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from timm.data import ImageNetInfo
 
 import main
 from datasets.registry import SOURCES
@@ -33,7 +34,10 @@ SMALL = ["--epochs", "1", "--block-ft-epochs", "1", *QUIET]
 def imnet(tmp_path_factory):
     """A fake IMNET and a DeiT-Tiny made here, in the layouts of the real ones."""
     root = tmp_path_factory.mktemp("imnet")
-    image_folder(root / "data/IMNET", classes=1000, count=1, size=8)
+    data = image_folder(root / "data/IMNET", classes=1000, count=1, size=8)
+    for number, name in enumerate(ImageNetInfo().label_names()):
+        for split in ("train", "val"):
+            (data / split / f"class{number}").rename(data / split / name)
     torch.manual_seed(0)
     state = create_teacher("DeiT-Tiny", 1000, 224).state_dict()
     torch.save({"model": state}, root / "tiny.pth")

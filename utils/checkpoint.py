@@ -27,9 +27,9 @@ SAFE = "far"  # where safetensors' metadata hold our plain data
 WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod)\.)*")  # DataParallel's and torch.compile's
 RECIPE = (  # whether the file is a model, weights, or either in one of the first two wrappers
-    "import torch as t; s = lambda m: m.state_dict() if hasattr(m, 'state_dict') else m; "
-    "m = s(t.load('FILE', 'cpu', weights_only=False)); m = s(m.get('model', m.get('state_dict', m))); "
-    "t.save({k: v for k, v in m.items() if t.is_tensor(v)}, 'weights.pth')"
+    "import torch; m = torch.load('FILE', 'cpu', weights_only=False); "
+    "m = m.get('model', m.get('state_dict', m)) if isinstance(m, dict) else m; "
+    "torch.save(m if isinstance(m, dict) else m.state_dict(), 'weights.pth')"
 )
 FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
@@ -132,7 +132,7 @@ def _load(path: Path, source: str) -> dict[str, Any]:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise FarError(
                 f"{source}: holds pickled Python objects (or is damaged), which FAR refuses to execute; if you trust "
-                f'it, save its weights where its code is: python3 -c "{RECIPE}"'
+                f'it, save its weights where the code that wrote it is: python3 -c "{RECIPE}"'
             ) from error
         raise FarError(f"{source}: not a checkpoint, or damaged; copy or train it again") from error
     except Exception as error:  # noqa: BLE001  (parsers of damaged bytes raise a dozen unrelated types)
