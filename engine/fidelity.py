@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.loading import naming_dead_workers
 from engine.distill import Features, forward_features
+from engine.evaluate import accuracy, batches, score
 from utils.distributed import Context
 
 
@@ -23,14 +23,14 @@ def fidelity(
     autocast: Callable,
     blocks: Iterable[int] | None = None,
 ) -> dict[str, Any]:
-    """Compares a student with its teacher, each on its own running state, over the shares of all processes.
+    """Evaluates a student and its teacher in one pass, each on its own running state, over the shares of all processes.
 
     blocks: those compared inside, of both models' indices; all by default, none for a student whose blocks were fused.
 
     Returns a dictionary with
+        loss, acc1, acc5, images: the student's, as `evaluate` has them; teacher_loss, teacher_acc1, teacher_acc5.
         agreement: the share of images on which both name the same class, in percent.
         kl: KL(teacher || student) of the logits in nats, mean over images.
-        teacher_acc1: the teacher's own top-1 in percent.
         teacher_errors, repeated_errors: how many images the teacher gets wrong, and on how many of those the student
             gives the teacher's wrong answer.
         z_similarity: by block, the cosine similarity of z (joined head outputs before the output projection), mean
@@ -40,17 +40,19 @@ def fidelity(
     blocks = range(len(student.blocks)) if blocks is None else tuple(blocks)
     modes = [(model, model.training) for model in (student, teacher)]
     student.eval(), teacher.eval()
-    totals = torch.zeros(5 + 3 * len(blocks), dtype=torch.float64, device=context.device)
-    with naming_dead_workers(loader.num_workers):
-        for images, targets in loader:
-            images, targets = images.to(context.device), targets.to(context.device)
-            with autocast():
-                ours, theirs = (_features(model, images, blocks) for model in (student, teacher))
-            sums = [*_answers(ours.logits, theirs.logits, targets), *_insides(ours, theirs, blocks)]
-            totals += torch.stack([totals.new_tensor(len(images)), *(value.double() for value in sums)])
+    scores = torch.zeros(2, 4, dtype=torch.float64, device=context.device)
+    totals = torch.zeros(4 + 3 * len(blocks), dtype=torch.float64, device=context.device)
+    for images, targets in batches(loader, context):
+        with autocast():
+            ours, theirs = (_features(model, images, blocks) for model in (student, teacher))
+        scores += torch.stack([score(features.logits, targets) for features in (ours, theirs)])
+        sums = [*_answers(ours.logits, theirs.logits, targets), *_insides(ours, theirs, blocks)]
+        totals += torch.stack([value.double() for value in sums])
     for model, training in modes:
         model.train(training)
-    return _report(context.sum(totals).tolist(), blocks)
+    own, reference = (accuracy(context.sum(sums).tolist()) for sums in scores)
+    insides = _report(context.sum(totals).tolist(), own["images"], blocks)
+    return {**own, **{f"teacher_{name}": reference[name] for name in ("loss", "acc1", "acc5")}, **insides}
 
 
 def _features(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> Features:
@@ -76,13 +78,12 @@ def _insides(ours: Features, theirs: Features, blocks: Iterable[int]) -> list[Te
     return sums
 
 
-def _report(totals: list[float], blocks: Iterable[int]) -> dict[str, Any]:
-    count, same, kl, wrong, repeated, *insides = totals
+def _report(totals: list[float], count: int, blocks: Iterable[int]) -> dict[str, Any]:
+    same, kl, wrong, repeated, *insides = totals
     by_block = list(zip(insides[::3], insides[1::3], insides[2::3], strict=True))
     report = {
         "agreement": 100 * same / count,
         "kl": max(kl / count, 0.0),  # of equal logits rounding gives a hair less
-        "teacher_acc1": 100 * (count - wrong) / count,
         "teacher_errors": int(wrong),
         "repeated_errors": int(repeated),
     }
@@ -90,6 +91,14 @@ def _report(totals: list[float], blocks: Iterable[int]) -> dict[str, Any]:
         report["z_similarity"] = {i: c / count for i, (c, _, _) in zip(blocks, by_block, strict=True)}
         report["output_error"] = {i: (e / s) ** 0.5 for i, (_, e, s) in zip(blocks, by_block, strict=True)}
     return report
+
+
+def of_teacher(report: dict[str, Any]) -> dict[str, Any]:
+    """The row of the teacher itself, from a comparison with it."""
+    own = {name: report[f"teacher_{name}"] for name in ("loss", "acc1", "acc5")}
+    same = {"agreement": 100.0, "kl": 0.0, "repeated_errors": report["teacher_errors"]}
+    inside = {"z_similarity": dict.fromkeys(report["z_similarity"], 1.0)}
+    return {**report, **own, **same, **inside, "output_error": dict.fromkeys(report["output_error"], 0.0)}
 
 
 def farthest(report: dict[str, Any]) -> dict[str, float]:

@@ -114,7 +114,9 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
     with open_run(command.run, context, data.fingerprint) as run:
         model, last = resumed(run, model, config, command.model)
         task = partial(Distillation, model, None)
-        result = Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
+        Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
+        loader = data.val_loader(stage.optim.batch_size)
+        result = evaluate(model, loader, context, command.settings.autocast(context.device))
         finish(run, model, result, context)
 
 
@@ -155,10 +157,10 @@ def train(command: ModeCommand, context: Context) -> None:
         reference.to(context.device)
 
         task = partial(Distillation, model, reference, distill_input=command.distill_input)
-        result = Trainer(model, config, stages, task, data, run, context, settings, last).fit()
+        Trainer(model, config, stages, task, data, run, context, settings, last).fit()
         loader = data.val_loader(block.batch_size)
         kept = fidelity(model, reference, loader, context, settings.autocast(context.device))
-        finish(run, model, {**result, **kept}, context)
+        finish(run, model, kept, context)
     say(context, f"its teacher: top-1 {kept['teacher_acc1']:.2f}; the student {summary(kept)}")
 
 
@@ -249,10 +251,12 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
         model = fuse(model, FUSE[command.fuse])
     loader, autocast = data.val_loader(command.rates.asked.batch_size), command.settings.autocast(context.device)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
-        result = {**evaluate(model, loader, context, autocast), "parameters": parameters}
-        if reference is not None:
+        if reference is None:
+            result = evaluate(model, loader, context, autocast)
+        else:
             inside = () if command.fuse else None
-            result |= fidelity(model, reference.to(context.device), loader, context, autocast, inside)
+            result = fidelity(model, reference.to(context.device), loader, context, autocast, inside)
+        result["parameters"] = parameters
         if run:
             run.write_json("result.json", result)
     say(

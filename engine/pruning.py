@@ -13,7 +13,7 @@ from engine.configs import Command, Rates
 from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
-from engine.fidelity import farthest, fidelity
+from engine.fidelity import farthest, fidelity, of_teacher
 from engine.hoyer import Norms, Regularized, unit_norms
 from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
@@ -40,6 +40,7 @@ from utils.errors import FarError
 from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
 from utils.run_folder import RunFolder, open_run
 
+AFTER = {"regularize": "regularized", "fine-tune": "fine-tuned"}  # what the report calls a model after a training
 Parts = Mapping[int, BlockPart]  # by block
 
 # What ranks units, largest first: from parts, and from what is seen of them on images where that is asked for.
@@ -151,12 +152,14 @@ class Pruning:
     def _steps(self, top: RunFolder) -> dict:
         command = self.command
         self.model.to(self.context.device)
-        report = {"model": str(self.path), "seed": self.settings.seed, "rows": [self._measure("before", self.model)]}
+        before = {"when": "before", **self._measure(self.model)}
+        report = {"model": str(self.path), "seed": self.settings.seed, "rows": [before]}
         if self.teacher is not None:
-            report["teacher"] = self._measure("teacher", self.teacher)
+            sizes = count_all(self.teacher, describe(self.teacher, self.config))
+            report["teacher"] = {"when": "teacher", **of_teacher(before), **sizes}
         folder = top.child("regularize")
-        model = self._train(folder, self.model, self.regularize, "regularize")
-        report["rows"].append(self._measure("regularized", model))
+        model, row = self._train(folder, self.model, self.regularize, "regularize", before)
+        report["rows"].append(row)
         if self.context.main:
             top.figure(pruning_curves(folder.rows("steps.jsonl"), command.reg), "regularize.png")
         if command.sweep:
@@ -178,23 +181,25 @@ class Pruning:
         asked = self.command.model
         return load_model(run.path / "best.pth", flag, asked.drop, asked.drop_path)[0].to(self.context.device)
 
-    def _train(self, run: RunFolder, model, optim: Optim, name: str):
-        """One training in its folder, best.pth holding what it hands on; without epochs, the model as it is."""
-        if run.resumed and run.has("result.json"):
+    def _train(self, run: RunFolder, model, optim: Optim, name: str, before: dict) -> tuple[torch.nn.Module, dict]:
+        """One training in its folder, best.pth holding what it hands on. Returns that and what is measured of it.
+
+        before: what was measured of the model, which holds where nothing trains.
+        """
+        finished = run.resumed and run.has("result.json")
+        if finished:
             model = self._load(run, "--resume")
-            set_backend(model, self.settings.lstm_backend)
-            return model
-        model, last = resumed(run, model, self.config, self.command.model)
-        stage = self._stage(name, optim)
-        set_backend(model, self.settings.lstm_backend)
-        if optim.epochs:
-            task = partial(self._task, model, name == "regularize")
-            result = Trainer(model, self.config, [stage], task, self.data, run, self.context, self.settings, last).fit()
         else:
+            model, last = resumed(run, model, self.config, self.command.model)
+        set_backend(model, self.settings.lstm_backend)
+        if optim.epochs and not finished:
+            stages, task = [self._stage(name, optim)], partial(self._task, model, name == "regularize")
+            Trainer(model, self.config, stages, task, self.data, run, self.context, self.settings, last).fit()
+        elif not finished:
             run.save("best.pth", pack(model, self.config))
-            result = self._evaluate(model)
-        run.write_json("result.json", result)
-        return model
+        row = {**(self._measure(model) if optim.epochs else before), "when": AFTER[name]}
+        run.write_json("result.json", row)
+        return model, row
 
     def _stage(self, name: str, optim: Optim) -> Stage:
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
@@ -238,8 +243,9 @@ class Pruning:
             if self.command.refit and units:
                 refit(parts, units, self._seen(model, parts))
             shrink(parts, units)
-        rows = [{**self._measure("pruned", model), **self._timed(model)}]
-        model = self._train(run, model, self.fine_tune, "fine-tune")
+        pruned = {"when": "pruned", **self._measure(model)}
+        timed = self._timed(model)
+        model, tuned = self._train(run, model, self.fine_tune, "fine-tune", pruned)
         if self.context.main:
             config = describe(model, self.config)
             parts = replacements(self.model)
@@ -247,7 +253,7 @@ class Pruning:
             run.figure(
                 kept_units(units, max(max(pair) for part in parts.values() for pair in part.full_sizes)), "units.png"
             )
-        return model, [*rows, self._measure("fine-tuned", model)]
+        return model, [{**pruned, **timed}, tuned]
 
     def _timed(self, model) -> dict:
         """How fast the shrunk model is, where that was asked for, also said in one line."""
@@ -258,19 +264,12 @@ class Pruning:
         say(self.context, latency.summary(found))
         return {"latency": found}
 
-    def _evaluate(self, model) -> dict[str, float]:
-        return evaluate(model, *self._evaluation())
-
-    def _evaluation(self) -> tuple:
-        """What `evaluate` and `fidelity` need besides models."""
+    def _measure(self, model) -> dict:
+        """Accuracy, and fidelity where there is a teacher, in one pass; sizes."""
         loader = self.data.val_loader(self.command.rates.asked.batch_size)
-        return loader, self.context, self.settings.autocast(self.context.device)
-
-    def _measure(self, when: str, model) -> dict:
-        row = {"when": when, **self._evaluate(model), **count_all(model, describe(model, self.config))}
-        if self.teacher is not None:
-            row |= fidelity(model, self.teacher, *self._evaluation())
-        return row
+        how = loader, self.context, self.settings.autocast(self.context.device)
+        found = evaluate(model, *how) if self.teacher is None else fidelity(model, self.teacher, *how)
+        return {**found, **count_all(model, describe(model, self.config))}
 
 
 class Column(NamedTuple):

@@ -222,8 +222,8 @@ class Trainer:
 
         return check(self.resumed, self.config, self.stages, batches, self.source)
 
-    def fit(self) -> dict[str, float]:
-        """Trains every stage; returns the evaluation of the weights handed on. Raises signals.Stopped, FarError."""
+    def fit(self) -> None:
+        """Trains every stage; the model then has the weights handed on. Raises signals.Stopped, FarError."""
         device = self.context.device
         if device.type == "cuda":
             self._say(f"{torch.cuda.get_device_name(device)}: {self.settings.products(device)}")
@@ -232,8 +232,6 @@ class Trainer:
             while self.at.stage < len(self.stages):
                 self._stage(self.stages[self.at.stage])
         self.run.draw()
-        loader = self.data.val_loader(self.stages[-1].optim.batch_size)
-        return evaluate(self.model, loader, self.context, self.autocast)
 
     def _place(self, stage: Stage) -> None:
         self.model.to(self.context.device)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import main
 import prune
+from engine import pruning
 from engine.fidelity import fidelity, summary
 from engine.pruning import table
 from engine.train import Settings
@@ -18,19 +19,21 @@ from tests.conftest import BATCH, EVAL, QUIET, launch, torchrun
 from utils.distributed import Context
 from utils.figures import fidelity_by_block
 
-KEYS = {"agreement", "kl", "teacher_acc1", "teacher_errors", "repeated_errors", "z_similarity", "output_error"}
+OWN = {f"{whose}{name}" for whose in ("", "teacher_") for name in ("loss", "acc1", "acc5")}
+KEYS = OWN | {"images", "agreement", "kl", "teacher_errors", "repeated_errors", "z_similarity", "output_error"}
 PLAIN = Settings().autocast(torch.device("cpu"))
 
 
 def pair():
-    """A teacher and a student of it that answers alike on some images and otherwise on others."""
-    teacher, student = (create_teacher("DeiT-Micro", 4, 32) for _ in range(2))
+    """A teacher and a student of it that answers alike on some images and otherwise on others, never the last class."""
+    teacher, student = (create_teacher("DeiT-Micro", 7, 32) for _ in range(2))
     student.load_state_dict(teacher.state_dict())
     swap_attention(student, (1, 3), "multi-lstm")
     with torch.no_grad():
         for model in (teacher, student):
             model.head.weight.mul_(20)
             model.head.bias.normal_(std=0.05)
+            model.head.bias[6] = -99
     return student, teacher
 
 
@@ -46,6 +49,15 @@ def seen(model, images):
     for handle in handles:
         handle.remove()
     return logits.double().numpy(), *({i: v.double().numpy() for i, v in maps.items()} for maps in (z, output))
+
+
+def scores(logits, labels):
+    """Cross entropy, top-1 and top-5 of logits in float64, image by image."""
+    losses, ranks = [], []
+    for row, label in zip(logits, labels.tolist(), strict=True):
+        losses.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[label])
+        ranks.append((row > row[label]).sum())
+    return {"loss": np.mean(losses), "acc1": 100 * np.mean(np.less(ranks, 1)), "acc5": 100 * np.mean(np.less(ranks, 5))}
 
 
 def by_hand(student, teacher, images, labels):
@@ -67,7 +79,9 @@ def by_hand(student, teacher, images, labels):
     return {
         "agreement": 100 * same / n,
         "kl": np.mean(kl),
-        "teacher_acc1": 100 - 100 * wrong / n,
+        "images": n,
+        **scores(ours[0], labels),
+        **{f"teacher_{name}": value for name, value in scores(theirs[0], labels).items()},
         "teacher_errors": wrong,
         "repeated_errors": repeated,
         "z_similarity": cosines,
@@ -81,9 +95,9 @@ def test_fidelity_equals_loops_over_images_tokens_and_classes():
         student, teacher = pair()
         answers = [model.eval()(images).argmax(1) for model in (student, teacher)]
         same = (answers[0] == answers[1]).sum()
-    labels = torch.cat([answers[1][:9], torch.randint(4, (14,))])
-    labels[(answers[0] == answers[1]).nonzero()[0]] = 4  # nobody's answer: an error that is repeated
-    labels[(answers[0] != answers[1]).nonzero()[0]] = 4  # one that is not
+    labels = torch.cat([answers[1][:9], torch.randint(6, (14,))])
+    labels[(answers[0] == answers[1]).nonzero()[0]] = 6  # nobody's answer: an error that is repeated
+    labels[(answers[0] != answers[1]).nonzero()[0]] = 6  # one that is not
     student.train()
     found = fidelity(student, teacher, DataLoader(TensorDataset(images, labels), 5), Context(), PLAIN)
     assert student.training
@@ -96,7 +110,7 @@ def test_fidelity_equals_loops_over_images_tokens_and_classes():
 
 def test_a_model_keeps_all_of_itself():
     _, teacher = pair()
-    loader = DataLoader(TensorDataset(torch.randn(6, 3, 32, 32), torch.randint(4, (6,))), 4)
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 32, 32), torch.randint(6, (6,))), 4)
     found = fidelity(teacher, teacher, loader, Context(), PLAIN)
     assert found["agreement"] == 100 and found["kl"] == pytest.approx(0, abs=1e-9)
     assert found["repeated_errors"] == found["teacher_errors"]
@@ -127,7 +141,9 @@ def test_training_and_eval_report_the_same_of_the_same_weights(far, teacher, tmp
     assert fused["kl"] == pytest.approx(plain["kl"], abs=1e-3) and "z_similarity" not in fused
 
 
-def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tmp_path, capsys):
+def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tmp_path, capsys, monkeypatch):
+    passes = []
+    monkeypatch.setattr(pruning, "fidelity", lambda *args: passes.append(args) or fidelity(*args))
     small = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, *BATCH, "--epochs", "0"]
     argv = ["--model-path", str(far / "best.pth"), *small, "--ft-epochs", "0", "--keep-ratio", "0.5"]
     for name, more in (("without", []), ("with", ["--base-weight", str(teacher)])):
@@ -139,6 +155,7 @@ def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tm
         assert len(widths) == 1 and ("agrees %" in said) == bool(more) == (tmp_path / name / "fidelity.png").exists()
         rows = [*report["rows"], report.get("teacher", report["rows"][0])]
         assert all((row.keys() >= KEYS) == bool(more) for row in rows)
+    assert len(passes) == 2  # before, and pruned: where nothing trains nothing is measured again
     assert report["teacher"]["agreement"] == 100 > report["rows"][-1]["agreement"]
     last = report["rows"][-1]
     cosine, error = min(last["z_similarity"].values()), max(last["output_error"].values())
