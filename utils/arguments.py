@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
         tell(f"error: {one_line(message)}; see --help")
         self.exit(2)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        """argparse's, which before Python 3.13 makes an empty list of `--flag=--`."""
+        if action.option_strings and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "-- is no value; name one")
+        return super()._get_values(action, arg_strings)
+
     def given(self, argv: list[str] | None) -> dict[str, str]:
         """The flags that a command line names, by destination."""
         words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
