@@ -1,7 +1,6 @@
 """Exact evaluation: each image counts once, whatever the number of processes."""
 
 from collections.abc import Callable, Iterator
-from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ def evaluate(
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=context.device)
     common = -context.most(-len(loader)) if check else 0  # shares differ by an image, and so by a batch
-    for number, (images, targets) in zip(count(), batches(loader, context)):  # noqa: B905  (count has no end)
+    for number, (images, targets) in enumerate(batches(loader, context)):
         if number < common:
             check()
         with autocast():
