@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -34,9 +35,8 @@ from utils.files import check_writable
 from utils.page import Section, write_page
 from utils.script import run_script
 
-RUN = "--scale Micro --num-workers 0".split()
-TRAINING = """--unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0 --select last
---eval-every 4 --save-every 4""".split()
+COMMON = """--scale Micro --num-workers 0 --unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0
+--select last --eval-every 4 --save-every 4""".split()
 OPTIM, BLOCK_OPTIM = "--batch-size 64 --clip-grad 1".split(), "--block-ft-batch-size 64 --block-ft-clip-grad 1".split()
 DIGITS = ["--dataset", "DIGITS"]
 TEACHER = ["--mode", "teacher", *OPTIM, *"--epochs 50 --lr 2e-3 --warmup-epochs 8".split()]
@@ -110,28 +110,46 @@ READING = (
 INSIDE = ("agreement", "kl", "z_similarity", "output_error")
 
 
-class Demo:
-    """Runs the scripts one after the other in a folder; an interrupted demo goes on where it stopped."""
+SCRIPTS = {"main.py": main.main, "prune.py": prune.main}
 
-    def __init__(self, root: Path, seed: int, data: list[str], epochs: str = ""):
-        self.root, self.seed, self.data, self.epochs = root, seed, data, epochs
+
+def in_this_process(script: str, argv: list[str]) -> None:
+    SCRIPTS[script](argv)
+
+
+class Demo:
+    """Runs the scripts one after the other in a folder; an interrupted demo goes on where it stopped.
+
+    common: flags of every command. call: what runs one, given its script and flags.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        seed: int,
+        data: list[str],
+        epochs: str = "",
+        common: Sequence[str] = COMMON,
+        call: Callable[[str, list[str]], None] = in_this_process,
+    ):
+        self.root, self.seed, self.data, self.epochs, self.common, self.call = root, seed, data, epochs, common, call
         self.seconds: dict[str, float] = {}
 
     def stage(self, name: str, *argv: str) -> dict:
         """One call of main.py into root/name; returns its result.json."""
-        return self._call(name, "main.py", main.main, self._shrunk(argv), "result.json")
+        return self._run(name, "main.py", self._shrunk(argv), "result.json")
 
     def prune(self, *argv: str, name: str = "prune") -> dict:
         """One call of prune.py into root/name; returns its report."""
-        return self._call(name, "prune.py", prune.main, self._shrunk(argv), "prune_report.json")
+        return self._run(name, "prune.py", self._shrunk(argv), "prune_report.json")
 
-    def _call(self, name: str, script: str, call, argv: list[str], result: str) -> dict:
+    def _run(self, name: str, script: str, argv: list[str], result: str) -> dict:
         run, started = self.root / name, time.perf_counter()
         timing = self.root / f"{name}.seconds"
         finished = (run / result).exists()
-        argv = [*RUN, *TRAINING, *argv, "--seed", str(self.seed), "--output-dir", str(run), "--resume", "auto"]
+        argv = [*self.common, *argv, "--seed", str(self.seed), "--output-dir", str(run), "--resume", "auto"]
         print(f"\n== {name}: python3 {script} {' '.join(argv)}", flush=True)
-        call(argv)  # a finished one too: it may be of other flags, which is refused, and is evaluated again
+        self.call(script, argv)  # a finished one too: it may be of other flags, which is refused, and is evaluated again
         if not finished:
             timing.write_text(f"{time.perf_counter() - started:.1f}")
         self.seconds[name] = float(timing.read_text()) if timing.exists() else 0.0  # killed right after its result
@@ -218,7 +236,11 @@ def rows(summary: dict) -> list[list[str]]:
 
 def table(summary: dict) -> str:
     """The same as text."""
-    found = rows(summary)
+    return text_table(rows(summary))
+
+
+def text_table(found: list[list[str]]) -> str:
+    """Rows of cells, the first one its heads, in columns."""
     widths = [max(map(len, column)) for column in zip(*found, strict=True)]
     return "\n".join(
         f"{label:<{widths[0]}}" + "".join(f"{cell:>{w + 2}}" for cell, w in zip(cells, widths[1:], strict=True))

@@ -20,19 +20,36 @@ def batches(loader: DataLoader, context: Context) -> Iterator[tuple[Tensor, Tens
             yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
+def sums_of(classes: int, context: Context) -> Tensor:
+    """Where the batches' `score` is added up."""
+    return torch.zeros(2 + 2 * classes, dtype=torch.float64, device=context.device)
+
+
 def score(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums over a batch, in float64: (cross entropy, right answers, right among the first five, images)."""
+    """Sums over a batch of logits (B, C), in float64: cross entropy, right among the first five, then by class the
+    images and those named right, 2 + 2 C in all."""
     logits = logits.float()
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None])  # (B, 5)
     loss = F.cross_entropy(logits, targets, reduction="sum")
-    sums = [loss.double(), top[:, 0].sum().double(), top.sum().double()]
-    return torch.stack([*sums, sums[0].new_tensor(len(targets))])
+    images = F.one_hot(targets, logits.shape[1])  # (B, C)
+    sums = torch.stack([loss.double(), top.sum().double()])
+    return torch.cat([sums, images.sum(0).double(), (images * top[:, :1]).sum(0).double()])
 
 
-def accuracy(sums: list[float]) -> dict[str, float]:
-    """Means of `score` over all images: loss, acc1 and acc5 in percent, images (the count)."""
-    loss, top1, top5, images = sums
-    return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": int(images)}
+def accuracy(sums: Tensor) -> dict[str, float]:
+    """Means of `score` over all images: loss; acc1, acc5 and balanced_acc1 in percent; images (the count).
+
+    balanced_acc1: the mean over classes, those that have images, of the share of theirs that is named right.
+    """
+    (loss, top5), (of_class, right) = sums[:2].tolist(), sums[2:].view(2, -1)
+    images, seen = int(of_class.sum()), of_class > 0
+    return {
+        "loss": loss / images,
+        "acc1": 100 * right.sum().item() / images,
+        "acc5": 100 * top5 / images,
+        "balanced_acc1": 100 * (right[seen] / of_class[seen]).mean().item(),
+        "images": images,
+    }
 
 
 @torch.no_grad()
@@ -45,7 +62,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=context.device)
+    totals = sums_of(model.num_classes, context)
     common = -context.most(-len(loader)) if check else 0  # shares differ by an image, and so by a batch
     for number, (images, targets) in enumerate(batches(loader, context)):
         if number < common:
@@ -54,4 +71,4 @@ def evaluate(
             logits = model(images)
         totals += score(logits, targets)
     model.train(training)
-    return accuracy(context.sum(totals).tolist())
+    return accuracy(context.sum(totals))

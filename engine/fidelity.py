@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.distill import Features, forward_features
-from engine.evaluate import accuracy, batches, score
+from engine.evaluate import accuracy, batches, score, sums_of
 from utils.distributed import Context
+
+OF_BOTH = ("loss", "acc1", "acc5", "balanced_acc1")
 
 
 @torch.no_grad()
@@ -28,7 +30,8 @@ def fidelity(
     blocks: those compared inside, of both models' indices; all by default, none for a student whose blocks were fused.
 
     Returns a dictionary with
-        loss, acc1, acc5, images: the student's, as `evaluate` has them; teacher_loss, teacher_acc1, teacher_acc5.
+        loss, acc1, acc5, images: the student's, as `evaluate` has them; and the same of the teacher,
+            teacher_loss and so on.
         agreement: the share of images on which both name the same class, in percent.
         kl: KL(teacher || student) of the logits in nats, mean over images.
         teacher_errors, repeated_errors: how many images the teacher gets wrong, and on how many of those the student
@@ -40,7 +43,7 @@ def fidelity(
     blocks = range(len(student.blocks)) if blocks is None else tuple(blocks)
     modes = [(model, model.training) for model in (student, teacher)]
     student.eval(), teacher.eval()
-    scores = torch.zeros(2, 4, dtype=torch.float64, device=context.device)
+    scores = torch.stack([sums_of(teacher.num_classes, context)] * 2)
     totals = torch.zeros(4 + 3 * len(blocks), dtype=torch.float64, device=context.device)
     for images, targets in batches(loader, context):
         with autocast():
@@ -50,9 +53,9 @@ def fidelity(
         totals += torch.stack([value.double() for value in sums])
     for model, training in modes:
         model.train(training)
-    own, reference = (accuracy(context.sum(sums).tolist()) for sums in scores)
+    own, reference = (accuracy(context.sum(sums)) for sums in scores)
     insides = _report(context.sum(totals).tolist(), own["images"], blocks)
-    return {**own, **{f"teacher_{name}": reference[name] for name in ("loss", "acc1", "acc5")}, **insides}
+    return {**own, **{f"teacher_{name}": reference[name] for name in OF_BOTH}, **insides}
 
 
 def _features(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> Features:
@@ -95,7 +98,7 @@ def _report(totals: list[float], count: int, blocks: Iterable[int]) -> dict[str,
 
 def of_teacher(report: dict[str, Any]) -> dict[str, Any]:
     """The row of the teacher itself, from a comparison with it."""
-    own = {name: report[f"teacher_{name}"] for name in ("loss", "acc1", "acc5")}
+    own = {name: report[f"teacher_{name}"] for name in OF_BOTH}
     same = {"agreement": 100.0, "kl": 0.0, "repeated_errors": report["teacher_errors"]}
     inside = {"z_similarity": dict.fromkeys(report["z_similarity"], 1.0)}
     return {**report, **own, **same, **inside, "output_error": dict.fromkeys(report["output_error"], 0.0)}

@@ -156,7 +156,7 @@ class Pruning:
         report = {"model": str(self.path), "seed": self.settings.seed, "rows": [before]}
         if self.teacher is not None:
             sizes = count_all(self.teacher, describe(self.teacher, self.config))
-            report["teacher"] = {"when": "teacher", **of_teacher(before), **sizes}
+            report["teacher"] = {**of_teacher(before), **sizes, "when": "teacher"}
         folder = top.child("regularize")
         model, row = self._train(folder, self.model, self.regularize, "regularize", before)
         report["rows"].append(row)

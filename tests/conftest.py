@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main
@@ -94,6 +95,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 def lines_in(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def full_float32() -> None:
+    """On CUDA main.main() allows TF32 for its process; a test begins without."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from tests.conftest import BATCH, EVAL, QUIET, launch, torchrun
 from utils.distributed import Context
 from utils.figures import fidelity_by_block
 
-OWN = {f"{whose}{name}" for whose in ("", "teacher_") for name in ("loss", "acc1", "acc5")}
+OWN = {f"{whose}{name}" for whose in ("", "teacher_") for name in ("loss", "acc1", "acc5", "balanced_acc1")}
 KEYS = OWN | {"images", "agreement", "kl", "teacher_errors", "repeated_errors", "z_similarity", "output_error"}
 PLAIN = Settings().autocast(torch.device("cpu"))
 
@@ -52,12 +52,15 @@ def seen(model, images):
 
 
 def scores(logits, labels):
-    """Cross entropy, top-1 and top-5 of logits in float64, image by image."""
-    losses, ranks = [], []
+    """Cross entropy, top-1 and top-5 of logits in float64, image by image, and the mean of the classes' top-1."""
+    losses, ranks, right = [], [], {}
     for row, label in zip(logits, labels.tolist(), strict=True):
         losses.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[label])
         ranks.append((row > row[label]).sum())
-    return {"loss": np.mean(losses), "acc1": 100 * np.mean(np.less(ranks, 1)), "acc5": 100 * np.mean(np.less(ranks, 5))}
+        right.setdefault(label, []).append(ranks[-1] == 0)
+    top1, top5 = (100 * np.mean(np.less(ranks, k)) for k in (1, 5))
+    balanced = 100 * np.mean([np.mean(of_class) for of_class in right.values()])
+    return {"loss": np.mean(losses), "acc1": top1, "acc5": top5, "balanced_acc1": balanced}
 
 
 def by_hand(student, teacher, images, labels):

@@ -18,22 +18,19 @@ SPACE = __name__.replace(".", "_")
 NOTHING, STATES, ALL = 0, 1, 2  # what is kept for the way back: cell states, or activated gates as well
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def installed() -> bool:
-    return bool(importlib.util.find_spec("triton"))
+INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET=1 makes Triton run on the CPU, slowly: for tests."""
-    return installed() and importlib.import_module("triton").knobs.runtime.interpret
+    return INSTALLED and importlib.import_module("triton").knobs.runtime.interpret
 
 
 def refusal(task: Task) -> str:
     """Why Triton cannot do a task; empty where it can."""
     if task.kind != LSTM:
         return "computes LSTMs"
-    device = installed() and (task.device.type == "cuda" or interpreting())
+    device = INSTALLED and (task.device.type == "cuda" or interpreting())
     fits = device and task.dtype != torch.float64 and task.units <= MOST
     return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"
 
@@ -190,7 +187,7 @@ def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell], keep: int = ALL) -> 
     heads = x.shape[2]
     wide = [padded_cell(cell, u) for cell in cells]
     w_ih, w_hh = (torch.stack(weights) for weights in list(zip(*wide, strict=True))[:2])
-    bias = torch.stack([cell.bias_ih + cell.bias_hh for cell in wide])
+    bias = torch.stack([cell.bias_ih for cell in wide]) + torch.stack([cell.bias_hh for cell in wide])
     weights = w_ih.view(heads, 8 * u, -1), bias.view(heads, 1, 8 * u), w_hh.view(heads, 2, 4, u, u)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     hidden, _, _ = recurrence(x.permute(2, 0, 1, 3).contiguous(), *weights, keep if learns else NOTHING)

