@@ -2,13 +2,16 @@
 
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.conftest import ROOT, image_folder
+from models.bilstm import MultiHeadBiLSTM
+from tests.conftest import ROOT, image_folder, launch
 from utils.arguments import Parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,6 +73,22 @@ def test_pages_link_to_what_is_there():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_drawing_of_the_swap_is_made_in_the_size_shown(tmp_path):
+    done = launch(str(ROOT / "docs/draw_swap.py"), str(tmp_path / "swap.png"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "swap.png", ROOT / "docs/swap.png"):
+        with Image.open(path) as image:
+            assert (image.format, image.size) == ("PNG", (1700, 1464))
+        assert path.stat().st_size < 150_000
+
+
+def test_the_drawing_of_the_swap_says_what_stage_attn_trains():
+    (_, name, _, trained, _), _ = runpy.run_path(str(ROOT / "docs/draw_swap.py"))["STAGES"]
+    attn = MultiHeadBiLSTM(8, 2, 3)
+    parts = [child for child, module in attn.named_children() if module in attn.mixing_parts()]
+    assert name == "stage attn" and [part.replace("LSTMs", "lstm") for part in trained] == parts
 
 
 def test_the_readmes_story_of_ones_own_images_runs(teacher, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ PARTS = (
     "engine",
     "datasets",
     "utils",
+    "docs",
 )
 SOURCES = [
     path for part in PARTS for path in ((ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part])
