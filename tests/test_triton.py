@@ -23,6 +23,11 @@ DEVICE = (
 )  # tests/__init__.py turns the interpreter on where there is no GPU
 
 
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 WAYS = pytest.mark.parametrize("run", [gpu.fused, gpu.lean])
 SHAPES = [(1, 1, 4), (2, 33, 16), (9, 7, 4), (33, 3, 8)]  # tokens, batch, rows a program
 
@@ -30,7 +35,6 @@ SHAPES = [(1, 1, 4), (2, 33, 16), (9, 7, 4), (33, 3, 8)]  # tokens, batch, rows 
 @pytest.mark.parametrize(("run", "units"), [*((gpu.fused, units) for units in UNITS), (gpu.lean, UNITS[1])])
 @pytest.mark.parametrize(("tokens", "batch", "rows"), SHAPES)
 def test_triton_matches_the_reference_forward_and_backward(run, units, tokens, batch, rows, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(gpu, "rows_for", lambda *_: rows)
     m = layer(units).to(DEVICE).requires_grad_()
     x = torch.randn(batch, 3, tokens, 64, device=DEVICE).transpose(1, 2).requires_grad_()  # not contiguous
@@ -84,8 +88,7 @@ def test_the_lean_way_keeps_no_gates():
     assert bytes_kept[gpu.fused] == bytes_kept[gpu.lean] + gates
 
 
-def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients():
     m = layer([(20, 16)], dim=64).to(DEVICE)
     x = torch.randn(2, 400, 1, 64, device=DEVICE)
     assert error_against_float64(x, m, gpu.fused(kernels.LSTM, x, cells(m))) < 1e-6
