@@ -43,8 +43,8 @@ def add_regularization_group(parser: Parser) -> None:
     g.add_argument(
         "--distill-loss",
         type=arguments.loss,
-        help="one of main.py's --train-loss, default combine; preserve learns from its block outputs and answers, "
-        "without labels",
+        help="one of main.py's --train-loss; default preserve, which learns from block outputs and answers, without "
+        "labels",
     )
 
 
@@ -80,14 +80,14 @@ def add_choice_group(parser: Parser) -> None:
     g.add_argument(
         "--score",
         choices=names.SCORES,
-        default="norm",
+        default="carried",
         help="how units are ranked. norm: of all weights that die with one; carried: how far its value varies on "
         "training images, times the norm of the weights that carry it on",
     )
     g.add_argument(
         "--refit",
         action=arguments.OnOff,
-        default=False,
+        default=True,
         help="what reads removed units reads their best linear guess from the kept ones instead (least squares on "
         "training images, in closed form)",
     )

@@ -17,10 +17,12 @@ from statistics import mean
 
 import convert
 from demo import Demo, in_this_process, text_table, write_json
+from engine.count import count_all
 from engine.fidelity import farthest
 from engine.pictures import PictureConfig, visualize
 from engine.speed import ENGINE, ONNX_RUNTIME, one_image
 from models.replace import load_model
+from utils import names
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.errors import Echo
 from utils.page import Section, write_page
@@ -31,8 +33,7 @@ COMMON = """--num-workers 2 --unscale-lr --aa none --color-jitter 0 --reprob 0 -
 TEACHER = "--mode teacher --epochs 5 --lr 1e-5 --warmup-epochs 1".split()
 SWAP = """--mode train --lr 3e-3 --warmup-epochs 1 --block-ft-lr 5e-4 --block-ft-warmup-epochs 0.5
 --block-ft-batch-size 32 --block-ft-clip-grad 1""".split()
-PRUNE = """--reg 0 --epochs 0 --score carried --refit --distill-loss preserve --ft-lr 2e-4 --ft-warmup-epochs 0.5
---ft-batch-size 32 --ft-clip-grad 1""".split()
+PRUNE = """--reg 0 --epochs 0 --ft-lr 2e-4 --ft-warmup-epochs 0.5 --ft-batch-size 32 --ft-clip-grad 1""".split()
 # (of SWAP, of PRUNE): an hour on two cores, or --patient.
 QUICK = ["--epochs", "5", "--block-ft-epochs", "2"], ["--ft-epochs", "2"]
 PATIENT = ["--epochs", "15", "--block-ft-epochs", "5"], ["--ft-epochs", "4"]
@@ -94,12 +95,13 @@ def run(demo: Demo, rows: list[str], epochs: tuple[list[str], list[str]]) -> dic
     for row in (row for row in PRUNED if row in rows):
         report = demo.prune(*PRUNE, *epochs[1], *PRUNED[row], *start, name=folder(row))
         found = {"teacher": report["teacher"], **found, row: report["rows"][-1]}
-        found["FAR"] |= {"macs": report["rows"][0]["macs"]}
-    times = one_image({row: load_model(demo.best(folder(row)))[0] for row in found})
+    models = {row: load_model(demo.best(folder(row))) for row in found}
+    times = one_image({row: model for row, (model, _) in models.items()})
     for row, report in found.items():
+        sizes = count_all(*models[row])
+        millions = {f"m_{name}": sizes[name] / 1e6 for name in ("parameters", "macs")}
         ms = {runtime: by_row[row] for runtime, by_row in times.items()}
-        sizes = {f"m_{name}": report[name] / 1e6 for name in ("parameters", "macs") if name in report}
-        report |= {**farthest(report), **sizes, **ms, "minutes": demo.seconds[folder(row)] / 60}
+        report |= {**farthest(report), **sizes, **millions, **ms, "minutes": demo.seconds[folder(row)] / 60}
     return found
 
 
@@ -132,10 +134,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--patient", action="store_true", help="15 + 5 epochs in place of 5 + 2, 4 in place of 2")
     parser.add_argument("--all", action="store_true", help="also labels, GRUs, and other shares of the units kept")
     parser.add_argument("--processes", type=SIZE, default=1, help="more than one: by torchrun, a GPU each")
+    amp = "mixed precision; bf16 also pays on a CPU with AVX512_BF16"
+    parser.add_argument("--amp", choices=names.AMP, default="auto", help=amp)
     parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try it out")
     parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try it out")
     args = parser.parse_args(argv)
-    common = [*COMMON, "--dataset", "ELPV", "--input-size", str(args.input_size)]
+    common = [*COMMON, "--dataset", "ELPV", "--input-size", str(args.input_size), "--amp", args.amp]
     if args.train_subset < 1:
         common += ["--train-subset", f"{args.train_subset:g}"]
     call = partial(by_torchrun, args.processes) if args.processes > 1 else in_this_process

@@ -48,7 +48,8 @@ REGULARIZED = "--epochs 6 --ft-epochs 12".split()
 TUNED_ONLY = "--reg 0 --epochs 0 --ft-epochs 18".split()
 HALF_TUNED = "--reg 0 --epochs 0 --ft-epochs 9 --distill-loss preserve".split()
 FIRST, SECOND = "by norm, preserve, the first of two steps", "by norm, preserve, two steps"
-# By name: flags of prune.py besides the demo's; 18 epochs in each row (9 in a step of two), from the row `preserve`.
+PUBLISHED = "--score norm --no-refit --distill-loss combine".split()
+# By name: flags of prune.py besides the demo's and PUBLISHED; 18 epochs in each row (9 in a step of two), from the row `preserve`.
 PRUNED = {
     "by norm, Hoyer-square, combine": ["--reg", "3", *REGULARIZED],
     "by norm, group L1, combine": ["--reg", "1", *REGULARIZED],
@@ -99,7 +100,7 @@ def prune(demo: Demo, row: str) -> dict[str, dict]:
     start = folder("prune", FIRST) + "/keep-0.55" if row == SECOND else folder("block", "preserve")
     model = ["--model-path", demo.best(start)]
     rule = PRUNING.index("--keep-ratio")
-    asked = [*PRUNING[:rule], *PRUNING[rule + 2 :], "--sweep", KEEP]
+    asked = [*PRUNING[:rule], *PRUNING[rule + 2 :], *PUBLISHED, "--sweep", KEEP]
     report = demo.prune(*asked, *weight, *model, *PRUNED[row], name=folder("prune", row))
     return {f"{row}, keep {point['keep_ratio']:g}": point for point in report["sweep"]}
 

@@ -58,7 +58,7 @@ class PruneCommand(Command):
     reg: int
     decay: float
     distill: bool | None  # None: where there is a teacher
-    distill_loss: str | None  # None: combine
+    distill_loss: str | None  # None: preserve
     score: str
     refit: bool
     sensitivity: float | None
@@ -207,7 +207,7 @@ class Pruning:
         stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
         if not self.distill:
             return stage
-        return replace(stage, loss=self.command.distill_loss or "combine", blocks=tuple(self.config.replaced))
+        return replace(stage, loss=self.command.distill_loss or "preserve", blocks=tuple(self.config.replaced))
 
     def _task(self, model, regularizing: bool, stage: Stage, criterion):
         task, command = Distillation(model, self.teacher, stage, criterion), self.command

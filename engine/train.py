@@ -26,7 +26,7 @@ from engine.distill import find_loss
 from engine.evaluate import evaluate
 from engine.resume import check, load_optimizer, load_scaler, require
 from engine.stages import Optim, Stage, select_trainable
-from models.replace import FarConfig, pack, swap_attention
+from models.replace import FarConfig, pack, replacements, swap_attention
 from utils import checkpoint, signals
 from utils.distributed import Context
 from utils.errors import FarError, first_line
@@ -209,6 +209,7 @@ class Trainer:
         self.trace: list[dict[str, float]] = []  # the process's own losses step by step, not yet written
         if not self.context.main:  # a stopped epoch's totals are stored once, for all processes
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)
+        self.handed: tuple[int, dict[str, float]] | None = None  # (batch size, evaluation) of what best.pth holds
         device = self.context.device
         self.autocast = self.settings.autocast(device)
         self.mixup = self.settings.mixer(self.data.num_classes)
@@ -247,7 +248,8 @@ class Trainer:
     def _epochs(self, stage: Stage, task: nn.Module, loader: Loader, val: Loader) -> None:
         if self.at.epoch == 0 and self.at.step == 0:
             self._save_last()  # before best.pth changes: a kill in between must find weights of one stage
-            self._report(stage, {}, self._evaluate(stage, val), 0.0, 0)
+            same, known = self.handed or (0, {})  # of the stage before, whose weights this one starts from
+            self._report(stage, {}, known if same == stage.optim.batch_size else self._evaluate(stage, val), 0.0, 0)
         while self.at.epoch < stage.optim.epochs:
             started = time.perf_counter()
             images = self._epoch(task, stage, loader)
@@ -271,6 +273,8 @@ class Trainer:
             # The first stage's modules follow from the run's seed; a later stage is reached with other generator states
             # where the run was resumed in between.
             seed_all(self.settings.seed, self.at.stage)
+        if set(stage.swapped) - set(replacements(self.model)):
+            self.handed = None
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
         self._place(stage)
         count = select_trainable(self.model, stage)
@@ -465,6 +469,7 @@ class Trainer:
         if val and (last or (val["acc1"], -val["loss"]) > (self.at.best, -self.at.best_loss)):
             self.at.best, self.at.best_loss = val["acc1"], val["loss"]
             self.run.save("best.pth", pack(self.evaluated, self.config))
+            self.handed = stage.optim.batch_size, val
         row = {
             "stage": stage.name,
             "stage_index": self.at.stage,

@@ -28,6 +28,7 @@ SMALL = [
     *"--dataset DIGITS --batch-size 24 --ft-batch-size 24 --train-subset 0.05 --holdout 0.02".split(),
     *QUIET,
     *"--epochs 1 --ft-epochs 1 --decay 1e-2".split(),
+    *"--score norm --no-refit".split(),
 ]
 
 
