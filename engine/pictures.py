@@ -8,6 +8,7 @@ from statistics import mean
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from engine.explain import (
     attention_rollout,
     attention_weights,
     influence,
+    integrated_gradients,
     rank_correlation,
     token_importance,
     token_similarity,
@@ -35,7 +37,7 @@ from utils.distributed import Context, pick_device
 from utils.errors import FarError
 from utils.figures import save_figure
 from utils.files import check_writable
-from utils.map_figures import Row, importance_maps, signed, token_matrices
+from utils.map_figures import Row, block_maps, importance_maps, signed, token_matrices
 from utils.page import Section, write_page
 
 log = logging.getLogger(__name__)
@@ -213,12 +215,18 @@ def visualize(asked: PictureConfig) -> tuple[Path, list[Section]]:
         model.to(device).requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
     draw = Pictures(models, images, blocks, folder, asked.format, asked.seed, device)
-    sections = [draw.answers(), draw.importance(), draw.similarity(), draw.influence()]
+    sections = [draw.answers(), draw.importance(), draw.similarity(), draw.influence(), draw.importance_by_block()]
     write_page(folder / "index.html", "FAR: what the models look at", sections)
     return folder / "index.html", sections
 
 
 HOW_IMPORTANT = (
+    "Purple patches raise the logit of the class that the first model names, orange ones lower it: integrated "
+    "gradients from a plain picture in the image's mean colour. The sum of a map, which is the logit's rise, stands "
+    "above it. Colours show a patch's share of its map, on one scale for all models, which ends where 99 % of the "
+    "values lie."
+)
+IN_BLOCKS = (
     "Purple speaks for the class that the model names, orange against it: the gradient of its logit times what the "
     "block reads, patch by patch. One scale a model, which ends where 99 % of the values lie."
 )
@@ -258,12 +266,16 @@ class Pictures:
         model = self.models[self.first]
         return tokens[model.num_prefix_tokens :].reshape(model.patch_embed.grid_size).cpu().numpy()
 
-    def _correlations(self, of: str, base: str, rho: dict[str, dict[int, float]]) -> list[list[str]]:
-        """A table of rank correlations with `base`, by name and block, also printed."""
-        rows = [[name, *(signed(by[i]) for i in self.blocks)] for name, by in rho.items()]
+    def _correlations(
+        self, of: str, base: str, rho: dict[str, list[float]], columns: Sequence[str] = ()
+    ) -> list[list[str]]:
+        """A table of rank correlations with `base`, by name and column (block by default), also printed."""
+        over = " ".join(columns) or "block by block"
+        rows = [[name, *map(signed, values)] for name, values in rho.items()]
         for name, *values in rows:
-            print(f"{of}: rank correlation of {name} with {base}, block by block: {' '.join(values)}", flush=True)
-        return [[f"rank correlation with {base}", *(f"block {i}" for i in self.blocks)], *rows] if rows else []
+            print(f"{of}: rank correlation of {name} with {base}, {over}: {' '.join(values)}", flush=True)
+        columns = columns or [f"block {i}" for i in self.blocks]
+        return [[f"rank correlation with {base}", *columns], *rows] if rows else []
 
     def _says(self, logits: Tensor) -> str:
         """The likeliest class by name, and how likely."""
@@ -280,12 +292,38 @@ class Pictures:
         return Section("Models and images", "What each model says of each image.", [["", *self.models], *rows])
 
     def importance(self) -> Section:
-        """Token importance of every model, image by image, and the teacher's attention rollout."""
+        """One map of importance a model and image, of the class that the first model names."""
+        with torch.no_grad():
+            logits = {name: model(self.read) for name, model in self.models.items()}
+        classes, patch, maps = logits[self.first].argmax(1), self.models[self.first].patch_embed.patch_size, {}
+        for name, model in tqdm(self.models.items(), desc="importance", unit="model", leave=False):
+            maps[name] = F.avg_pool2d(integrated_gradients(model, self.read, classes), patch, divisor_override=1).cpu()
+        rho = {name: list(map(rank_correlation, maps[name], maps[self.first])) for name in self.others}
+        text = HOW_IMPORTANT + f" ρ: rank correlation with the {self.first}'s map." * bool(self.others)
+        figures = []
+        for k, (image, called) in enumerate(zip(self.images.shown, self.images.names, strict=True)):
+            titled = {}
+            for name, found in maps.items():
+                note = f", ρ {signed(rho[name][k])}" if name in rho else ""
+                title = f"{name} says {self._says(logits[name][k])}\nlogit {signed(found[k].sum().item(), '+')}{note}"
+                titled[title] = self._smooth(found[k])
+            figure = importance_maps(image, called, titled, text, "share of the map (%)")
+            arrays = {**{name: found[k].numpy() for name, found in maps.items()}, "image": image}
+            figures.append((self._save(figure, f"importance-{k}", arrays), called))
+        means = {name: [mean(values)] for name, values in rho.items()}
+        table = self._correlations("importance", self.first, means, ["mean over the images"])
+        return Section("Which patches matter", text, table, figures)
+
+    def _smooth(self, patches: Tensor) -> np.ndarray:
+        """Shares (%) of the patches (rows, columns) in their total magnitude, interpolated to the image's size."""
+        shares = 100 * patches / patches.abs().sum().clamp(min=torch.finfo(patches.dtype).tiny)
+        return F.interpolate(shares[None, None], self.read.shape[2:], mode="bicubic")[0, 0].numpy()
+
+    def importance_by_block(self) -> Section:
+        """Token importance of every model, block by block, and the teacher's attention rollout."""
         found = {name: token_importance(model, self.read, self.blocks) for name, model in self.models.items()}
         rollout = attention_rollout(self.models["teacher"], self.read) if self.first == "teacher" else None
-        text = HOW_IMPORTANT + f" ρ: rank correlation with the {self.first}'s map of the same block." * bool(
-            self.others
-        )
+        text = IN_BLOCKS + f" ρ: rank correlation with the {self.first}'s map of the same block." * bool(self.others)
         figures, rho = [], {name: [] for name in self.others}
         for k, (image, called) in enumerate(zip(self.images.shown, self.images.names, strict=True)):
             rows = {}
@@ -295,13 +333,20 @@ class Pictures:
             for name in self.others:
                 rows[name] = compared(rows[name], rows[self.first])
                 rho[name].append(rows[name].rho)
-            patches = {} if rollout is None else {"rollout": self._patches(rollout[k])}
-            figure = importance_maps(image, called, list(rows.values()), text, patches.get("rollout"))
             arrays = {f"{name} block {i}": m for name, row in rows.items() for i, m in row.panels.items()}
-            figures.append((self._save(figure, f"importance-{k}", {**arrays, "image": image, **patches}), called))
-        means = {name: {i: mean(by[i] for by in found) for i in self.blocks} for name, found in rho.items()}
-        table = self._correlations(f"importance, mean of {len(figures)} images", self.first, means)
-        return Section("Which patches matter", f"{text} The table holds means over the images.", table, figures)
+            if rollout is not None:
+                arrays["rollout"] = self._patches(rollout[k])
+                last = {len(self.models[self.first].blocks) - 1: arrays["rollout"]}
+                rows["rollout"] = Row(
+                    "teacher's attention rollout through all blocks", last, False, "reaches the class token"
+                )
+            figure = block_maps(image, called, list(rows.values()), text)
+            figures.append((self._save(figure, f"importance-{k}-blocks", arrays), called))
+        means = {name: [mean(by[i] for by in found) for i in self.blocks] for name, found in rho.items()}
+        table = self._correlations(f"importance by block, mean of {len(figures)} images", self.first, means)
+        return Section(
+            "Which patches matter, block by block", f"{text} The table holds means over the images.", table, figures
+        )
 
     def similarity(self) -> Section:
         """Token-to-token cosine of z, mean over the images: first model, each other one, and their difference."""
@@ -354,6 +399,6 @@ class Pictures:
         figure = token_matrices(title, rows, axes, text)
         path = self._save(figure, name, {f"{row.title} block {i}": m for row in rows for i, m in row.panels.items()})
         table = self._correlations(
-            name.replace("-", " "), rows[0].title, {row.title: row.rho for row in rows if row.rho}
+            name.replace("-", " "), rows[0].title, {row.title: list(row.rho.values()) for row in rows if row.rho}
         )
         return Section(title, text, table, [(path, title)])

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
@@ -16,14 +17,22 @@ from scipy.stats import spearmanr
 import visualization
 from datasets.registry import photographs
 from engine.distill import forward_features
-from engine.explain import attention_rollout, attention_weights, influence, rank_correlation, token_importance, z_of
-from engine.pictures import sampling
+from engine.explain import (
+    attention_rollout,
+    attention_weights,
+    influence,
+    integrated_gradients,
+    rank_correlation,
+    token_importance,
+    z_of,
+)
+from engine.pictures import HOW_IMPORTANT, Images, PictureConfig, Pictures, find_images, find_models, sampling
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, pack, swap_attention
 from tests.conftest import image_folder
 from utils.figures import accuracy_by_latency, fidelity_by_block, logarithmic, plain, sweep_curve, training_curves
-from utils.map_figures import Row, importance_maps
+from utils.map_figures import Row, block_maps, importance_maps, signed
 from utils.page import Section, write_page
 
 
@@ -31,6 +40,29 @@ def model(replaced=()):
     made = create_teacher("DeiT-Micro", 10, 32).eval()
     swap_attention(made, replaced, "multi-lstm")
     return made
+
+
+@pytest.mark.parametrize("replaced", [(), (1, 2)])
+def test_integrated_gradients_are_complete_and_those_of_a_slow_loop(replaced):
+    m, images = model(replaced).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    baseline, classes = images.mean((2, 3), keepdim=True).expand_as(images), torch.tensor([3, 8])
+
+    def logit(x, k):
+        with torch.no_grad():
+            return m(x)[:, classes[k]].item()
+
+    maps = integrated_gradients(m, images, classes)
+    rises = torch.tensor([logit(images[k : k + 1], k) - logit(baseline[k : k + 1], k) for k in range(2)])
+    torch.testing.assert_close(maps.sum((1, 2)), rises.double(), rtol=1e-2, atol=1e-4)
+    few = integrated_gradients(m, images, classes, steps=3)
+    k, row, column, expected = 1, 17, 4, 0.0
+    for share in (1 / 6, 3 / 6, 5 / 6):
+        for channel in range(3):
+            nudge = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+            nudge[0, channel, row, column] = 1e-4
+            point, way = (1 - share) * baseline[k] + share * images[k], (images - baseline)[k, channel, row, column]
+            expected += way * (logit(point + nudge, k) - logit(point - nudge, k)) / 2e-4 / 3
+    torch.testing.assert_close(few[k, row, column], expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("replaced", [(), (0, 1, 2, 3)])
@@ -140,16 +172,53 @@ def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--base-weight", str(teacher), "--far-weight", str(far / "best.pth"), "--count", "2"]
     assert visualization.main([*argv, "--block", "2", "--output-dir", str(out)]) == 0
-    names = ["importance-0", "importance-1", "similarity-of-tokens", "influence"]
+    maps = ["importance-0", "importance-1"]
+    names = [*maps, *(f"{n}-blocks" for n in maps), "similarity-of-tokens", "influence"]
     made = sorted([f"{n}.png" for n in names] + [f"{n}.npz" for n in names] + ["index.html"])
     assert sorted(p.name for p in out.iterdir()) == made
     arrays = np.load(out / "influence.npz")
     assert arrays["FAR ‖∂z/∂x‖ block 2"].shape == (65, 65) and "attention weights block 2" in arrays
+    blocks = np.load(out / "importance-0-blocks.npz")
+    assert blocks["FAR block 2"].shape == blocks["teacher block 2"].shape == blocks["rollout"].shape == (8, 8)
+    found = [np.load(out / f"{name}.npz") for name in maps]
+    rho = signed(np.mean([spearmanr(m["FAR"].ravel(), m["teacher"].ravel()).statistic for m in found]))
     said = capsys.readouterr()
-    assert "rank correlation of FAR with teacher" in said.out and str(out / "index.html") in said.out
+    assert f"importance: rank correlation of FAR with teacher, mean over the images: {rho}\n" in said.out
+    assert str(out / "index.html") in said.out
     page = Links(out / "index.html")
     assert set(page.links) == {f"{n}.png" for n in names}
     assert "326,602" in page.text and "DIGITS, evaluation image 359, labelled “4”" in page.text
+    assert f"mean over the imagesFAR{rho}" in page.text.replace("\n", "")
+
+
+def test_every_model_is_asked_about_the_class_that_the_first_names(teacher, far, tmp_path):
+    files = {"teacher": teacher, "FAR": far / "best.pth"}
+    models, config, _ = find_models(PictureConfig(base_weight=files["teacher"], far_weight=files["FAR"]))
+    images = find_images(PictureConfig(count=2), config)
+    draw = Pictures(models, images, [0], tmp_path, "png", 0, torch.device("cpu"))
+    draw.importance()
+    x = images.read
+    with torch.no_grad():
+        named = models["teacher"](x).argmax(1, keepdim=True)
+        for name, m in models.items():
+            rises = (m(x) - m(x.mean((2, 3), keepdim=True).expand_as(x))).gather(1, named)[:, 0]
+            sums = [np.load(tmp_path / f"importance-{k}.npz")[name].sum() for k in range(2)]
+            np.testing.assert_allclose(sums, rises, rtol=0.02, atol=0.02)
+
+
+def test_a_shown_map_is_its_patches_shares_smoothed_over_the_image(tmp_path):
+    images = Images(torch.zeros(1, 3, 32, 32), np.zeros((1, 32, 32, 3)), ["none"], ())
+    draw = Pictures({"FAR": model((1,))}, images, [1], tmp_path, "png", 0, torch.device("cpu"))
+    patches = torch.zeros(8, 8)
+    patches[2, 5], patches[6, 1] = 3.0, -1.0
+    shown = draw._smooth(patches)
+    assert shown.shape == (32, 32)
+    for extreme, place, share in ((shown.argmax(), (2, 5), 75), (shown.argmin(), (6, 1), -25)):
+        row, column = np.unravel_index(extreme, shown.shape)
+        assert (row // 4, column // 4) == place and shown[row, column] == pytest.approx(share, rel=0.1)
+    assert shown.sum() / 16 == pytest.approx(50, rel=0.05)  # a patch has 16 pixels
+    assert np.abs(np.diff(shown, axis=0)).max() < 75 / 3  # no steps
+    assert not draw._smooth(torch.zeros(8, 8)).any()
 
 
 def test_a_page_shows_names_as_they_are_and_links_relatively(tmp_path):
@@ -166,14 +235,36 @@ def texts(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
+@pytest.mark.parametrize("models", [1, 3])
+def test_importance_maps_share_one_scale_and_lie_over_the_image(models):
+    rng = np.random.default_rng(0)
+    maps = {f"model {k} says “7$_”": rng.normal(size=(56, 56)) * 10.0**-k for k in range(models)}
+    figure = importance_maps(rng.random((56, 56, 3)), "a cat", maps, HOW_IMPORTANT + " and more" * 5, "share")
+    figure.draw_without_rendering()
+    written = {text.get_text(): text.get_window_extent() for text in figure.findobj(Text) if text.get_text()}
+    (caption,) = [text for text in written if text.startswith(HOW_IMPORTANT[:30])]
+    (bar,) = [axes for axes in figure.findobj(Axes) if axes.get_ylabel() == "share"]
+    top = np.percentile(np.abs(list(maps.values())), 99)
+    assert bar.get_ylim() == pytest.approx((-top, top))
+    panels = {axes.get_title(): axes for axes in figure.findobj(Axes) if axes.images}
+    assert list(panels) == ["image", *maps]
+    for name, values in maps.items():
+        _, laid = panels[name].images
+        colours = colormaps["PuOr"]((values / top + 1) / 2)
+        np.testing.assert_allclose(laid.get_array(), colours, atol=1e-6)
+        assert laid.get_extent() == panels[name].images[0].get_extent() == [0, 56, 56, 0]
+    boxes = [written[text] for text in ("a cat", caption, *panels)] + [bar.get_tightbbox()]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 @pytest.mark.parametrize("blocks", [1, 4, 12, 24])
-def test_importance_maps_share_a_scale_a_row_and_use_the_page(blocks):
+def test_block_maps_share_a_scale_a_row_and_use_the_page(blocks):
     rng = np.random.default_rng()
     rows = [
         Row(f"{name} says “7$_”", {i: rng.normal(size=(14, 14)) * 10.0**-k for i in range(blocks)}, True, "u", rho)
         for k, (name, rho) in enumerate({"teacher": {}, "FAR": dict.fromkeys(range(blocks), -0.004)}.items())
     ]
-    figure = importance_maps(rng.random((224, 224, 3)), "a cat", rows, "purple is for it", rng.random((14, 14)))
+    figure = block_maps(rng.random((224, 224, 3)), "a cat", rows, "purple is for it")
     figure.draw_without_rendering()
     panels = [axes for axes in figure.findobj(Axes) if axes.get_title().startswith("block")]
     assert len(panels) == 2 * blocks

@@ -13,19 +13,19 @@ from matplotlib.transforms import Transform
 
 SIGNED, AMOUNT = "PuOr", "cividis"
 ACROSS = 12  # panels in a line; more blocks go on in the next
-MARGIN, COLOUR_BAR, TITLE, CAPTION, HEAD = 0.5, 0.9, 0.4, 0.8, 1.75  # inches
+MARGIN, COLOUR_BAR, TITLE, CAPTION, PANEL = 0.5, 0.9, 0.4, 1.0, 2.6  # inches
 
 
-def signed(value: float) -> str:
-    """Two digits, with a minus as long as a digit."""
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+def signed(value: float, sign: str = "") -> str:
+    """Two digits, with a minus as long as a digit. sign: "+" writes the plus, too."""
+    return f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")
 
 
 @dataclass(frozen=True)
 class Row:
     """A quantity block by block, on one scale.
 
-    panels: by block, an array of two dimensions.
+    panels: by block (or by title, where a figure has one row), an array of two dimensions.
     signed: whether colours diverge from zero; else they are an amount from zero.
     unit: what the colour bar is of.
     rho: by block, the rank correlation with another row, for the panel's title.
@@ -33,7 +33,7 @@ class Row:
     """
 
     title: str
-    panels: dict[int, np.ndarray]
+    panels: dict[int, np.ndarray] | dict[str, np.ndarray]
     signed: bool
     unit: str
     rho: dict[int, float] = field(default_factory=dict)
@@ -53,36 +53,39 @@ class Row:
 Draw = Callable[[Axes, np.ndarray, ScalarMappable], None]
 
 
-def importance_maps(
-    image: np.ndarray, name: str, rows: list[Row], caption: str, rollout: np.ndarray | None = None
-) -> Figure:
-    """One image's token importance: a row a model, a column a block, laid over the image.
+def importance_maps(image: np.ndarray, title: str, maps: dict[str, np.ndarray], caption: str, unit: str) -> Figure:
+    """One image, and beside it one map a model, laid over it; 99 % of all maps' values lie within their one scale.
 
     Args:
         image: (S, S, 3), 0 to 1.
-        rows: of patch maps (rows, columns), signed.
-        caption: what the colours mean.
-        rollout: the teacher's attention rollout over patches, shown beside the image.
+        maps: by the panel's title, a signed map (S, S).
+        unit: what the colour bar is of.
     """
+    width = max(8.0, PANEL * (1 + len(maps)) + COLOUR_BAR)
+    figure = Figure(figsize=(width, CAPTION + PANEL), layout="constrained")
+    head, body = figure.subfigures(2, 1, height_ratios=(CAPTION, PANEL))
+    _write(head, head.transSubfigure, width, title, caption)
+    panels = body.subplots(1, 1 + len(maps))
+    for axes, name in zip(panels, ("image", *maps), strict=True):
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=8, parse_math=False)
+    panels[0].imshow(image)
+    colours = Row(title, maps, True, unit).colours
+    for axes, values in zip(panels[1:], maps.values(), strict=True):
+        _overlay(axes, image, values, colours)
+    _bar(colours, panels[-1], "both", unit)
+    return figure
+
+
+def block_maps(image: np.ndarray, title: str, rows: list[Row], caption: str) -> Figure:
+    """Patch maps (rows, columns) laid over one image (S, S, 3): a row a quantity, a column a block."""
 
     def draw(axes: Axes, values: np.ndarray, colours: ScalarMappable) -> None:
         axes.set_axis_off()
         _overlay(axes, image, values, colours)
 
-    figure, (head, *rest) = _page(rows, HEAD, ticks=0)
-    rest_of_width = figure.get_figwidth() - 2 * HEAD - COLOUR_BAR
-    shown = head.subplots(1, 3, width_ratios=(HEAD, HEAD + COLOUR_BAR, rest_of_width))
-    for axes in shown:
-        axes.set_axis_off()
-        axes.set_anchor("W")
-    shown[0].imshow(image)
-    shown[0].set_title("image", fontsize=8)
-    if rollout is not None:
-        amount = ScalarMappable(Normalize(0, rollout.max()), AMOUNT)
-        _overlay(shown[1], image, rollout, amount)
-        shown[1].set_title("teacher's attention rollout", fontsize=8)
-        _bar(amount, shown[1], "neither", "reaches the class token")
-    _write(shown[2], shown[2].transAxes, rest_of_width, name, caption)
+    figure, (head, *rest) = _page(rows, CAPTION, ticks=0)
+    _write(head, head.transSubfigure, figure.get_figwidth(), title, caption)
     _fill(rest, rows, draw)
     return figure
 
