@@ -49,8 +49,8 @@ TUNED_ONLY = "--reg 0 --epochs 0 --ft-epochs 18".split()
 HALF_TUNED = "--reg 0 --epochs 0 --ft-epochs 9 --distill-loss preserve".split()
 FIRST, SECOND = "by norm, preserve, the first of two steps", "by norm, preserve, two steps"
 PUBLISHED = "--score norm --no-refit --distill-loss combine".split()
-# By name: flags of prune.py besides the demo's and PUBLISHED, from the row `preserve`. 18 epochs in each row (9 in a step
-# of two).
+# By name: flags of prune.py besides the demo's and PUBLISHED, from the row `preserve`. 18 epochs in each row (9 in a
+# step of two).
 PRUNED = {
     "by norm, Hoyer-square, combine": ["--reg", "3", *REGULARIZED],
     "by norm, group L1, combine": ["--reg", "1", *REGULARIZED],
