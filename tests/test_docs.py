@@ -6,6 +6,7 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -89,6 +90,18 @@ def test_the_drawing_of_the_swap_says_what_stage_attn_trains():
     attn = MultiHeadBiLSTM(8, 2, 3)
     parts = [child for child, module in attn.named_children() if module in attn.mixing_parts()]
     assert name == "stage attn" and [part.replace("LSTMs", "lstm") for part in trained] == parts
+
+
+def test_the_picture_of_the_real_model_is_drawn_from_what_visualization_leaves(tmp_path):
+    models = {"teacher": 0.0, "FAR": 0.5, "pruned FAR": 1.0}
+    alike = {f"{name} block {i}": np.full((65, 65), value) for name, value in models.items() for i in range(12)}
+    np.savez(tmp_path / "similarity-of-tokens.npz", **alike)
+    done = launch(str(ROOT / "docs/draw_real.py"), str(tmp_path), "drawn.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "drawn.png", ROOT / "docs/real.png"):
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.size == (1702, 254)
+        assert path.stat().st_size < 100_000
 
 
 def test_the_readmes_story_of_ones_own_images_runs(teacher, tmp_path, monkeypatch, capsys):

@@ -264,7 +264,7 @@ def test_a_pruned_model_can_be_pruned_again(pruned, tmp_path):
         "--ft-epochs 2",
         "--lr 1e-2",
         "--no-distill",
-        "--distill-loss preserve",
+        "--distill-loss combine",
         "--score carried",
         "--refit",
         "--sensitivity 0.9",
@@ -280,6 +280,19 @@ def test_each_pruning_flag_changes_the_result(flags, far, teacher, tmp_path, onc
     assert any(
         a.shape != b.shape or not torch.equal(a, b) for a, b in zip(unchanged.values(), other.values(), strict=True)
     )
+
+
+def test_by_default_units_go_by_what_they_carry_and_what_read_them_is_refitted(far, teacher, tmp_path):
+    asked = ["--base-weight", str(teacher), "--keep-ratio", "0.5", "--ft-epochs", "0", "--epochs", "0"]
+    plain = [flag for flag in SMALL if flag not in ("--score", "norm", "--no-refit")]
+    for name, flags in {"default": plain, "named": [*SMALL, "--score", "carried", "--refit"]}.items():
+        argv = ["--model-path", str(far / "best.pth"), *flags, *asked, "--output-dir", str(tmp_path / name)]
+        assert prune.main(argv) == 0
+    ours, theirs = (load(tmp_path / name / "best.pth", "--test")["model"] for name in ("default", "named"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    report = json.loads((tmp_path / "default/prune_report.json").read_text())
+    assert report["teacher"]["when"] == "teacher" and report["teacher"]["agreement"] == 100
+    assert report["teacher"]["parameters"] < report["rows"][0]["parameters"]
 
 
 @pytest.fixture(scope="module")

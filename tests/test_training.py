@@ -477,3 +477,21 @@ def test_the_log_says_how_long_steps_waited_for_images_and_the_memory_held(far):
     for row in rows(far):
         assert 0 <= row["data_seconds"] <= max(row["seconds"], 0) and row["peak_memory_mb"] > 50
     assert any(row["data_seconds"] > 0 for row in rows(far))
+
+
+@pytest.mark.parametrize(("block_batch", "evaluations"), [("64", 3), ("32", 4)])
+def test_a_stage_does_not_evaluate_again_what_the_one_before_handed_on(
+    block_batch, evaluations, teacher, tmp_path, monkeypatch
+):
+    counted = []
+
+    def counting(*args):
+        counted.append(args)
+        return evaluate(*args)
+
+    monkeypatch.setattr("engine.train.evaluate", counting)
+    line = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1", "--select", "last"]
+    assert main.main([*line, "--block-ft-batch-size", block_batch, "--output-dir", str(tmp_path / "run")]) == 0
+    rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    attn, before_block = rows[1]["val"], rows[2]["val"]
+    assert len(counted) == evaluations and before_block == pytest.approx(attn)
