@@ -54,8 +54,9 @@ def add_removal_group(parser: Parser) -> None:
         "--sensitivity",
         type=arguments.RATE,
         default=None,
-        help=f"units whose --score is below this share of their block's mean; default {names.SENSITIVITY}, "
-        "the units weaker than average: about two fifths of the digits model's",
+        help="units whose --score is below this share of their block's mean; default "
+        + ", ".join(f"{share} of {score}" for score, share in names.SENSITIVITY.items())
+        + ", about two fifths of the digits model's",
     )
     g.add_argument("--keep-ratio", type=arguments.PART, help="all but this share of units, ranked over all blocks")
     g.add_argument("--target-params", type=arguments.SIZE, help="as many units as leave at most this many parameters")
@@ -135,6 +136,8 @@ def configure(args: Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.distill_loss is None and args.base_weight and args.distill is not False:
+        args.distill_loss = "preserve"  # here, so that args.json says it and a run goes on with what it began
     from engine.pruning import Pruning
     from models import kernels
     from utils import distributed

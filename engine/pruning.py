@@ -58,7 +58,7 @@ class PruneCommand(Command):
     reg: int
     decay: float
     distill: bool | None  # None: where there is a teacher
-    distill_loss: str | None  # None: preserve
+    distill_loss: str | None  # None: nothing to learn from a teacher
     score: str
     refit: bool
     sensitivity: float | None
@@ -83,8 +83,8 @@ class PruneCommand(Command):
 
     @property
     def threshold(self) -> float:
-        """A unit below this share of its block's mean norm is weak."""
-        return names.SENSITIVITY if self.sensitivity is None else self.sensitivity
+        """A unit below this share of its block's mean score is weak."""
+        return names.SENSITIVITY[self.score] if self.sensitivity is None else self.sensitivity
 
 
 class Pruning:
@@ -207,13 +207,14 @@ class Pruning:
         stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
         if not self.distill:
             return stage
-        return replace(stage, loss=self.command.distill_loss or "preserve", blocks=tuple(self.config.replaced))
+        return replace(stage, loss=self.command.distill_loss, blocks=tuple(self.config.replaced))
 
     def _task(self, model, regularizing: bool, stage: Stage, criterion):
         task, command = Distillation(model, self.teacher, stage, criterion), self.command
         if not regularizing:
             return task
-        return Regularized(task, model, command.reg, command.decay, command.prune_mlp is not None, command.threshold)
+        threshold = command.sensitivity or names.SENSITIVITY["norm"]  # of what is counted while norms are regularized
+        return Regularized(task, model, command.reg, command.decay, command.prune_mlp is not None, threshold)
 
     def _seen(self, model, parts: Parts) -> Grams:
         """What the units of parts carry on training images."""

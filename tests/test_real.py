@@ -12,7 +12,7 @@ from tests.conftest import ROOT, launch
 from tests.test_datasets import solar_cells
 from utils.errors import FarError
 
-SMALL = ["--input-size", "32", "--epochs", "1"]
+SMALL = ["--input-size", "28", "--epochs", "1"]
 
 
 @pytest.fixture
@@ -22,20 +22,19 @@ def packaged(tmp_path, teacher, monkeypatch):
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").touch()
     solar_cells(package / "data", count=8)
-    root = tmp_path / "runs/real/32px-seed0"
-    root.mkdir(parents=True)
-    shutil.copy(teacher, root / "dinov2.pth")
+    (tmp_path / "runs/real").mkdir(parents=True)
+    shutil.copy(teacher, tmp_path / "runs/real/dinov2.pth")
     return {"PYTHONPATH": f"{ROOT}:{package.parent}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_every_row_is_trained_measured_and_drawn_and_a_second_call_goes_on(tmp_path, packaged):
     first = launch(str(ROOT / "real.py"), *SMALL, cwd=tmp_path, timeout=900, **packaged)
     assert first.returncode == 0, first.stderr
-    short = json.loads((tmp_path / "runs/real/32px.json").read_text())["0"]
+    short = json.loads((tmp_path / "runs/real/28px/rows.json").read_text())["0"]
     assert list(short) == ["teacher", *real.SHORT]
     done = launch(str(ROOT / "real.py"), *SMALL, "--all", cwd=tmp_path, timeout=900, **packaged)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "runs/real/32px.json").read_text())["0"]
+    found = json.loads((tmp_path / "runs/real/28px/rows.json").read_text())["0"]
     assert set(found) == {"teacher", *real.SWAPPED, *real.PRUNED}
     assert "training" not in done.stdout.partition("== far-labels")[0]  # what the first call finished
     for row in short:
@@ -72,3 +71,9 @@ def test_without_the_packages_it_is_one_line(tmp_path, failure, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said = failure("--output-dir", tmp_path / "run", script=real.main)
     assert "pip install --no-deps -r requirements-real.txt" in said
+
+
+def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, failure):
+    assert "multiple of its patch size, 14" in failure("--input-size", "100", script=real.main)
+    (tmp_path / "file").touch()
+    assert "--output-dir" in failure("--output-dir", tmp_path / "file/run", script=real.main)

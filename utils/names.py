@@ -21,7 +21,7 @@ EXPORTS = ("onnx", "pt2", "safetensors")  # engine.export.TARGETS
 TABLES = (".csv", ".json")  # engine.predict.TABLES
 SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
-SENSITIVITY = 1.0  # prune's default: weaker than their block's average unit, two fifths of the digits model's
+SENSITIVITY = {"norm": 1.0, "carried": 0.6}  # prune's defaults: two fifths of the digits model's units are weaker
 
 
 def is_stream(dataset: str) -> bool:
