@@ -290,9 +290,15 @@ def test_by_default_units_go_by_what_they_carry_and_what_read_them_is_refitted(f
         assert prune.main(argv) == 0
     ours, theirs = (load(tmp_path / name / "best.pth", "--test")["model"] for name in ("default", "named"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert '"distill_loss": "preserve"' in (tmp_path / "default/args.json").read_text()  # for a run that goes on
     report = json.loads((tmp_path / "default/prune_report.json").read_text())
     assert report["teacher"]["when"] == "teacher" and report["teacher"]["agreement"] == 100
     assert report["teacher"]["parameters"] < report["rows"][0]["parameters"]
+
+
+@pytest.mark.parametrize(("flags", "share"), [("", 0.6), ("--score norm", 1.0), ("--sensitivity 0.3", 0.3)])
+def test_what_is_weak_depends_on_the_score_unless_it_is_said(flags, share):
+    assert prune.configure(prune.build_parser().parse_args(flags.split())).threshold == share
 
 
 @pytest.fixture(scope="module")
