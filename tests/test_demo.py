@@ -45,7 +45,7 @@ def test_demo_runs_twice_and_writes_its_summary(tmp_path):
     links = set(re.findall(r'href="([^"]+)"', page.read_text()))
     assert {"fidelity.png", "attn/curves.png", "prune/units.png", "figures/influence.png"} <= links
     assert all((page.parent / link).is_file() for link in links) and "ms, our engine" in page.read_text()
-    assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 4
+    assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6  # two images, maps and blocks; two more
     done = launch(
         str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path
     )  # finds the demo by itself

@@ -41,7 +41,7 @@ def test_a_row_that_is_not_there_is_one_line(failure, tmp_path):
 def test_every_row_has_the_same_budget(row):
     if row in study.DISTILLING:
         attn, block = study.DISTILLING[row]
-        lines = [[*study.BLOCK, *block]] + ([] if attn is None else [[*study.COMPARED, *attn]])
+        lines = [[*study.COMPARED_BLOCK, *block]] + ([] if attn is None else [[*study.COMPARED, *attn]])
         flags = {"--epochs", "--block-ft-epochs"}
     else:
         lines, flags = [[*study.PRUNING, *study.PRUNED[row]]], {"--epochs", "--ft-epochs"}

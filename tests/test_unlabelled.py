@@ -98,7 +98,8 @@ def test_what_needs_labels_or_answers_says_so(pictures, teacher, far, tmp_path, 
         assert all(piece in line for piece in said.split(".*")), (said, line)
     small = ["--model-path", far / "best.pth", *images, "--keep-ratio", "0.5"]
     assert "name its weights with --base-weight" in failure(*small, script=prune.main)
-    assert "the loss combine reads labels" in failure(*small, *weight, script=prune.main)
+    combine = ["--distill-loss", "combine"]  # by default it is preserve, which reads none
+    assert "the loss combine reads labels" in failure(*small, *weight, *combine, script=prune.main)
     line = failure(*small, *weight, "--distill-loss", "similarity", script=prune.main)
     assert "the loss similarity does not reach the classifier" in line
     assert list(tmp_path.iterdir()) == []
