@@ -124,6 +124,8 @@ def configure(args: Namespace):
     from engine.stages import Optim
     from utils.run_folder import Record, RunConfig
 
+    if args.distill_loss is None and args.base_weight and args.distill is not False:
+        args.distill_loss = "preserve"  # here, so that args.json says it and a run goes on with what it began
     return pick(
         PruneCommand,
         args,
@@ -136,8 +138,6 @@ def configure(args: Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.distill_loss is None and args.base_weight and args.distill is not False:
-        args.distill_loss = "preserve"  # here, so that args.json says it and a run goes on with what it began
     from engine.pruning import Pruning
     from models import kernels
     from utils import distributed

@@ -76,6 +76,7 @@ READING = (
 def by_torchrun(processes: int, script: str, argv: list[str]) -> None:
     """A command in several processes. Raises Echo where it fails, having said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    print(f"   by torchrun --nproc-per-node={processes}, with --distributed", flush=True)
     script = str(Path(__file__).parent / script)
     with subprocess.Popen([sys.executable, *launcher, script, "--distributed", *argv]) as process:
         try:

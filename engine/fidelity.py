@@ -30,8 +30,8 @@ def fidelity(
     blocks: those compared inside, of both models' indices; all by default, none for a student whose blocks were fused.
 
     Returns a dictionary with
-        loss, acc1, acc5, images: the student's, as `evaluate` has them; and the same of the teacher,
-            teacher_loss and so on.
+        loss, acc1, acc5, balanced_acc1, images: the student's, as `evaluate` has them; and the same of the teacher but
+            for images, teacher_loss and so on.
         agreement: the share of images on which both name the same class, in percent.
         kl: KL(teacher || student) of the logits in nats, mean over images.
         teacher_errors, repeated_errors: how many images the teacher gets wrong, and on how many of those the student
