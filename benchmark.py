@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import gpu_speed, rivals, speed
-from engine.count import count_macs
+from deploy import gpu_speed, rivals, speed, timing
+from models.count import count_macs
 from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
+from plots.figures import accuracy_by_latency, latency_by_tokens, save_figure
 from utils.arguments import SECONDS, SIZE, Parser, path, pick
 from utils.checkpoint import write_atomic
 from utils.distributed import pick_device
 from utils.errors import FarError
-from utils.figures import accuracy_by_latency, latency_by_tokens, save_figure
 from utils.files import check_writable
 from utils.script import run_script
 
@@ -103,7 +103,7 @@ def by_batch(kind: str, things: dict, shape: tuple[int, ...], config: Config, ag
         x = torch.randn(batch, *shape)
         calls = {name: lambda m=m, x=x: m.eval()(x) for name, m in things.items()}
         title = f"{kind}, batch {batch}, threads {torch.get_num_threads()}"
-        found[title] = speed.interleaved(calls, config.seconds, 3)
+        found[title] = timing.interleaved(calls, config.seconds, 3)
         show(title, found[title], against)
     return found
 
@@ -115,10 +115,10 @@ def by_tokens(things: dict, config: Config) -> dict[str, list[dict]]:
         tokens = (size // 16) ** 2 + 1
         x = torch.randn(1, tokens, rivals.DIM)
         calls = {name: lambda m=things[name], x=x: m(x) for name in ("attention", "FAR fused", *speed.KEEP)}
-        times = speed.interleaved(calls, config.seconds / 2, 3)
+        times = timing.interleaved(calls, config.seconds / 2, 3)
         show(f"layer, batch 1, {size} px, {tokens} tokens", times, "attention")
         for name, call in calls.items():
-            curve.setdefault(name, []).append({"tokens": tokens, "peak_bytes": speed.peak_bytes(call), **times[name]})
+            curve.setdefault(name, []).append({"tokens": tokens, "peak_bytes": timing.peak_bytes(call), **times[name]})
             print(f"  {name:<26}{curve[name][-1]['peak_bytes'] / 1e6:>10.1f} MB at most allocated besides")
     return curve
 
@@ -157,7 +157,7 @@ def show_targets(rows: list[dict]) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: engine/gpu_speed.py's measures")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: deploy/gpu_speed.py's measures")
     parser.add_argument(
         "--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go"
     )

@@ -21,18 +21,18 @@ import main
 import prune
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
+from deploy.speed import ENGINE, ONNX_RUNTIME, one_image
 from engine.fidelity import fidelity
-from engine.pictures import PictureConfig, visualize
-from engine.speed import ENGINE, ONNX_RUNTIME, one_image
 from engine.train import Settings
 from models.replace import load_model, swap_attention
+from plots.figures import fidelity_by_block, save_figure
+from plots.page import Section, write_page
+from plots.pictures import PictureConfig, visualize
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.checkpoint import write_atomic
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import fidelity_by_block, save_figure
 from utils.files import check_writable
-from utils.page import Section, write_page
 from utils.script import run_script
 
 COMMON = """--scale Micro --num-workers 0 --unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0

@@ -40,7 +40,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from engine.export import ExportConfig, export
+    from deploy.export import ExportConfig, export
 
     export(pick(ExportConfig, args))
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path as _Path
 dependencies = ["torch", "torchvision", "timm", "numpy", "safetensors"]
 _NAME = "far_hub"
 _ROOT = str(_Path(__file__).resolve().parent)
-_OURS = {"models", "utils", "datasets", "engine"}
+_OURS = {"models", "utils", "datasets", "engine", "deploy", "plots"}
 
 
 class _Renamed(_ast.NodeTransformer):

@@ -17,18 +17,18 @@ from statistics import mean
 
 import convert
 from demo import Demo, in_this_process, text_table, write_json
-from engine.count import count_all
+from deploy.speed import ENGINE, ONNX_RUNTIME, one_image
 from engine.fidelity import farthest
-from engine.pictures import PictureConfig, visualize
-from engine.speed import ENGINE, ONNX_RUNTIME, one_image
+from models.count import count_all
 from models.deit import check_size
 from models.dinov2 import MODELS
 from models.replace import load_model
+from plots.page import Section, write_page
+from plots.pictures import PictureConfig, visualize
 from utils import names
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.errors import Echo
 from utils.files import check_writable
-from utils.page import Section, write_page
 from utils.script import run_script
 from utils.signals import Stopped
 

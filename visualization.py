@@ -54,7 +54,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from engine.pictures import PictureConfig, visualize
+    from plots.pictures import PictureConfig, visualize
 
     page, _ = visualize(pick(PictureConfig, args))
     print(f"open {page}")

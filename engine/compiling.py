@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.distill import keeping_z, take_z
+from models.features import keeping_z, take_z
 from utils.errors import FarError, first_line
 
 COMPILER = "inductor"

@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine.distill import Features, forward_features
 from engine.evaluate import accuracy, batches, score, sums_of
+from models.features import Features, forward_features
 from utils.distributed import Context
 
 OF_BOTH = ("loss", "acc1", "acc5", "balanced_acc1")

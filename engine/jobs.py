@@ -10,14 +10,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data
+from deploy.fuse import fuse
+from deploy.predict import Prediction, as_text, picture_loader, write
+from deploy.predict import predict as predicted
 from engine.choosing import settle
 from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.predict import Prediction, as_text, picture_loader, write
-from engine.predict import predict as predicted
 from engine.stages import Plan, Stage, distillation
 from engine.steps import (
     answer_by,
@@ -37,7 +38,6 @@ from engine.steps import (
 )
 from engine.train import Trainer
 from models.deit import check_size, create_teacher, load_teacher_weights
-from models.fuse import fuse
 from models.replace import (
     FarConfig,
     count_parameters,
@@ -48,6 +48,7 @@ from models.replace import (
     resize,
     set_backend,
 )
+from plots.figures import draw_curves
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
@@ -115,6 +116,7 @@ def train_on_labels(command: ModeCommand, context: Context, model, config: FarCo
         model, last = resumed(run, model, config, command.model)
         task = partial(Distillation, model, None)
         Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
+        draw_curves(run)
         loader = data.val_loader(stage.optim.batch_size)
         result = evaluate(model, loader, context, command.settings.autocast(context.device))
         finish(run, model, result, context)
@@ -158,6 +160,7 @@ def train(command: ModeCommand, context: Context) -> None:
 
         task = partial(Distillation, model, reference, distill_input=command.distill_input)
         Trainer(model, config, stages, task, data, run, context, settings, last).fit()
+        draw_curves(run)
         loader = data.val_loader(block.batch_size)
         kept = fidelity(model, reference, loader, context, settings.autocast(context.device))
         finish(run, model, kept, context)

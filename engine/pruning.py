@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from engine import latency
+from deploy import latency
 from engine.activations import Grams, carried, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
-from engine.count import count_all
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import farthest, fidelity, of_teacher
@@ -31,13 +30,14 @@ from engine.steps import (
     say,
 )
 from engine.train import Trainer
+from models.count import count_all
 from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
+from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names
 from utils.arguments import Latency
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import fidelity_by_block, kept_units, pruning_curves, sweep_curve
 from utils.run_folder import RunFolder, open_run
 
 AFTER = {"regularize": "regularized", "fine-tune": "fine-tuned"}  # what the report calls a model after a training
@@ -136,8 +136,8 @@ class Pruning:
                 top.write_json(latency.FILE, {"table": asdict(self.latency)})
             report = self._steps(top)
             top.write_json("prune_report.json", report)
-            if self.teacher is not None:
-                top.figure(fidelity_by_block({row["when"]: row for row in report["rows"]}), "fidelity.png")
+            if self.teacher is not None and self.context.main:
+                save_figure(fidelity_by_block({row["when"]: row for row in report["rows"]}), top.path / "fidelity.png")
         say(self.context, "\n" + table(report))
         say(self.context, f"\nwritten to {top.path}")
         return report
@@ -161,10 +161,12 @@ class Pruning:
         model, row = self._train(folder, self.model, self.regularize, "regularize", before)
         report["rows"].append(row)
         if self.context.main:
-            top.figure(pruning_curves(folder.rows("steps.jsonl"), command.reg), "regularize.png")
+            save_figure(pruning_curves(folder.rows("steps.jsonl"), command.reg), top.path / "regularize.png")
         if command.sweep:
             report["sweep"] = [self._sweep(top, folder, ratio) for ratio in command.sweep]
-            top.figure(sweep_curve(report["sweep"], report["rows"][0], report.get("teacher")), "sweep.png")
+            if self.context.main:
+                figure = sweep_curve(report["sweep"], report["rows"][0], report.get("teacher"))
+                save_figure(figure, top.path / "sweep.png")
         else:
             pruned, rows = self._prune(top, model, command.keep_ratio)
             report["rows"] += rows
@@ -195,6 +197,7 @@ class Pruning:
         if optim.epochs and not finished:
             stages, task = [self._stage(name, optim)], partial(self._task, model, name == "regularize")
             Trainer(model, self.config, stages, task, self.data, run, self.context, self.settings, last).fit()
+            draw_curves(run)
         elif not finished:
             run.save("best.pth", pack(model, self.config))
         row = {**(self._measure(model) if optim.epochs else before), "when": AFTER[name]}
@@ -251,9 +254,8 @@ class Pruning:
             config = describe(model, self.config)
             parts = replacements(self.model)
             units = {**{str(i): part.sizes for i, part in parts.items()}, **config.units}
-            run.figure(
-                kept_units(units, max(max(pair) for part in parts.values() for pair in part.full_sizes)), "units.png"
-            )
+            most = max(max(pair) for part in parts.values() for pair in part.full_sizes)
+            save_figure(kept_units(units, most), run.path / "units.png")
         return model, [{**pruned, **timed}, tuned]
 
     def _timed(self, model) -> dict:

@@ -232,7 +232,6 @@ class Trainer:
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
                 self._stage(self.stages[self.at.stage])
-        self.run.draw()
 
     def _place(self, stage: Stage) -> None:
         self.model.to(self.context.device)

@@ -17,9 +17,9 @@ import visualization
 from datasets.classes import UnknownClass, imagenet_names, match_classes
 from datasets.loading import Data, DataConfig, filled
 from engine.jobs import taught
-from engine.pictures import PictureConfig, find_models
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
+from plots.pictures import PictureConfig, find_models
 from tests.conftest import QUIET, write_images
 from utils.checkpoint import save
 from utils.distributed import Context

@@ -11,9 +11,9 @@ import main
 import prune
 import visualization
 from engine.configs import ModelName, Rates
-from engine.pictures import PictureConfig
 from engine.stages import Optim
 from engine.train import turns
+from plots.pictures import PictureConfig
 from tests.conftest import ROOT
 from utils.arguments import pick
 from utils.distributed import Context
@@ -82,7 +82,7 @@ def test_every_value_a_command_holds_is_its_flags(script, line, elsewhere):
 
 
 def test_below_the_scripts_nobody_takes_a_namespace():
-    below = [p for folder in ("engine", "models", "datasets") for p in (ROOT / folder).rglob("*.py")]
+    below = [p for folder in ("engine", "models", "datasets", "deploy", "plots") for p in (ROOT / folder).rglob("*.py")]
     assert below and not [p for p in below if "argparse" in p.read_text() or "Namespace" in p.read_text()]
 
 

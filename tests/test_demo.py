@@ -5,7 +5,7 @@ import re
 import shutil
 
 import demo
-from engine import rivals
+from deploy import rivals
 from tests.conftest import ROOT, launch
 
 

@@ -11,10 +11,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.fuse import fuse
+from deploy.fuse import fuse
+from deploy.packed import WholeModel, why_not
 from models.kernels import cpu
 from models.replace import FarConfig, build, swap_attention
-from models.whole import WholeModel, why_not
 from tests.conftest import launch
 from tests.test_kernels import BUILDS
 from utils.errors import FarError

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 import export
 import models.timm_models  # noqa: F401  (registers)
 from datasets.loading import Data, DataConfig
-from engine.export import TARGETS, ExportConfig, Row, compare, read
-from engine.predict import preprocessing_of
+from deploy.export import TARGETS, ExportConfig, Row, compare, read
+from deploy.onnx_graph import to_onnx
+from deploy.predict import preprocessing_of
 from models.hub import load
-from models.onnx_graph import to_onnx
 from models.replace import FarConfig, build, load_model, pack, set_backend
 from tests.conftest import launch, write_images
 from utils import checkpoint

@@ -30,16 +30,17 @@ import main
 import prune
 import visualization
 from datasets import loading, registry
-from engine import jobs, pictures, pruning, steps
+from engine import jobs, pruning, steps
 from models.deit import create_teacher
 from models.published import to_published
 from models.replace import FarConfig, build, pack
+from plots import pictures
+from plots.figures import save_figure
 from tests import faults
 from utils import arguments, checkpoint
 from utils.arguments import Parser
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import save_figure
 from utils.run_folder import Record, RunConfig, open_run
 from utils.script import run_script
 

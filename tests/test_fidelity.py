@@ -15,9 +15,9 @@ from engine.pruning import table
 from engine.train import Settings
 from models.deit import create_teacher
 from models.replace import swap_attention
+from plots.figures import fidelity_by_block
 from tests.conftest import BATCH, EVAL, QUIET, launch, torchrun
 from utils.distributed import Context
-from utils.figures import fidelity_by_block
 
 OWN = {f"{whose}{name}" for whose in ("", "teacher_") for name in ("loss", "acc1", "acc5", "balanced_acc1")}
 KEYS = OWN | {"images", "agreement", "kl", "teacher_errors", "repeated_errors", "z_similarity", "output_error"}

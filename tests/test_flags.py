@@ -22,11 +22,11 @@ from torchvision.transforms import functional as image_ops
 import main
 from datasets import loading
 from datasets.registry import build_split
+from deploy.fuse import fuse as fuse_model
 from engine import jobs
 from engine.train import Trainer
 from models import kernels
 from models.deit import create_teacher
-from models.fuse import fuse as fuse_model
 from models.kernels import KERNELS
 from tests.conftest import ROOT
 from tests.test_kernels import watch

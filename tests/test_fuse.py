@@ -6,8 +6,8 @@ import io
 import pytest
 import torch
 
-from engine.count import count_macs
-from models.fuse import fuse, merge_blocks
+from deploy.fuse import fuse, merge_blocks
+from models.count import count_macs
 from models.kernels import cpu
 from models.merged import MergedBiRNN
 from models.replace import FarConfig, build, set_backend

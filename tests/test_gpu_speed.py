@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import benchmark
-from engine import choosing, gpu_speed
-from engine.gpu_speed import ATTENTION, Asked, Case, Machine, machine, report, run
+from deploy import gpu_speed
+from deploy.gpu_speed import ATTENTION, Asked, Case, Machine, machine, report, run
+from engine import choosing
 from models import kernels
 
 CPU = torch.device("cpu")

@@ -16,6 +16,8 @@ PARTS = (
     "benchmark.py",
     "models",
     "engine",
+    "deploy",
+    "plots",
     "datasets",
     "utils",
     "docs",
@@ -26,11 +28,27 @@ SOURCES = [
 REPLACING = {"Replacement", "MultiHeadBiRNN", "MultiHeadBiLSTM", "MultiHeadBiGRU", "SingleLSTM", "TokenMixer", "Mlp"}
 
 
-def test_no_function_is_longer_than_a_screen():
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 40, f"{path.name}: {node.name}"
+METHOD = ("train", "resume", "stages", "distill", "evaluate", "fidelity", "hoyer", "shrink", "activations")
+# Nothing imports a folder above its own, but recipes: pruning asks deploy for times, modes draw and evaluate fused.
+ABOVE = {
+    "utils": {"datasets", "models", "engine", "deploy", "plots"},
+    "datasets": {"models", "engine", "deploy", "plots"},
+    "models": {"datasets", "engine", "deploy", "plots"},
+}
+
+
+def imported(path) -> set[str]:
+    """The suite's folders that a file imports, inside its functions too."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_imports_run_downwards():
+    for folder, above in ABOVE.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not imported(path) & above, path.name
+    for name in METHOD:
+        assert not imported(ROOT / "engine" / f"{name}.py") & {"deploy", "plots"}, name
 
 
 def test_what_replaces_attention_is_asked_and_its_class_looked_at_once():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prune
-from engine import latency
+from deploy import latency
 from engine.hoyer import unit_norms
 from engine.shrink import shrink
 from models.replace import FarConfig, build, load_model, replacements

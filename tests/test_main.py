@@ -12,11 +12,11 @@ from timm.data import ImageNetInfo
 
 import main
 from datasets.registry import SOURCES
+from deploy.export import TARGETS
+from deploy.predict import TABLES
 from engine import jobs
 from engine.distill import LOSSES, TERMS
-from engine.export import TARGETS
 from engine.hoyer import REGULARIZERS
-from engine.predict import TABLES
 from engine.pruning import SCORES
 from engine.train import AMP
 from models.deit import TEACHERS, create_teacher

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.count import count_macs
-from models.fuse import fuse, merge_blocks
+from deploy.fuse import fuse, merge_blocks
+from models.count import count_macs
 from models.kernels import cpu
 from models.mixer import TokenMixer
 from models.parts import Replacement

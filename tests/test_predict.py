@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 import main
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits, class_names
-from engine.predict import Answer, as_text
+from deploy.predict import Answer, as_text
 from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import BATCH, PLAIN, QUIET, image_folder, write_images
 from utils.checkpoint import load, save

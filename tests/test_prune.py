@@ -14,9 +14,9 @@ import torch
 import main
 import prune
 from engine import hoyer, shrink
-from engine.count import count_macs
 from models.bigru import DirectionGRU
 from models.bilstm import DirectionLSTM
+from models.count import count_macs
 from models.deit import create_teacher
 from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
 from tests.conftest import EVAL, QUIET, ROOT, launch

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import real
-from engine.speed import ENGINE
+from deploy.speed import ENGINE
 from tests.conftest import ROOT, launch
 from tests.test_datasets import solar_cells
 from utils.errors import FarError

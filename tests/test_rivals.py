@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from engine import rivals
+from deploy import rivals
 
 PROGRAMS = [p for p in rivals.programs(rivals.RUNTIMES) if p.model == rivals.BASE and "compile" not in p.runtime]
 

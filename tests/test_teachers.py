@@ -14,19 +14,19 @@ from torch import nn
 import export
 import main
 import prune
+from deploy.fuse import fuse
+from deploy.onnx_graph import find_faults, to_onnx
+from deploy.packed import why_not
 from engine import jobs
 from engine.distill import Distillation
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
 from engine.stages import Optim, Stage, select_trainable
 from models.deit import TEACHERS, create_teacher, load_teacher_weights
-from models.fuse import fuse
 from models.kernels import cpu
-from models.onnx_graph import find_faults, to_onnx
 from models.published import from_published, to_published
 from models.replace import FarConfig, describe, load_model, mlps, pack, replacements, reset_classifier, swap_attention
 from models.vit import Teacher, classifiers
-from models.whole import why_not
 from tests.conftest import PLAIN
 from utils.checkpoint import load, save
 from utils.errors import FarError

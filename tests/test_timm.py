@@ -159,7 +159,7 @@ def test_attention_stage_weights_go_on_at_another_input_size(files, tmp_path):
 
 HUB = f"""
 import copy, pickle, sys, torch
-names = ("utils", "models", "datasets", "engine")
+names = ("utils", "models", "datasets", "engine", "deploy", "plots")
 if sys.argv[2] == "before":
     import utils, models
 before, path = {{name: sys.modules.get(name) for name in names}}, list(sys.path)
@@ -205,7 +205,7 @@ def test_torch_hub_and_the_suite_itself_fit_into_one_process(files):
 
 
 def test_the_suite_imports_itself_in_the_form_that_torch_hub_renames():
-    ours = ("models", "utils", "datasets", "engine")
+    ours = ("models", "utils", "datasets", "engine", "deploy", "plots")
     for path in (path for folder in ours for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

@@ -10,7 +10,7 @@ def test_shim_is_active_exactly_where_the_compiled_operators_do_not_load():
     assert torchvision_ops.ensure_loadable() == (not torchvision_ops.compiled_ops_load())
 
 
-@pytest.mark.parametrize("module", ["models.fuse", "datasets.registry", "engine.pictures"])
+@pytest.mark.parametrize("module", ["deploy.fuse", "datasets.registry", "plots.pictures"])
 def test_every_part_can_be_imported_first(module, tmp_path):
     done = launch(
         "-c", f"import {module}, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')", cwd=tmp_path

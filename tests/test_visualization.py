@@ -16,8 +16,11 @@ from scipy.stats import spearmanr
 
 import visualization
 from datasets.registry import photographs
-from engine.distill import forward_features
-from engine.explain import (
+from models.bilstm import MultiHeadBiLSTM
+from models.deit import create_teacher
+from models.features import forward_features
+from models.replace import FarConfig, build, pack, swap_attention
+from plots.explain import (
     attention_rollout,
     attention_weights,
     influence,
@@ -26,14 +29,11 @@ from engine.explain import (
     token_importance,
     z_of,
 )
-from engine.pictures import HOW_IMPORTANT, Images, PictureConfig, Pictures, find_images, find_models, sampling
-from models.bilstm import MultiHeadBiLSTM
-from models.deit import create_teacher
-from models.replace import FarConfig, build, pack, swap_attention
+from plots.figures import accuracy_by_latency, fidelity_by_block, logarithmic, plain, sweep_curve, training_curves
+from plots.map_figures import Row, block_maps, importance_maps, signed
+from plots.page import Section, write_page
+from plots.pictures import HOW_IMPORTANT, Images, PictureConfig, Pictures, find_images, find_models, sampling
 from tests.conftest import image_folder
-from utils.figures import accuracy_by_latency, fidelity_by_block, logarithmic, plain, sweep_curve, training_curves
-from utils.map_figures import Row, block_maps, importance_maps, signed
-from utils.page import Section, write_page
 
 
 def model(replaced=()):

@@ -18,7 +18,6 @@ from utils import checkpoint, names
 from utils.board import Board, check_board
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.figures import save_figure, training_curves
 from utils.files import check_writable, fingerprint
 from utils.records import read_lines, read_record
 
@@ -148,14 +147,6 @@ class RunFolder:
         kept = [r for r in self.rows(name) if place(r) < place(rows[0])]
         checkpoint.write_atomic(self.path / name, lambda file: file.write(as_lines([*kept, *rows])))
         self.whole.add(name)
-
-    def figure(self, figure, name: str) -> None:
-        if self.context.main:
-            save_figure(figure, self.path / name)
-
-    def draw(self) -> None:
-        if self.context.main and (rows := self.rows()):
-            self.figure(training_curves(rows), "curves.png")
 
 
 def plain(flags: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deploy.timing import peak_bytes
 from engine.choosing import CANDIDATES, decide
-from engine.speed import peak_bytes
 from engine.trial import milliseconds, synchronize
 from models.deit import TEACHERS
 from models.replace import FarConfig, build, replacements, set_backend, swap_attention

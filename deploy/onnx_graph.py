@@ -16,14 +16,15 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from deploy.packed import structure_faults, without_scales
 from models.kernels import Cell, CellKind
 from models.kernels.stock import padded_cell
 from models.merged import Merged
 from models.replace import replacements
 from models.vit import prefix_positions
-from models.whole import structure_faults, without_scales
 from utils.errors import FarError
 
+OPSET = 20  # with GELU as one operator
 OPSETS = (17, onnx.defs.onnx_opset_version())  # from 17 on there is LayerNormalization
 # kind of cell: ONNX's name, ONNX's order of torch's gates, attributes
 CELLS = {"lstm": ("LSTM", (0, 3, 1, 2), {}), "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1})}
@@ -250,11 +251,14 @@ def _block(graph: Graph, model: VisionTransformer, index: int, x: str) -> str:
 
 
 @torch.no_grad()
-def to_onnx(model: VisionTransformer, opset: int, properties: Mapping[str, str]) -> onnx.ModelProto:
+def to_onnx(
+    model: VisionTransformer, opset: int | None = None, properties: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
     """Images (B, C, S, S), B free, to logits (B, classes). properties: what goes into the file's metadata.
 
     Raises FarError where the opset is unknown here, or the graph has no form for a part of the model.
     """
+    opset = opset or OPSET
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise FarError(f"--opset {opset}: this needs one from {OPSETS[0]} to {OPSETS[1]}, the newest installed")
     if fault := find_faults(model):
@@ -273,6 +277,6 @@ def to_onnx(model: VisionTransformer, opset: int, properties: Mapping[str, str])
     opsets = [helper.make_opsetid("", opset)]
     found = helper.make_model(body, opset_imports=opsets, producer_name="FAR")
     found.ir_version = helper.find_min_ir_version_for(opsets)  # helper's newest is refused by runtimes of last year
-    helper.set_model_props(found, dict(properties))
+    helper.set_model_props(found, dict(properties or {}))
     onnx.checker.check_model(found, full_check=True)
     return found

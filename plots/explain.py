@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.distill import forward_features
+from models.features import forward_features
 
 
 def integrated_gradients(model: VisionTransformer, images: Tensor, classes: Tensor, steps: int = 32) -> Tensor:

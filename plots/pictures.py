@@ -18,8 +18,11 @@ from datasets.images import find_files, read_image, shown
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, photographs
 from engine.configs import ModelName
-from engine.distill import forward_features
-from engine.explain import (
+from engine.steps import load_any, order_classes
+from models import kernels
+from models.features import forward_features
+from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
+from plots.explain import (
     attention_inputs,
     attention_rollout,
     attention_weights,
@@ -29,16 +32,13 @@ from engine.explain import (
     token_importance,
     token_similarity,
 )
-from engine.steps import load_any, order_classes
-from models import kernels
-from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
+from plots.figures import save_figure
+from plots.map_figures import Row, block_maps, importance_maps, signed, token_matrices
+from plots.page import Section, write_page
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
-from utils.figures import save_figure
 from utils.files import check_writable
-from utils.map_figures import Row, block_maps, importance_maps, signed, token_matrices
-from utils.page import Section, write_page
 
 log = logging.getLogger(__name__)
 EXACT_UP_TO = 5000  # N * D up to which the influence matrix is exact; of larger ones tokens and directions are sampled

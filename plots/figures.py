@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from utils import names
 from utils.checkpoint import write_atomic
+from utils.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
 Measure = Callable[[dict[str, Any]], dict[str, float]]  # from a row to a value by name
@@ -32,6 +33,12 @@ def save_figure(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks: boxes, no news
         write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, bbox_inches="tight"))
+
+
+def draw_curves(run: RunFolder) -> None:
+    """curves.png in a run's folder, from its log."""
+    if run.context.main and (rows := run.rows()):
+        save_figure(training_curves(rows), run.path / "curves.png")
 
 
 LOG_TICKS = {20: (1, 2, 3, 5, 7), 300: (1, 2, 5), np.inf: (1,)}  # up to this ratio of ends, in each decade

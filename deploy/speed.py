@@ -1,11 +1,9 @@
 """What benchmark.py measures: the things compared, how time and memory are taken, and the ratios worth reaching."""
 
 import importlib.util
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,19 +11,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from datasets.loading import Data, DataConfig
-from engine.count import count_macs
+from deploy.fuse import fuse
+from deploy.rivals import BASE, DIM, HEADS, open_onnx_runtime
+from deploy.timing import PAUSE_S, Times, interleaved
 from engine.evaluate import evaluate
-from engine.export import OPSET
-from engine.rivals import BASE, DIM, HEADS, PAUSE_S, open_onnx_runtime, summary
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
+from models.count import count_macs
 from models.deit import create_teacher
-from models.fuse import fuse
 from models.replace import count_parameters, load_model
 from utils.distributed import Context
 
 KEEP = {"FAR pruned 0.5": 0.5, "FAR pruned 0.25": 0.25}
-Times = dict[str, dict[str, float]]
 
 # what, at least, (section, the slower's name, the faster's): ratios of times, at 224 px unless the section says else
 LAYER_TARGETS = (
@@ -64,35 +61,6 @@ def layers(tokens: int) -> dict[str, nn.Module]:
         "FAR fused": far.merged(),
         **{name: MultiHeadBiLSTM(DIM, HEADS, tokens, units).merged() for name, units in kept.items()},
     }
-
-
-def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> Times:
-    """Times all calls in turn, again and again: median, and the spread between quartiles, in milliseconds."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < least:
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: summary(found) for name, found in times.items()}
-
-
-def peak_bytes(call: Callable) -> int:
-    """Peak bytes allocated during a call, beyond what was there before it: the running sum of torch's allocations."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's notices stand between the rows
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    now = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def training_steps(seconds: float) -> Times:
@@ -148,12 +116,12 @@ def one_image(models: dict[str, VisionTransformer], seconds: float = 1.0) -> dic
     fused = {name: fuse(model) for name, model in models.items()}
     calls = {ENGINE: {name: lambda m=m: m(image) for name, m in fused.items()}, ONNX_RUNTIME: {}}
     if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
-        from models.onnx_graph import to_onnx
+        from deploy.onnx_graph import to_onnx
 
         with tempfile.TemporaryDirectory() as folder:
             for k, (name, model) in enumerate(models.items()):
                 file = Path(folder) / f"{k}.onnx"
-                file.write_bytes(to_onnx(model, OPSET, {}).SerializeToString())
+                file.write_bytes(to_onnx(model).SerializeToString())
                 call = open_onnx_runtime(str(file), torch.get_num_threads())
                 calls[ONNX_RUNTIME][name] = lambda call=call: call(image)
     found: dict[str, dict[str, float | None]] = {}

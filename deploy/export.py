@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from datasets.images import find_files, read_image
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
+from deploy.fuse import merge_blocks
+from deploy.predict import preprocessing_of
+from deploy.rivals import measure, open_onnx_runtime, open_openvino
+from deploy.timing import PAUSE_S
 from engine.configs import ModelName
-from engine.predict import preprocessing_of
-from engine.rivals import PAUSE_S, measure, open_onnx_runtime, open_openvino
 from engine.steps import check_classes, check_named, load_any
 from models.deit import find_teacher
-from models.fuse import merge_blocks
 from models.replace import FarConfig, describe, load_model, set_backend
 from utils.checkpoint import save_safe, write_atomic
 from utils.distributed import Context
 from utils.errors import FarError, first_line
 from utils.files import check_writable
 
-OPSET = 20  # with GELU as one operator
 BATCH = 32
 TOLERANCE = 1e-4  # of the largest logit
 TOLERANCE_INT8 = 0.3
@@ -125,15 +125,15 @@ def write_onnx(exported: Exported, asked: ExportConfig, path: Path) -> str:
     """The model as an ONNX file. Returns what it holds, in words."""
     if not importlib.util.find_spec("onnx"):
         raise FarError("--to onnx: needs the package onnx; pip install onnx, or use --to pt2 or safetensors")
-    from models.onnx_graph import to_onnx
+    from deploy.onnx_graph import to_onnx
 
     facts = {"architecture": exported.architecture, **exported.plain()}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-    found = to_onnx(exported.model, asked.opset or OPSET, texts)
+    found = to_onnx(exported.model, asked.opset, texts)
     path.write_bytes(found.SerializeToString())
     if asked.int8:
         quantize(path)
-    return f"opset {asked.opset or OPSET}, {len(found.graph.node)} nodes{' before int8' * asked.int8}"
+    return f"opset {found.opset_import[0].version}, {len(found.graph.node)} nodes{' before int8' * asked.int8}"
 
 
 def quantize(path: Path) -> None:

@@ -15,12 +15,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from deploy.fuse import fuse
+from deploy.timing import interleaved
 from engine.hoyer import Norms, unit_norms
 from engine.resume import real
 from engine.shrink import Kept, relative
-from engine.speed import interleaved
 from models.deit import create_teacher
-from models.fuse import fuse
 from models.kernels import cpu
 from models.parts import Place
 from models.replace import FarConfig, build, describe, mlps, replacements, set_backend

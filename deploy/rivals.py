@@ -1,14 +1,13 @@
 """Whole models in the runtimes that people deploy them with, each runtime in a process of its own, timed in turns.
 
 Thread pools that spin spoil each other's numbers, so one program runs for a while, all rest, and the next one runs.
-`python -m engine.rivals` is such a process: it reads questions, a JSON object a line, and answers with milliseconds.
+`python -m deploy.rivals` is such a process: it reads questions, a JSON object a line, and answers with milliseconds.
 """
 
 import contextlib
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,15 @@ import filelock
 import torch
 from torch import nn
 
+from deploy.fuse import fuse
+from deploy.timing import PAUSE_S, summary
 from models import kernels
-from models.fuse import fuse
 from models.replace import FarConfig, build, count_parameters
 from utils.errors import FarError
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 OPENVINO, OURS = "OpenVINO", "FAR engine"
-ROUNDS, PAUSE_S = 3, 0.2
+ROUNDS = 3
 ONNX_OPSET = 18
 
 
@@ -258,7 +258,7 @@ class Worker:
         what = json.dumps([self.runtime, self.precision, asdict(self.setting)])
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.setting.threads)}
         pipe = subprocess.PIPE
-        command = [sys.executable, "-m", "engine.rivals", what]
+        command = [sys.executable, "-m", "deploy.rivals", what]
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
 
     def ask(self, model: str, batch: int, size: int, seconds: float) -> list[float]:
@@ -327,11 +327,6 @@ class Rivals:
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
-
-
-def summary(times: list[float]) -> dict:
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(times)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from models import whole
+from deploy import packed
 from models.merged import hooked, refuse_loading
 from models.replace import replacements
 from utils.errors import FarError
@@ -41,7 +41,7 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
     if any(model.blocks[index].attn is not attn for index, attn in found.items()):
         model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
     last = model.blocks[-1]
-    known = whole.computes_as_timms(model) and type(last) is Block and not hooked(last)
+    known = packed.computes_as_timms(model) and type(last) is Block and not hooked(last)
     if known and len(model.blocks) - 1 in found and model.global_pool == "token":
         model.__class__ = ClassTokenViT
     return model
@@ -50,13 +50,13 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
 def fuse(model: VisionTransformer, precision: torch.dtype = torch.float32) -> nn.Module:
     """The function of a FAR model or a teacher without gradients, images (B, 3, S, S) to logits (B, classes).
 
-    One operator (`models.whole`) where that covers the model; else, said in one log line, merged block by block. The
+    One operator (`deploy.packed`) where that covers the model; else, said in one log line, merged block by block. The
     model itself stays as it is. precision: of weights and activations in matrix products, float32 or bfloat16 (FarError
     where the operator does not serve).
     """
-    reason = whole.why_not(model, precision)
+    reason = packed.why_not(model, precision)
     if not reason:
-        return whole.WholeModel(model, precision)
+        return packed.WholeModel(model, precision)
     if precision != torch.float32:
         raise FarError(f"--fuse {str(precision).removeprefix('torch.')}: {reason}; use --fuse float32")
     if not isinstance(model, VisionTransformer):

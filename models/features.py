@@ -1,0 +1,68 @@
+"""What a forward pass leaves behind: the inputs, z and outputs of a model's blocks."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What a forward pass leaves behind. Maps are (B, N, D), by block index."""
+
+    logits: Tensor | None
+    inputs: dict[int, Tensor]
+    z: dict[int, Tensor]  # joined head outputs before the output projection
+    output: dict[int, Tensor]
+
+
+def _keep_z(proj: nn.Module, args: tuple[Tensor]) -> None:
+    proj.z = args[0]
+
+
+@contextlib.contextmanager
+def keeping_z(model: VisionTransformer, blocks: Iterable[int]) -> Iterator[None]:
+    """While open, the named blocks leave z with their output projections, for `take_z`: it is what enters them.
+
+    One inside another adds no second hook.
+    """
+    projections = [model.blocks[i].attn.proj for i in blocks]
+    new = [proj for proj in projections if _keep_z not in proj._forward_pre_hooks.values()]
+    handles = [proj.register_forward_pre_hook(_keep_z) for proj in new]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def take_z(block: nn.Module) -> Tensor | None:
+    """The z that its last call left, if any, which is kept no longer."""
+    return vars(block.attn.proj).pop("z", None)
+
+
+def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[int], answers: bool = True) -> Features:
+    """A forward pass, keeping inputs, z and outputs of the named blocks.
+
+    Without `answers` it ends with the last of them, and there are no logits.
+    """
+    blocks = set(blocks)
+    seen = Features(None, {}, {}, {})
+    depth = len(model.blocks) if answers else 1 + max(blocks, default=-1)
+    with keeping_z(model, blocks):
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))  # (B, N, D)
+        for i, block in enumerate(islice(model.blocks, depth)):
+            before, x = x, block(x)
+            z = take_z(block)  # compiled ones all leave it
+            if i in blocks:
+                seen.inputs[i], seen.z[i], seen.output[i] = before, z, x
+    return seen._replace(logits=model.forward_head(model.norm(x))) if answers else seen
+
+
+def forward_blocks(model: VisionTransformer, inputs: dict[int, Tensor]) -> Features:
+    """Each block on an input of its own, independent of the others."""
+    with keeping_z(model, inputs):
+        output = {i: model.blocks[i](x) for i, x in inputs.items()}
+        return Features(None, inputs, {i: take_z(model.blocks[i]) for i in inputs}, output)
