@@ -18,7 +18,7 @@ class Mode:
     """What a mode does, and the flags it reads: groups of them, some of those left out, some others besides."""
 
     does: str
-    job: str  # a function of engine.jobs, imported when it runs: --help must not wait for torch
+    job: str  # a function of engine.modes, imported when it runs: --help must not wait for torch
     groups: frozenset[str]
     ignores: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
@@ -137,9 +137,9 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def configure(args: Namespace):
-    """The flags as typed configurations, an `engine.jobs.ModeCommand`: the modes know no others."""
+    """The flags as typed configurations, an `engine.modes.ModeCommand`: the modes know no others."""
     from engine.configs import FarSource, Rates
-    from engine.jobs import ModeCommand
+    from engine.modes import ModeCommand
     from engine.stages import Optim, Plan
     from utils.run_folder import Record, RunConfig
 
@@ -157,7 +157,7 @@ def configure(args: Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from engine import jobs
+    from engine import modes
     from models import kernels
     from utils import distributed
 
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         command = configure(args)
         context.on_main(command.run.check)
         kernels.check(args.lstm_backend, context.device)
-        getattr(jobs, MODES[args.mode].job)(command, context)
+        getattr(modes, MODES[args.mode].job)(command, context)
     return 0
 
 

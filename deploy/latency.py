@@ -18,7 +18,6 @@ from torch import nn
 from deploy.fuse import fuse
 from deploy.timing import interleaved
 from engine.hoyer import Norms, unit_norms
-from engine.resume import real
 from engine.shrink import Kept, relative
 from models.deit import create_teacher
 from models.kernels import cpu
@@ -100,7 +99,7 @@ def read(path: Path, most: int) -> Table:
     steps = record.pop("ms", None)
     right = set(record) == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
     right = right and all(whole(record[name], 1, 2**31) for name in ("batch", "threads"))
-    right = right and all(real(value, 0.0) for value in (record["teacher_ms"], *steps.values()))
+    right = right and all(type(value) is float for value in (record["teacher_ms"], *steps.values()))
     right = right and all(map(str.isdecimal, steps))
     ms = {int(units): steps[units] for units in sorted(steps, key=int)} if right else {}
     if not {1, most} <= ms.keys() or list(ms.values()) != sorted(ms.values()):

@@ -18,7 +18,7 @@ def check_compiler(device: torch.device) -> None:
     """Raises FarError where torch cannot compile for the device."""
     try:
         torch.compile(lambda x: x.sin() + 1, backend=COMPILER)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001  (a compiler, a driver, a disk: each fails in its own way)
+    except Exception as error:  # noqa: BLE001  (a compiler, a driver, a disk: each fails in its blocks way)
         raise FarError(
             f"--compile: torch cannot compile here ({first_line(error):.200}); leave it out, or install a C++ compiler"
         ) from error
@@ -37,15 +37,15 @@ def compiled(task: nn.Module) -> Iterator[None]:
     The models themselves stay as they are: their checkpoints, their copies.
     """
     models = [module for module in task.modules() if isinstance(module, VisionTransformer)]
-    own = [block for model in models for block in model.blocks]
+    blocks = [block for model in models for block in model.blocks]
     with contextlib.ExitStack() as stack:
         # Blocks differ in their rate of stochastic depth, and each number is compiled in.
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS * len(own)))
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS * len(blocks)))
         # Compiled code is shared without a look at hooks: either all blocks have one, or none.
         for model in models:
             stack.enter_context(keeping_z(model, range(len(model.blocks))))
             stack.callback(model.register_forward_hook(_drop_z).remove)
-        for block in own:
+        for block in blocks:
             block.forward = torch.compile(block.forward, backend=COMPILER)
             stack.callback(delattr, block, "forward")
         yield

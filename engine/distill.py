@@ -30,23 +30,15 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_ours, log_theirs, reduction="batchmean", log_target=True)
 
 
-Parts = dict[str, Tensor]
-
-
 class View(NamedTuple):
-    """What the terms of a loss read; what none of a loss's terms reads is None."""
+    """What the terms of a loss read; None where no term of the loss reads it."""
 
-    maps: dict[int, Tensor] | None  # the student's, by block: what the stage compares
-    goals: dict[int, Tensor] | None  # the teacher's
-    logits: Tensor | None  # (B, classes), the student's on its own running state
-    answers: Tensor | None  # (B, classes), the teacher's logits
+    student_features: dict[int, Tensor] | None  # by block, (B, N, D): z or the block's output, as the stage compares
+    teacher_features: dict[int, Tensor] | None
+    student_logits: Tensor | None  # (B, classes), on the student's own running state
+    teacher_logits: Tensor | None  # (B, classes)
     labels: Tensor
     criterion: nn.Module  # (logits, labels) to a scalar
-
-
-def _over_blocks(distance: Callable[[Tensor, Tensor], Tensor]) -> Callable[[View], Tensor]:
-    """The sum over blocks of a distance between the student's map and the teacher's."""
-    return lambda view: torch.stack([distance(view.maps[i], view.goals[i].detach()) for i in view.maps]).sum()
 
 
 class Term(NamedTuple):
@@ -56,9 +48,17 @@ class Term(NamedTuple):
     reads: frozenset[str]
 
 
-TEMPERATURE = (
-    4.0  # divides logits in soft_kl: the teacher is nearly certain, and what it thinks of other classes counts
-)
+def over_blocks(distance: Callable[[Tensor, Tensor], Tensor]) -> Callable[[View], Tensor]:
+    """The sum over blocks of a distance between the student's features and the teacher's."""
+
+    def total(view: View) -> Tensor:
+        student, teacher = view.student_features, view.teacher_features
+        return torch.stack([distance(student[i], teacher[i].detach()) for i in student]).sum()
+
+    return total
+
+
+TEMPERATURE = 4.0  # of soft_kl: it makes what the teacher thinks of the other classes count
 
 
 def soft_divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -66,13 +66,16 @@ def soft_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return TEMPERATURE**2 * divergence(student / TEMPERATURE, teacher / TEMPERATURE)
 
 
-MAPS, LOGITS = frozenset({"maps", "goals"}), frozenset({"logits"})
+FEATURES = frozenset({"student_features", "teacher_features"})
+LOGITS = frozenset({"student_logits", "teacher_logits"})
 TERMS = {
-    "similarity": Term(_over_blocks(similarity), MAPS),
-    "squared_error": Term(_over_blocks(squared_error), MAPS),
-    "kl": Term(lambda view: divergence(view.logits, view.answers), LOGITS | {"answers"}),
-    "soft_kl": Term(lambda view: soft_divergence(view.logits, view.answers), LOGITS | {"answers"}),
-    "classification": Term(lambda view: view.criterion(view.logits.float(), view.labels), LOGITS | {"labels"}),
+    "similarity": Term(over_blocks(similarity), FEATURES),
+    "squared_error": Term(over_blocks(squared_error), FEATURES),
+    "kl": Term(lambda view: divergence(view.student_logits, view.teacher_logits), LOGITS),
+    "soft_kl": Term(lambda view: soft_divergence(view.student_logits, view.teacher_logits), LOGITS),
+    "classification": Term(
+        lambda view: view.criterion(view.student_logits.float(), view.labels), frozenset({"student_logits", "labels"})
+    ),
 }
 
 
@@ -105,8 +108,8 @@ def find_loss(text: str) -> Loss:
 def check_reach(stages: Iterable[Stage]) -> None:
     """Raises FarError where a stage would train what its loss does not reach."""
     for stage in stages:
-        if PARTS[stage.parts].behind and "logits" not in find_loss(stage.loss).reads:
-            useful = " or ".join(name for name, loss in LOSSES.items() if "logits" in loss.reads)
+        if PARTS[stage.parts].behind and "student_logits" not in find_loss(stage.loss).reads:
+            useful = " or ".join(name for name, loss in LOSSES.items() if "student_logits" in loss.reads)
             raise FarError(
                 f"stage {stage.name}: trains {stage.parts}, but the loss {stage.loss} does not reach the classifier; "
                 f"take {useful} for it, or leave the classifier out (--block-ft-mode)"
@@ -123,13 +126,13 @@ class Distillation(nn.Module):
         criterion: (logits, targets) to a scalar.
         distill_input: `teacher`: a student block reads the teacher's input to that block; `student`: the running state.
 
-    forward(images (B, 3, S, S), targets) returns (loss, its parts as detached scalars), looked at or not.
+    forward(images (B, 3, S, S), targets) returns (loss, its terms as detached scalars).
     """
 
     def __init__(self, student, teacher, stage: Stage, criterion: nn.Module, distill_input: str = "student"):
         super().__init__()
         self.student, self.loss, self.stage = student, find_loss(stage.loss), stage
-        self.teacher = teacher if self.loss.reads & {"goals", "answers"} else None
+        self.teacher = teacher if self.loss.reads & {"teacher_features", "teacher_logits"} else None
         self.criterion, self.distill_input = criterion, distill_input
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
@@ -140,25 +143,29 @@ class Distillation(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, images: Tensor, targets: Tensor, looked_at: bool = True) -> tuple[Tensor, Parts]:
-        view = self._view(images, targets)
+    def forward(self, images: Tensor, targets: Tensor, with_curves: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        view = self.view(images, targets)
         parts = {name: TERMS[name].value(view) for name in self.loss.terms}
         loss = sum(weight * parts[name] for name, weight in self.loss.terms.items())
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _view(self, images: Tensor, targets: Tensor) -> View:
-        """Both models run as far as the loss reads: up to the stage's last block, or to the logits."""
-        reads = self.loss.reads
-        blocks = self.stage.blocks if "maps" in reads else ()
-        own = teacher = seen = None
-        if "logits" in reads or self.distill_input == "student":
-            own = forward_features(self.student, images, blocks, "logits" in reads)
+    def view(self, images: Tensor, targets: Tensor) -> View:
+        """Runs both models as far as the loss reads: up to the stage's last block, or to the logits."""
+        reads, student, teacher, compared = self.loss.reads, None, None, None
+        blocks = self.stage.blocks if "student_features" in reads else ()
+        if "student_logits" in reads or self.distill_input == "student":
+            student = forward_features(self.student, images, blocks, "student_logits" in reads)
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = forward_features(self.teacher, images, blocks, "answers" in reads)
-            seen = own if self.distill_input == "student" else forward_blocks(self.student, teacher.inputs)
-        compares = self.loss.compares or self.stage.target
-        maps, goals = (getattr(features, compares, None) for features in (seen, teacher))
+                teacher = forward_features(self.teacher, images, blocks, "teacher_logits" in reads)
+            # What is compared: the blocks on the running state, or each block on the teacher's input to it.
+            compared = student if self.distill_input == "student" else forward_blocks(self.student, teacher.inputs)
+        field = self.loss.compares or self.stage.target
         return View(
-            maps, goals, getattr(own, "logits", None), getattr(teacher, "logits", None), targets, self.criterion
+            student_features=getattr(compared, field, None),
+            teacher_features=getattr(teacher, field, None),
+            student_logits=getattr(student, "logits", None),
+            teacher_logits=getattr(teacher, "logits", None),
+            labels=targets,
+            criterion=self.criterion,
         )

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.evaluate import accuracy, batches, score, sums_of
@@ -41,67 +40,54 @@ def fidelity(
         output_error: by block, |student - teacher| / |teacher| of the block's output, norms over all images.
     """
     blocks = range(len(student.blocks)) if blocks is None else tuple(blocks)
-    modes = [(model, model.training) for model in (student, teacher)]
+    training = [(model, model.training) for model in (student, teacher)]
     student.eval(), teacher.eval()
     scores = torch.stack([sums_of(teacher.num_classes, context)] * 2)
     totals = torch.zeros(4 + 3 * len(blocks), dtype=torch.float64, device=context.device)
     for images, targets in batches(loader, context):
         with autocast():
-            ours, theirs = (_features(model, images, blocks) for model in (student, teacher))
+            if blocks:
+                ours, theirs = (forward_features(model, images, blocks) for model in (student, teacher))
+            else:  # a fused student has no blocks to look into
+                ours, theirs = (Features(model(images), {}, {}, {}) for model in (student, teacher))
         scores += torch.stack([score(features.logits, targets) for features in (ours, theirs)])
-        sums = [*_answers(ours.logits, theirs.logits, targets), *_insides(ours, theirs, blocks)]
+        log_ours, log_theirs = (features.logits.float().log_softmax(1) for features in (ours, theirs))
+        kl = F.kl_div(log_ours, log_theirs, reduction="sum", log_target=True)
+        answer = theirs.logits.argmax(1)
+        same, wrong = ours.logits.argmax(1) == answer, answer != targets
+        sums = [same.sum(), kl, wrong.sum(), (same & wrong).sum()]
+        for i in blocks:
+            cosine = F.cosine_similarity(ours.z[i].float(), theirs.z[i].float(), dim=-1).mean(1).sum()
+            a, b = ours.output[i].double(), theirs.output[i].double()
+            sums += [cosine, (a - b).square().sum(), b.square().sum()]
         totals += torch.stack([value.double() for value in sums])
-    for model, training in modes:
-        model.train(training)
-    own, reference = (accuracy(context.sum(sums)) for sums in scores)
-    insides = _report(context.sum(totals).tolist(), own["images"], blocks)
-    return {**own, **{f"teacher_{name}": reference[name] for name in OF_BOTH}, **insides}
+    for model, mode in training:
+        model.train(mode)
 
-
-def _features(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> Features:
-    """Without blocks to look at, the model's own forward: a fused one has no other."""
-    return forward_features(model, images, blocks) if blocks else Features(model(images), {}, {}, {})
-
-
-def _answers(ours: Tensor, theirs: Tensor, targets: Tensor) -> list[Tensor]:
-    """Sums over a batch of logits (B, classes): same class, KL, the teacher's errors, those that are repeated."""
-    log_ours, log_theirs = ours.float().log_softmax(1), theirs.float().log_softmax(1)
-    kl = F.kl_div(log_ours, log_theirs, reduction="sum", log_target=True)
-    same, wrong = ours.argmax(1) == theirs.argmax(1), theirs.argmax(1) != targets
-    return [same.sum(), kl, wrong.sum(), (same & wrong).sum()]
-
-
-def _insides(ours: Features, theirs: Features, blocks: Iterable[int]) -> list[Tensor]:
-    """Sums over a batch, block by block: cosine of z, squared norms of the outputs' difference and of the teacher's."""
-    sums = []
-    for i in blocks:
-        cosine = F.cosine_similarity(ours.z[i].float(), theirs.z[i].float(), dim=-1).mean(1).sum()
-        a, b = ours.output[i].double(), theirs.output[i].double()
-        sums += [cosine, (a - b).square().sum(), b.square().sum()]
-    return sums
-
-
-def _report(totals: list[float], count: int, blocks: Iterable[int]) -> dict[str, Any]:
-    same, kl, wrong, repeated, *insides = totals
-    by_block = list(zip(insides[::3], insides[1::3], insides[2::3], strict=True))
+    student_report, teacher_report = (accuracy(context.sum(sums)) for sums in scores)
+    count = student_report["images"]
+    agreed, kl, wrong, repeated, *by_block = context.sum(totals).tolist()
     report = {
-        "agreement": 100 * same / count,
+        **student_report,
+        **{f"teacher_{name}": teacher_report[name] for name in OF_BOTH},
+        "agreement": 100 * agreed / count,
         "kl": max(kl / count, 0.0),  # of equal logits rounding gives a hair less
         "teacher_errors": int(wrong),
         "repeated_errors": int(repeated),
     }
     if blocks:
-        report["z_similarity"] = {i: c / count for i, (c, _, _) in zip(blocks, by_block, strict=True)}
-        report["output_error"] = {i: (e / s) ** 0.5 for i, (_, e, s) in zip(blocks, by_block, strict=True)}
+        cosines, errors, norms = by_block[::3], by_block[1::3], by_block[2::3]
+        report["z_similarity"] = {i: cosine / count for i, cosine in zip(blocks, cosines, strict=True)}
+        report["output_error"] = {i: (e / n) ** 0.5 for i, e, n in zip(blocks, errors, norms, strict=True)}
     return report
 
 
 def of_teacher(report: dict[str, Any]) -> dict[str, Any]:
     """The row of the teacher itself, from a comparison with it."""
-    own = {name: report[f"teacher_{name}"] for name in OF_BOTH}
+    accuracies = {name: report[f"teacher_{name}"] for name in OF_BOTH}
     same = {"agreement": 100.0, "kl": 0.0, "repeated_errors": report["teacher_errors"]}
     inside = {"z_similarity": dict.fromkeys(report["z_similarity"], 1.0)}
-    return {**report, **own, **same, **inside, "output_error": dict.fromkeys(report["output_error"], 0.0)}
+    return {**report, **accuracies, **same, **inside, "output_error": dict.fromkeys(report["output_error"], 0.0)}
 
 
 def farthest(report: dict[str, Any]) -> dict[str, float]:

@@ -66,8 +66,8 @@ class Regularized(nn.Module):
         mlp: whether the MLPs' hidden units are regularized too.
         sensitivity: a unit below this share of its block's mean norm counts as sparse, for the curves only.
 
-    forward returns (loss, parts); where the step is looked at, parts have `hoyer_square` and `sparsity` (0 to 1) of the
-    LSTM's units besides.
+    forward returns (loss, parts); with_curves adds `hoyer_square` and `sparsity` (0 to 1) of the LSTM's units to the
+    parts.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Regularized(nn.Module):
         self.task, self.model = task, model
         self.regularizer, self.decay, self.mlp, self.sensitivity = REGULARIZERS[kind], decay, mlp, sensitivity
 
-    def forward(self, images: Tensor, targets: Tensor, looked_at: bool = True):
+    def forward(self, images: Tensor, targets: Tensor, with_curves: bool = True):
         loss, parts = self.task(images, targets)
         if self.regularizer is not None:
             families = [replacements(self.model)] + [mlps(self.model)] * self.mlp
             loss = loss + self.decay * sum(penalty(unit_norms(family), self.regularizer) for family in families)
-        return loss, {**parts, **self._curves()} if looked_at else parts
+        return loss, {**parts, **self._curves()} if with_curves else parts
 
     @torch.no_grad()
     def _curves(self) -> dict[str, Tensor]:

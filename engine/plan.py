@@ -1,5 +1,6 @@
 """What a training would do, said before it begins: --dry-run."""
 
+import math
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -9,7 +10,7 @@ from torch import nn
 
 from datasets.loading import Data
 from engine.stages import Stage, select_trainable
-from engine.train import Settings, turns
+from engine.train import Settings
 from models.replace import FarConfig, count_parameters, describe, set_backend, swap_attention
 from utils.distributed import Context
 from utils.run_folder import RunConfig
@@ -71,7 +72,7 @@ def show_plan(
     model: nn.Module,
     config: FarConfig,
     stages: list[Stage],
-    make_task: Callable[[Stage, nn.Module], nn.Module],
+    make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module],
     data: Data,
     run: RunConfig,
     context: Context,
@@ -89,11 +90,11 @@ def show_plan(
         model.to(context.device)
         trained, optim = select_trainable(model, stage), stage.optim
         steps = len(data.train_loader(optim.batch_size))
-        updates = sum(turn.updates for turn in turns(0, steps, optim.accum_steps, 1))
+        updates = math.ceil(steps / optim.accum_steps)
         lines.append((f"stage {stage.name}", f"{trained:,} of {count_parameters(model):,} parameters on {stage.loss}"))
         batch = f"{optim.batch_size} images a process" + f" x {context.world}" * (context.world > 1)
         lines.append(("", f"{optim.epochs} epochs of {updates:,} updates, {batch}, {optim.opt}, rate {optim.lr:.3g}"))
-        task = make_task(stage, settings.criterion()).to(context.device)
+        task = make_task(model, stage, settings.criterion()).to(context.device)
         fixed, image = weigh(task, data, settings)
         total = fixed + image * min(optim.batch_size, len(data.train))
         lines.append(

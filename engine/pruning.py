@@ -1,8 +1,7 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -88,7 +87,7 @@ class PruneCommand(Command):
 
 
 class Pruning:
-    """One command: the model, its data and teacher, and a folder a training."""
+    """One command: the model, its data and teacher, and its two trainings. Raises FarError where they do not fit."""
 
     def __init__(self, command: PruneCommand, context: Context):
         torch.manual_seed(command.settings.seed)
@@ -101,134 +100,141 @@ class Pruning:
             raise FarError(f"--prune-mlp: a {self.config.base_model} has {kind}, not fc1, GELU, fc2; leave it out")
         check_backend(self.config, self.settings, context)
         self.data = load_data(command.data, self.config, context)
-        check_classes(
-            f"--model-path {self.path}", self.config, self.data, "move it there first with main.py --mode downstream"
-        )
+        mend = "move it there first with main.py --mode downstream"
+        check_classes(f"--model-path {self.path}", self.config, self.data, mend)
         self.config = reading(self.config, self.data)
         self.teacher = None
         if command.model.base_weight:
             self.teacher = load_teacher(command.model, self.config).to(context.device)
         answer_by(self.teacher, self.data, command.settings, context)
-        self.distill = self.teacher is not None and command.distill is not False
-        self.regularize, self.fine_tune = command.rates.optim(context), command.ft_rates.optim(context)
-        if self.regularize.epochs or self.fine_tune.epochs:
-            stages = [self._stage("regularize", self.regularize), self._stage("fine-tune", self.fine_tune)]
-            planned(stages, self.data, self.settings)
-        self.latency = context.on_main(self._latency) if command.target_latency else None
-        for ratio in command.sweep or [command.keep_ratio]:
-            self._select(
-                self.model, ratio, unit_norms
-            )  # a selection that cannot be met is told before hours of training
 
-    def _latency(self) -> latency.Table:
-        command = self.command
-        return latency.obtain(command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp)
-
-    def run(self) -> dict:
-        """All three steps; what an earlier, interrupted call finished is not done again. Returns the report.
-
-        With --dry-run it says what would train, and stops.
-        """
-        if self.command.run.dry_run:
-            return self._say_plan()
-        with open_run(self.command.run, self.context, self.data.fingerprint) as top:
-            if self.latency:
-                top.write_json(latency.FILE, {"table": asdict(self.latency)})
-            report = self._steps(top)
-            top.write_json("prune_report.json", report)
-            if self.teacher is not None and self.context.main:
-                save_figure(fidelity_by_block({row["when"]: row for row in report["rows"]}), top.path / "fidelity.png")
-        say(self.context, "\n" + table(report))
-        say(self.context, f"\nwritten to {top.path}")
-        return report
-
-    def _say_plan(self) -> dict:
-        plans = (("regularize", self.regularize), ("fine-tune", self.fine_tune))
-        stages = [self._stage(name, optim) for name, optim in plans if optim.epochs]
-        task = partial(Distillation, self.model, self.teacher)
-        show_plan(self.model, self.config, stages, task, self.data, self.command.run, self.context, self.settings)
-        return {}
-
-    def _steps(self, top: RunFolder) -> dict:
-        command = self.command
-        self.model.to(self.context.device)
-        before = {"when": "before", **self._measure(self.model)}
-        report = {"model": str(self.path), "seed": self.settings.seed, "rows": [before]}
-        if self.teacher is not None:
-            sizes = count_all(self.teacher, describe(self.teacher, self.config))
-            report["teacher"] = {**of_teacher(before), **sizes, "when": "teacher"}
-        folder = top.child("regularize")
-        model, row = self._train(folder, self.model, self.regularize, "regularize", before)
-        report["rows"].append(row)
-        if self.context.main:
-            save_figure(pruning_curves(folder.rows("steps.jsonl"), command.reg), top.path / "regularize.png")
-        if command.sweep:
-            report["sweep"] = [self._sweep(top, folder, ratio) for ratio in command.sweep]
-            if self.context.main:
-                figure = sweep_curve(report["sweep"], report["rows"][0], report.get("teacher"))
-                save_figure(figure, top.path / "sweep.png")
-        else:
-            pruned, rows = self._prune(top, model, command.keep_ratio)
-            report["rows"] += rows
-            report["units"] = describe(pruned, self.config).units
-        return report
-
-    def _sweep(self, top: RunFolder, regularized: RunFolder, ratio: float) -> dict:
-        model = self._load(regularized, "--output-dir")
-        _, (pruned, tuned) = self._prune(top.child(f"keep-{ratio:g}"), model, ratio)
-        return {"keep_ratio": ratio, "pruned_acc1": pruned["acc1"], **tuned}
-
-    def _load(self, run: RunFolder, flag: str):
-        """What a finished training handed on."""
-        asked = self.command.model
-        return load_model(run.path / "best.pth", flag, asked.drop, asked.drop_path)[0].to(self.context.device)
-
-    def _train(self, run: RunFolder, model, optim: Optim, name: str, before: dict) -> tuple[torch.nn.Module, dict]:
-        """One training in its folder, best.pth holding what it hands on. Returns that and what is measured of it.
-
-        before: what was measured of the model, which holds where nothing trains.
-        """
-        finished = run.resumed and run.has("result.json")
-        if finished:
-            model = self._load(run, "--resume")
-        else:
-            model, last = resumed(run, model, self.config, self.command.model)
-        set_backend(model, self.settings.lstm_backend)
-        if optim.epochs and not finished:
-            stages, task = [self._stage(name, optim)], partial(self._task, model, name == "regularize")
-            Trainer(model, self.config, stages, task, self.data, run, self.context, self.settings, last).fit()
-            draw_curves(run)
-        elif not finished:
-            run.save("best.pth", pack(model, self.config))
-        row = {**(self._measure(model) if optim.epochs else before), "when": AFTER[name]}
-        run.write_json("result.json", row)
-        return model, row
-
-    def _stage(self, name: str, optim: Optim) -> Stage:
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
-        select = "last" if name == "regularize" else ""
-        stage = Stage(name, (), tuple(range(len(self.model.blocks))), "full", "classification", "output", optim, select)
-        if not self.distill:
-            return stage
-        return replace(stage, loss=self.command.distill_loss, blocks=tuple(self.config.replaced))
+        self.regularize = self.stage("regularize", command.rates.optim(context), select="last")
+        self.fine_tune = self.stage("fine-tune", command.ft_rates.optim(context))
+        self.trained = [stage for stage in (self.regularize, self.fine_tune) if stage.optim.epochs]
+        if self.trained:
+            planned(self.trained, self.data, self.settings)
+        self.table = None
+        if command.target_latency:
+            how = command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp
+            self.table = context.on_main(lambda: latency.obtain(*how))
+        for ratio in command.sweep or [command.keep_ratio]:
+            self.select(self.model, ratio, unit_norms)  # what cannot be met is told before hours of training
 
-    def _task(self, model, regularizing: bool, stage: Stage, criterion):
+    def stage(self, name: str, optim: Optim, select: str = "") -> Stage:
+        if self.teacher is None or self.command.distill is False:
+            blocks, loss = tuple(range(len(self.model.blocks))), "classification"
+        else:
+            blocks, loss = tuple(self.config.replaced), self.command.distill_loss
+        return Stage(name, (), blocks, "full", loss, "output", optim, select)
+
+    def task(self, model, stage: Stage, criterion) -> torch.nn.Module:
         task, command = Distillation(model, self.teacher, stage, criterion), self.command
-        if not regularizing:
+        if stage.name != "regularize":
             return task
         threshold = command.sensitivity or names.SENSITIVITY["norm"]  # of what is counted while norms are regularized
         return Regularized(task, model, command.reg, command.decay, command.prune_mlp is not None, threshold)
 
-    def _seen(self, model, parts: Parts) -> Grams:
-        """What the units of parts carry on training images."""
-        images = first_batches(self.data, self.regularize.batch_size, self.context)
-        return unit_grams(model, parts, images, self.context, self.settings.autocast(self.context.device))
+    def run(self) -> dict:
+        """Regularizes, prunes, fine-tunes; what an earlier, interrupted call finished is not done again.
 
-    def _scores(self, model, parts: Parts) -> Norms:
-        return SCORES[self.command.score](parts, partial(self._seen, model, parts))
+        Returns the report. With --dry-run it says what would train, and stops.
+        """
+        command, context, config = self.command, self.context, self.config
+        if command.run.dry_run:
+            show_plan(self.model, config, self.trained, self.task, self.data, command.run, context, self.settings)
+            return {}
+        with open_run(command.run, context, self.data.fingerprint) as run:
+            if self.table:
+                run.write_json(latency.FILE, {"table": asdict(self.table)})
+            before = {"when": "before", **self.measure(self.model.to(context.device))}
+            report = {"model": str(self.path), "seed": self.settings.seed, "rows": [before]}
+            if self.teacher is not None:
+                sizes = count_all(self.teacher, describe(self.teacher, config))
+                report["teacher"] = {**of_teacher(before), **sizes, "when": "teacher"}
+            folder = run.child("regularize")
+            model, row = self.train(folder, self.model, self.regularize, before)
+            report["rows"].append(row)
+            if context.main:
+                curves = pruning_curves(folder.rows("steps.jsonl"), command.reg)
+                save_figure(curves, run.path / "regularize.png")
+            if command.sweep:
+                report["sweep"] = []
+                for ratio in command.sweep:
+                    model = self.load(folder, "--output-dir")
+                    _, (pruned, tuned) = self.prune(run.child(f"keep-{ratio:g}"), model, ratio)
+                    report["sweep"].append({"keep_ratio": ratio, "pruned_acc1": pruned["acc1"], **tuned})
+                if context.main:
+                    figure = sweep_curve(report["sweep"], before, report.get("teacher"))
+                    save_figure(figure, run.path / "sweep.png")
+            else:
+                model, rows = self.prune(run, model, command.keep_ratio)
+                report["rows"] += rows
+                report["units"] = describe(model, config).units
+            run.write_json("prune_report.json", report)
+            if self.teacher is not None and context.main:
+                save_figure(fidelity_by_block({row["when"]: row for row in report["rows"]}), run.path / "fidelity.png")
+        say(context, "\n" + table(report))
+        say(context, f"\nwritten to {run.path}")
+        return report
 
-    def _select(self, model, ratio: float | None, scores: Callable[[Parts], Norms]) -> tuple[Kept, Kept]:
-        """What the flags keep: (of LSTM units, this share where one is given; of MLP units)."""
+    def train(self, run: RunFolder, model, stage: Stage, before: dict) -> tuple[torch.nn.Module, dict]:
+        """One training in its folder, best.pth holding what it hands on. Returns that and what is measured of it.
+
+        before: what was measured of the model, which holds where nothing trains.
+        """
+        finished, last = run.resumed and run.has("result.json"), None
+        if finished:
+            model = self.load(run, "--resume")
+        else:
+            model, last = resumed(run, model, self.config, self.command.model)
+        set_backend(model, self.settings.lstm_backend)
+        if stage.optim.epochs and not finished:
+            settings, context = self.settings, self.context
+            Trainer(model, self.config, [stage], self.task, self.data, run, context, settings, last).fit()
+            draw_curves(run)
+        elif not finished:
+            run.save("best.pth", pack(model, self.config))
+        row = {**(self.measure(model) if stage.optim.epochs else before), "when": AFTER[stage.name]}
+        run.write_json("result.json", row)
+        return model, row
+
+    def load(self, run: RunFolder, flag: str) -> torch.nn.Module:
+        """What a finished training handed on."""
+        drop, drop_path = self.command.model.drop, self.command.model.drop_path
+        return load_model(run.path / "best.pth", flag, drop, drop_path)[0].to(self.context.device)
+
+    def prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
+        """Selects, refits, shrinks and fine-tunes. Returns the model and what was measured after each training."""
+        autocast, context = self.settings.autocast(self.context.device), self.context
+
+        def seen(parts: Parts) -> Grams:
+            """What the units of parts carry on training images."""
+            images = first_batches(self.data, self.regularize.optim.batch_size, context)
+            return unit_grams(model, parts, images, context, autocast)
+
+        score = SCORES[self.command.score]
+        units, mlp_units = self.select(model, ratio, lambda parts: score(parts, lambda: seen(parts)))
+        for parts, kept in ((replacements(model), units), (mlps(model), mlp_units)):
+            if self.command.refit and kept:
+                refit(parts, kept, seen(parts))
+            shrink(parts, kept)
+        pruned = {"when": "pruned", **self.measure(model)}
+        timed = {}
+        if self.table:
+            how = model, self.config, self.table, self.command.target_latency
+            timed["latency"] = context.on_main(lambda: latency.check(*how))
+            say(context, latency.summary(timed["latency"]))
+        model, tuned = self.train(run, model, self.fine_tune, pruned)
+        if context.main:
+            original = replacements(self.model)
+            sizes = {**{str(i): part.sizes for i, part in original.items()}, **describe(model, self.config).units}
+            most = max(max(pair) for part in original.values() for pair in part.full_sizes)
+            save_figure(kept_units(sizes, most), run.path / "units.png")
+        return model, [{**pruned, **timed}, tuned]
+
+    def select(self, model, ratio: float | None, scores: Callable[[Parts], Norms]) -> tuple[Kept, Kept]:
+        """What the flags keep: (of the replacements' units, this share where one is given; of MLP units)."""
         command, norms, mlp = self.command, scores(replacements(model)), {}
         if command.prune_mlp:
             mlp = keep_share(scores(mlps(model)), command.prune_mlp, "--prune-mlp")
@@ -236,40 +242,13 @@ class Pruning:
             return keep_share(norms, ratio, "--sweep" if command.sweep else "--keep-ratio"), mlp
         if command.target_params:
             return keep_within(model, norms, command.target_params, mlp), mlp
-        if self.latency:
-            return latency.keep_fast(norms, self.latency, command.target_latency), mlp
+        if self.table:
+            return latency.keep_fast(norms, self.table, command.target_latency), mlp
         return keep_above(norms, command.threshold), mlp
 
-    def _prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
-        """Shrinks and fine-tunes. Returns the model and what was measured after each."""
-        kept, mlp = self._select(model, ratio, partial(self._scores, model))
-        for parts, units in ((replacements(model), kept), (mlps(model), mlp)):
-            if self.command.refit and units:
-                refit(parts, units, self._seen(model, parts))
-            shrink(parts, units)
-        pruned = {"when": "pruned", **self._measure(model)}
-        timed = self._timed(model)
-        model, tuned = self._train(run, model, self.fine_tune, "fine-tune", pruned)
-        if self.context.main:
-            config = describe(model, self.config)
-            parts = replacements(self.model)
-            units = {**{str(i): part.sizes for i, part in parts.items()}, **config.units}
-            most = max(max(pair) for part in parts.values() for pair in part.full_sizes)
-            save_figure(kept_units(units, most), run.path / "units.png")
-        return model, [{**pruned, **timed}, tuned]
-
-    def _timed(self, model) -> dict:
-        """How fast the shrunk model is, where that was asked for, also said in one line."""
-        if not self.latency:
-            return {}
-        args = model, self.config, self.latency, self.command.target_latency
-        found = self.context.on_main(lambda: latency.check(*args))
-        say(self.context, latency.summary(found))
-        return {"latency": found}
-
-    def _measure(self, model) -> dict:
+    def measure(self, model) -> dict:
         """Accuracy, and fidelity where there is a teacher, in one pass; sizes."""
-        loader = self.data.val_loader(self.command.rates.asked.batch_size)
+        loader = self.data.val_loader(self.regularize.optim.batch_size)
         how = loader, self.context, self.settings.autocast(self.context.device)
         found = evaluate(model, *how) if self.teacher is None else fidelity(model, self.teacher, *how)
         return {**found, **count_all(model, describe(model, self.config))}

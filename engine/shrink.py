@@ -74,7 +74,7 @@ def keep_within(model: VisionTransformer, norms: Norms, parameters: int, mlp: Ke
 def parameters_after(model: VisionTransformer, kept: Kept, mlp: Kept | None = None) -> int:
     """The model's parameters once only the kept units of its replacements, and of its MLPs, are left."""
     pairs = [*by_part(replacements(model), kept), *by_part(mlps(model), mlp or {})]
-    return count_parameters(model) - sum(part.saved(own) for part, own in pairs)
+    return count_parameters(model) - sum(part.saved(units) for part, units in pairs)
 
 
 def _first(s: Tensor) -> Tensor:
@@ -90,5 +90,5 @@ def by_part(parts: Mapping[int, BlockPart], kept: Kept) -> Iterator[tuple[BlockP
 
 def shrink(parts: Mapping[int, BlockPart], kept: Kept) -> None:
     """Keeps only the named units of parts by block; their tensors get smaller."""
-    for part, own in by_part(parts, kept):
-        part.shrink(own)
+    for part, units in by_part(parts, kept):
+        part.shrink(units)

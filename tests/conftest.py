@@ -131,7 +131,11 @@ def failure(capsys):
             code = run_script(script, [str(a) for a in argv])
         except SystemExit as stop:  # argparse
             code = stop.code
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "step/s]" not in line]
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.strip() and not line.endswith(("step/s]", "s/step]"))
+        ]
         assert code == 2, lines
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]

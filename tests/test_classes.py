@@ -16,7 +16,7 @@ import prune
 import visualization
 from datasets.classes import UnknownClass, imagenet_names, match_classes
 from datasets.loading import Data, DataConfig, filled
-from engine.jobs import taught
+from engine.modes import taught
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
 from plots.pictures import PictureConfig, find_models

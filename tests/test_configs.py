@@ -12,7 +12,6 @@ import prune
 import visualization
 from engine.configs import ModelName, Rates
 from engine.stages import Optim
-from engine.train import turns
 from plots.pictures import PictureConfig
 from tests.conftest import ROOT
 from utils.arguments import pick
@@ -109,19 +108,3 @@ def test_pictures_of_ones_own_images_need_no_data_set():
         with pytest.raises(FarError, match="--images x.png"):
             pick(PictureConfig, args)
     assert pick(PictureConfig, visualization.build_parser().parse_args(["--images", "x.png"])).images == Path("x.png")
-
-
-def test_every_batch_of_an_epoch_is_in_one_update_and_no_loss_goes_unlooked_at():
-    for _ in range(50):
-        total, accum, look_every = (random.randrange(1, n) for n in (60, 9, 9))
-        start = accum * random.randrange(total // accum + 1)
-        got, group = list(turns(start, total, accum, look_every)), []
-        assert [turn.step for turn in got] == list(range(start, total))
-        for turn in got:
-            group.append(turn)
-            if turn.updates:
-                assert {member.group for member in group} == {len(group)} and len(group) <= accum
-                assert len(group) == accum or turn.step == total - 1
-                group = []
-            assert turn.looks == (turn.step % look_every == look_every - 1 or turn.step == total - 1)
-        assert not group

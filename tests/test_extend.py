@@ -57,14 +57,14 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
 
     def gap(view):
         calls.add("term")
-        return (view.logits - view.answers).square().mean()
+        return (view.student_logits - view.teacher_logits).square().mean()
 
     def alike(parts, seen):
         calls.add("score")
         return {place: torch.ones_like(s) for place, s in unit_norms(parts).items()}
 
     for table, name, entry, choices in (
-        (TERMS, "gap", Term(gap, frozenset({"logits", "answers"})), "TERMS"),
+        (TERMS, "gap", Term(gap, frozenset({"student_logits", "teacher_logits"})), "TERMS"),
         (SCORES, "alike", alike, "SCORES"),
         (REPLACEMENTS, "mean", Mean, "REPLACEMENTS"),
         (TEACHERS, "DeiT-Nano", Teacher(nano, 16, 8, published=False), "MODELS"),

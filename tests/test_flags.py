@@ -23,7 +23,7 @@ import main
 from datasets import loading
 from datasets.registry import build_split
 from deploy.fuse import fuse as fuse_model
-from engine import jobs
+from engine import modes
 from engine.train import Trainer
 from models import kernels
 from models.deit import create_teacher
@@ -100,7 +100,7 @@ def ready(words, tmp_path_factory):
     def get(line: str) -> Trainer:
         if line not in made:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Ready) as caught:
-                patch.setattr(jobs, "Trainer", Waiting)
+                patch.setattr(modes, "Trainer", Waiting)
                 main.main([*words(line), "--output-dir", str(tmp_path_factory.mktemp("ready") / "run")])
             made[line] = caught.value.args[0]
         return made[line]
@@ -684,7 +684,7 @@ def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far, caps
 
 def test_eval_fuses_and_keeps_the_accuracy(far, monkeypatch, tmp_path):
     fused = []
-    monkeypatch.setattr(jobs, "fuse", lambda model, recurrent: fused.append(recurrent) or fuse_model(model, recurrent))
+    monkeypatch.setattr(modes, "fuse", lambda model, recurrent: fused.append(recurrent) or fuse_model(model, recurrent))
     args = ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", str(far / "best.pth")]
     results = {}
     for fuse in ((), ("--fuse", "float32"), *([("--fuse", "bfloat16")] if kernels.cpu.has_bfloat16() else [])):

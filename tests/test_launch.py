@@ -1,6 +1,5 @@
 """Several processes, signals, restarts: one run has one owner and ends with the undisturbed run's weights."""
 
-import errno
 import json
 import os
 import re
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing import errors as failures
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, wait_for
-from utils import distributed, errors
+from utils import distributed
 from utils.checkpoint import load
 from utils.errors import FarError
 from utils.run_folder import Record, RunConfig, open_run
@@ -78,15 +75,13 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_those_of_the
     assert output.count("lost contact") == 1 and "Traceback" not in output, output  # the survivor's one line
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(short, undisturbed, tmp_path, number):
+def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(short, undisturbed, tmp_path):
     job = spawn(*torchrun(*short, "--output-dir", "run"), cwd=tmp_path)
     wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 3, job)
     time.sleep(0.1)
-    asked = time.monotonic()
-    job.send_signal(number)
+    job.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
-    assert time.monotonic() - asked < 25 and output.count("--resume goes on") == 1, output
+    assert output.count("--resume goes on") == 1, output
     place = load(tmp_path / "run/last.pth", "--test")["position"]
     assert place["step"] % 2 == 0 or place["step"] == 4  # whole groups of --accum-steps
     done = launch(*torchrun(*short, "--output-dir", "run", "--resume"), cwd=tmp_path)
@@ -94,15 +89,7 @@ def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(sho
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_the_stop_of_one_rank_stops_all_at_the_same_step(short, tmp_path):
-    job = spawn(*torchrun(*short, "--output-dir", "run"), cwd=tmp_path)
-    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 2, job)
-    os.kill(process_of_rank(1, tmp_path), signal.SIGTERM)
-    output = job.communicate(timeout=60)[0]
-    assert job.returncode == 0 and output.count("--resume goes on") == 1, output
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit_with_their_codes(number, code, short, tmp_path):
     run = spawn(MAIN, *short, "--output-dir", "run", cwd=tmp_path)
     wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, run)
@@ -134,11 +121,11 @@ with signals.deferred() as request:
 def test_outside_a_training_a_signal_ends_with_one_line(tmp_path, far):
     program = f"""
 import sys, time, main
-from engine import jobs
+from engine import modes
 def slow(*args):
     print("ready", flush=True)
     time.sleep(60)
-jobs.evaluate = slow
+modes.evaluate = slow
 from utils.script import run_script
 argv = "--mode eval --dataset DIGITS --num-workers 0 --far-weight".split()
 sys.exit(run_script(main.main, [*argv, {str(far / "best.pth")!r}]))
@@ -149,36 +136,15 @@ sys.exit(run_script(main.main, [*argv, {str(far / "best.pth")!r}]))
     assert run.communicate(timeout=30)[0] == "stopped by SIGINT\n" and run.returncode == 130
 
 
-def test_two_nodes_without_a_shared_disk_train_together(teacher, short, undisturbed, tmp_path):
-    """Node 1 has the teacher and the run's folder; node 2 has neither, and can write nothing."""
-    folders = [tmp_path / "first", tmp_path / "second"]
-    for folder in folders:
-        folder.mkdir()
-    (folders[0] / "teacher.pth").write_bytes(teacher.read_bytes())
-    (folders[1] / "run").touch()  # where node 2 could write nothing
-    flags = [*short, "--base-weight", "teacher.pth", "--output-dir", "run"]
-    port = free_port()
-    for resume in ((), ("--resume",)):  # the second round loads what rank 0 wrote, a finished run
-        before = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
-        nodes = [
-            spawn(*torchrun(*flags, *resume, processes=1, before=(*before, f"--node-rank={rank}")), cwd=folder)
-            for rank, folder in enumerate(folders)
-        ]
-        outputs = [node.communicate(timeout=240)[0] for node in nodes]
-        assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert (folders[1] / "run").is_file() and "top-1" not in outputs[1]
-    assert_same(folders[0] / "run", undisturbed, "best.pth")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
 def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_weights(
-    rank, teacher, short, undisturbed, tmp_path
+    teacher, short, undisturbed, tmp_path
 ):
-    """Two agents that share no disk, as docs/cluster.md starts them; node 2 has no teacher either."""
+    """Two agents that share no disk, as docs/cluster.md starts them; node 2 has no teacher, and can write no run."""
     folders, port = [tmp_path / "first", tmp_path / "second"], free_port()
     for folder in folders:
         folder.mkdir()
     (folders[0] / "teacher.pth").write_bytes(teacher.read_bytes())
+    (folders[1] / "run").touch()
     flags = [*short, "--base-weight", "teacher.pth", "--output-dir", "run", "--resume", "auto"]
     before = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=3")
     nodes = [
@@ -186,7 +152,7 @@ def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_
         for i, folder in enumerate(folders)
     ]
     wait_for(lambda: lines_in(folders[0] / "run/log.jsonl") >= 2, nodes[0])
-    os.kill(process_of_rank(rank, folders[rank]), signal.SIGKILL)
+    os.kill(process_of_rank(1, folders[1]), signal.SIGKILL)
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert_same(folders[0] / "run", undisturbed)
@@ -217,9 +183,8 @@ sys.exit(run_script(main.main))
     assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
 
 
-@pytest.mark.parametrize("flags", [["--data-path", "nowhere"], ["--no-such-flag"]])
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_what_all_ranks_meet_is_told_once_an_attempt_and_last(flags, restarts, tmp_path):
+def test_what_all_ranks_meet_is_told_once_an_attempt_and_last(tmp_path):
+    flags, restarts = ["--data-path", "nowhere"], 1
     command = torchrun(*"--mode teacher --dataset FOLDER --scale Micro --device cpu --output-dir run".split(), *flags)
     command.insert(command.index(MAIN), f"--max-restarts={restarts}")
     done = launch(*command, cwd=tmp_path)
@@ -243,28 +208,6 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     assert (
         done.returncode == 1 and "a fault of FAR" in first and "args.json" in first and "ZeroDivisionError" in rest[-1]
     )
-
-
-def test_an_error_is_said_on_stderr_where_torchruns_folder_is_gone_or_cannot_be_written(tmp_path):
-    program = "from utils.errors import tell\ntell('--flag: wrong; mend it')"
-    (tmp_path / "file").touch()
-    for file in ("nowhere/attempt/0/error.json", "0/error.json", "file/attempt/0/error.json"):
-        done = launch("-c", program, cwd=tmp_path, TORCHELASTIC_ERROR_FILE=file)
-        assert done.returncode == 0 and done.stderr == "--flag: wrong; mend it\n", file
-
-
-def test_lost_contact_is_never_the_root_cause_and_any_text_can_be_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(errors.time, "time", lambda: 1000.9)
-    for rank, (text, late) in enumerate([("lost contact", True), ("file \udc80.jpg", False)]):
-        file = tmp_path / f"attempt/{rank}/error.json"
-        file.parent.mkdir(parents=True)
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-        errors.tell(text, late)
-    monkeypatch.setattr(failures.time, "time", lambda: 1001.1)  # when torchrun sees that all have ended
-    named = [ProcessFailure(k, 0, 1, str(tmp_path / f"attempt/{k}/error.json")) for k in range(3)]
-    assert [failure.message["message"] for failure in named[:2]] == ["lost contact", "file \udc80.jpg"]
-    assert ChildFailedError("main", {0: named[0], 2: named[2]}).get_first_failure()[0] == 2  # killed, says nothing
-    assert ChildFailedError("main", dict(enumerate(named))).get_first_failure()[0] == 1
 
 
 def asked(mode="train", output_dir=None, resume=None):
@@ -296,32 +239,11 @@ def test_a_finished_run_is_not_overwritten_where_its_last_checkpoint_was_removed
     assert (tmp_path / "log.jsonl").exists()
 
 
-def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch):
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with (
-        pytest.raises(FarError, match="cannot be locked .*; name another"),
-        open_run(asked("train", tmp_path), distributed.Context()),
-    ):
-        pass
-
-
 def test_no_memory_left_is_one_line():
     with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
         torch.empty(2**60)  # bytes that no machine has
     with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
         raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_two_resumes_of_one_folder_do_not_both_train(short, tmp_path):
-    first = spawn(MAIN, *short, "--output-dir", "run", cwd=tmp_path)
-    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, first)
-    second = launch(MAIN, *short, "--output-dir", "run", "--resume", cwd=tmp_path)
-    assert second.returncode == 2 and "another run is writing there" in second.stderr and first.poll() is None
-    first.send_signal(signal.SIGTERM)
-    assert first.communicate(timeout=60) and first.returncode == 0
 
 
 def test_resume_auto_begins_where_there_is_nothing_and_continues_where_there_is_a_run(short, tmp_path):

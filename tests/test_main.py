@@ -1,7 +1,6 @@
 """main.py from the outside: commands as written, flags that act, mistakes told in one line."""
 
 import json
-import os
 import re
 import shutil
 
@@ -14,7 +13,7 @@ import main
 from datasets.registry import SOURCES
 from deploy.export import TARGETS
 from deploy.predict import TABLES
-from engine import jobs
+from engine import modes
 from engine.distill import LOSSES, TERMS
 from engine.hoyer import REGULARIZERS
 from engine.pruning import SCORES
@@ -22,7 +21,7 @@ from engine.train import AMP
 from models.deit import TEACHERS, create_teacher
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
-from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
+from tests.conftest import BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
 from utils import names
 from utils.checkpoint import load
 
@@ -161,23 +160,8 @@ def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(far, tmp_p
     common = ["--dataset", "FOLDER", "--data-path", str(data), "--batch-size", "4", "--num-workers", "0"]
     for mode in ("full", "FC", "FC+head"):
         run = tmp_path / mode
-        assert (
-            main.main(
-                [
-                    "--mode",
-                    "downstream",
-                    *common,
-                    *PLAIN,
-                    "--far-weight",
-                    str(far / "best.pth"),
-                    "--ds-mode",
-                    mode,
-                    *"--epochs 1 --select last --output-dir".split(),
-                    str(run),
-                ]
-            )
-            == 0
-        )
+        argv = ["--mode", "downstream", *common, *PLAIN, "--far-weight", str(far / "best.pth"), "--ds-mode", mode]
+        assert main.main([*argv, "--epochs", "1", "--select", "last", "--output-dir", str(run)]) == 0
         before, after = load(far / "best.pth", "--t")["model"], load(run / "best.pth", "--t")["model"]
         changed = {k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])}
         expected = {"full": lambda k: True, "FC": lambda k: ".mlp." in k, "FC+head": lambda k: ".mlp." in k}[mode]
@@ -198,106 +182,79 @@ def test_block_distill_starts_from_attention_stage_weights(far, teacher, tmp_pat
     assert first["stage"] == "block" and first["val"]["acc1"] == json.loads((far / "result.json").read_text())["acc1"]
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, imnet, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    good = image_folder(tmp_path / "good")
-    empty = image_folder(tmp_path / "empty")
-    for image in (empty / "train/class1").iterdir():
+@pytest.fixture(scope="module")
+def world(imnet, teacher, far, tmp_path_factory):
+    """A folder of files that command lines name, right and wrong ones, and the words that stand for them below."""
+    root = tmp_path_factory.mktemp("world")
+    image_folder(root / "good")
+    for image in (image_folder(root / "empty") / "train/class1").iterdir():
         image.unlink()
-    truncated = tmp_path / "truncated.pth"
-    truncated.write_bytes(teacher.read_bytes()[:100_000])
-    torch.save(create_teacher("DeiT-Micro", 10, 32), tmp_path / "module.pth")
-    torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    torch.save(create_teacher("DeiT-Tiny", 10, 32).state_dict(), tmp_path / "tiny.pth")
-    before = sorted(p.name for p in tmp_path.iterdir())
-    train = [*TRAIN, "--output-dir", "out"]
-    weight = ["--base-weight", teacher]
-    folder = ["--mode", "teacher", "--dataset", "FOLDER", "--scale", "Micro", *QUIET, "--output-dir", "out"]
-    cases = [
-        ([*train, *weight, "--dataset", "NOPE"], "--dataset: .*NOPE"),
-        ([*folder, "--data-path", "nowhere"], "--data-path nowhere"),
-        ([*folder, "--data-path", empty], "class1: an empty class folder"),
-        ([*train, *weight, "--base-model", "DeiT-Tiny"], "--scale Micro"),
-        ([*train, *weight, "--replace", "0-4"], "--replace 0-4"),
-        ([*train, "--base-weight", truncated], "truncated.pth"),
-        ([*train, "--base-weight", "missing.pth"], "--base-weight missing.pth: no such file"),
-        ([*train, "--base-weight", "module.pth"], "refuses to execute"),
-        ([*train, "--base-weight", "evil.pth"], "refuses to execute"),
-        ([*train, "--base-weight", "tiny.pth"], "another architecture|has shape"),
-        ([*train, "--base-weight", far / "best.pth"], "is a FAR model"),
-        ([*folder, *weight, "--mode", "train", "--data-path", good], "10 classes"),
-        (["--mode", "eval", *EVAL, "--far-weight", truncated], "truncated.pth"),
-        (["--mode", "eval", *EVAL, "--far-weight", "tiny.pth"], "not a FAR checkpoint"),
-        (
-            ["--mode", "eval", "--dataset", "FOLDER", "--data-path", good, "--far-weight", far / "best.pth"],
-            "knows 10 classes",
-        ),
-        (["--mode", "downstream", *DIGITS, *BATCH, "--ds-pruned", "--far-weight", far / "best.pth"], "--ds-pruned"),
-        (["--mode", "downstream", "--dataset", "DIGITS", "--scale", "Base"], "PRETRAINED_PATH"),
-        (
-            ["--mode", "downstream", "--dataset", "DIGITS", "--scale", "Tiny", "--far-weight", far / "best.pth"],
-            "--scale",
-        ),
-        (["--mode", "eval", *EVAL, "--far-weight", teacher], "holds a teacher"),
-        (["--mode", "eval", *EVAL, "--far-weight", far / "best.pth", "--base-weight", "tiny.pth"], "tiny.pth"),
-        (["--mode", "downstream", *DIGITS, "--rep-by", "mixer"], "--rep-by: --mode downstream does not use it"),
-        (["--mode", "eval", *EVAL, "--lr", "1"], "--lr: --mode eval does not use it"),
-        (["--mode", "teacher", *DIGITS, "--step=2"], "--step: --mode teacher does not use it"),
-        (
-            [*train, *weight, "--block-ft-mode", "FC+head", "--block-ft-train-loss", "similarity"],
-            "does not reach the classifier",
-        ),
-        ([*train, *weight, "--opt", "adahessian"], "--opt adahessian: .*second derivatives"),
-        ([*train, *weight, "--block-ft-opt", "bnbadam"], "--block-ft-opt bnbadam"),
-        ([*train, *weight, "--lr", "inf"], "--lr: inf"),
-        ([*train, *weight, "--train-loss", "kl+nope"], "--train-loss: kl\\+nope is none of .* nor a sum"),
-        ([*train, *weight, "--block-ft-train-loss", "kl+2*kl"], "--block-ft-train-loss: .* nor a sum"),
-        ([*train, *weight, "--train-loss", "-1*kl"], "--train-loss"),
-        ([*train, *weight, "--lr", "1e400"], "--lr: 1e400"),
-        ([*train, *weight, "--weight-decay", "nan"], "--weight-decay: nan"),
-        ([*train, *weight, "--batch-size", "1e20"], "whole number"),
-        ([*train, *weight, "--seed", str(2**64)], "--seed"),
-        ([*train, *weight, "--eval-crop-ratio", "1e-9"], "--eval-crop-ratio"),
-        ([*train, *weight, "--output-dir", ""], "--output-dir: is empty"),
-        ([*train, *weight, "--output-dir", truncated], "a file is in its place"),
-        ([*train, *weight, "--output-dir", truncated / "x"], "a file is in its place"),
-        ([*train, *weight, "--output-dir", "x" * 300], "too long"),
-        ([*train, *weight, "--output-dir", "/proc/x"], "cannot be written"),
-        (["--mode", "train", "--dataset", "DIGITS", "--resume", "auto"], "--resume auto: needs the run's folder"),
-        ([*train, *weight, "--distributed"], "--distributed: not started by torchrun"),
-        ([*train, *weight, "--resume"], "--resume: no run in out"),
-        ([*train], "no published weights"),
-        (
-            ["--mode", "train", "--dataset", "IMNET", "--data-path", good, "--output-dir", "out"],
-            "2 classes, but IMNET has 1000.*FOLDER",
-        ),
-        (
-            ["--mode", "train", "--dataset", "IMNET", "--data-path", imnet / "data/IMNET", "--output-dir", "out"],
-            "--base-weight: no weights for DeiT-Tiny",
-        ),
-        ([*train, *weight, "--mixup", "0.8", "--batch-size", "1"], "--mixup, --cutmix: pair the images"),
-        ([*train, *weight, "--block-ft-batch-size", "1", "--cutmix", "1"], "--mixup, --cutmix: pair the images"),
-        ([*train, *weight, "--aa", "rand-mX"], "--aa rand-mX"),
-        ([*train, *weight, "--aa", "auto"], "--aa auto"),
-        ([*train, *weight, "--replace", "²"], "--replace ²"),
-        ([*train, *weight, "--batch-size", "0"], "--batch-size"),
-        ([*train, *weight, "--opt", "nope"], "--opt nope"),
-        ([*train, *weight, "--no-such-flag"], "--no-such-flag"),
-        ([*train, *weight, "--download"], "--download"),
-        ([*train, *weight, "--epochs", "0", "--block-ft-epochs", "0"], "nothing would train"),
-    ]
-    for argv, expected in cases:
-        assert re.search(expected, failure(*argv)), argv
+    torch.save(create_teacher("DeiT-Micro", 10, 32), root / "module.pth")
+    torch.save(create_teacher("DeiT-Tiny", 10, 32).state_dict(), root / "tiny.pth")
+    return root, {"TEACHER": str(teacher), "FAR": str(far / "best.pth"), "IMNET": str(imnet / "data/IMNET")}
+
+
+OUT = ["--output-dir", "out"]
+TRAINING = [*TRAIN, *OUT, "--base-weight", "TEACHER"]
+ON_FOLDER = ["--mode", "teacher", "--dataset", "FOLDER", "--scale", "Micro", *QUIET, *OUT]
+ON_IMNET = ["--mode", "train", "--dataset", "IMNET", *OUT, "--data-path"]
+DOWNSTREAM = ["--mode", "downstream", "--dataset", "DIGITS"]
+MISTAKES = [  # a line, what is added to it, and what is said
+    (TRAINING, "--dataset NOPE", "--dataset: .*NOPE"),
+    (TRAINING, "--base-model DeiT-Tiny", "--scale Micro"),
+    (TRAINING, "--replace 0-4", "--replace 0-4"),
+    (TRAINING, "--base-weight missing.pth", "--base-weight missing.pth: no such file"),
+    (TRAINING, "--base-weight module.pth", "refuses to execute"),
+    (TRAINING, "--base-weight tiny.pth", "another architecture|has shape"),
+    (TRAINING, "--base-weight FAR", "is a FAR model"),
+    (TRAINING, "--block-ft-mode FC+head --block-ft-train-loss similarity", "does not reach the classifier"),
+    (TRAINING, "--opt adahessian", "--opt adahessian"),
+    (TRAINING, "--block-ft-opt nope", "--block-ft-opt nope"),
+    (TRAINING, "--train-loss kl+nope", r"--train-loss: kl\+nope is none of .* nor a sum"),
+    (TRAINING, "--lr inf", "--lr: inf"),
+    (TRAINING, "--batch-size 0", "--batch-size"),
+    (TRAINING, "--aa rand-mX", "--aa rand-mX"),
+    (TRAINING, "--output-dir tiny.pth/x", "a file is in its place"),
+    (TRAINING, "--output-dir /proc/x", "cannot be written"),
+    (TRAINING, "--distributed", "--distributed: not started by torchrun"),
+    (TRAINING, "--resume", "--resume: no run in out"),
+    (TRAINING, "--mixup 0.8 --batch-size 1", "--mixup, --cutmix: pair the images"),
+    (TRAINING, "--no-such-flag", "--no-such-flag"),
+    (TRAINING, "--download", "--download"),
+    (TRAINING, "--epochs 0 --block-ft-epochs 0", "nothing would train"),
+    ([*TRAIN, *OUT], "", "no published weights"),
+    (["--mode", "train", "--dataset", "DIGITS"], "--resume auto", "--resume auto: needs the run's folder"),
+    (["--mode", "teacher", *DIGITS], "--step=2", "--step: --mode teacher does not use it"),
+    (ON_FOLDER, "--data-path nowhere", "--data-path nowhere"),
+    (ON_FOLDER, "--data-path empty", "class1: an empty class folder"),
+    (ON_FOLDER, "--mode train --data-path good --base-weight TEACHER", "10 classes"),
+    (ON_IMNET, "good", "2 classes, but IMNET has 1000.*FOLDER"),
+    (ON_IMNET, "IMNET", "--base-weight: no weights for DeiT-Tiny"),
+    (["--mode", "eval", *EVAL], "--far-weight tiny.pth", "not a FAR checkpoint"),
+    (["--mode", "eval", *EVAL], "--far-weight TEACHER", "holds a teacher"),
+    (["--mode", "eval", *EVAL], "--lr 1", "--lr: --mode eval does not use it"),
+    (["--mode", "eval"], "--dataset FOLDER --data-path good --far-weight FAR", "knows 10 classes"),
+    (DOWNSTREAM, "--ds-pruned --far-weight FAR", "--ds-pruned"),
+    (DOWNSTREAM, "--scale Base", "PRETRAINED_PATH"),
+    (DOWNSTREAM, "--scale Tiny --far-weight FAR", "--scale"),
+    (DOWNSTREAM, "--rep-by mixer", "--rep-by: --mode downstream does not use it"),
+]
+
+
+@pytest.mark.parametrize(("line", "added", "said"), MISTAKES, ids=[f"{i} {m[1]}" for i, m in enumerate(MISTAKES)])
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(line, added, said, failure, world, monkeypatch):
+    root, words = world
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = sorted(p.name for p in root.iterdir())
+    assert re.search(said, failure(*(words.get(word, word) for word in [*line, *added.split()])))
+    assert sorted(p.name for p in root.iterdir()) == before
+
+
+def test_torchrun_without_distributed_is_told(failure, teacher, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--distributed is missing" in failure(*train, *weight)
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert "--distributed is missing" in failure(*TRAIN, "--base-weight", teacher)
 
 
 def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, teacher):
@@ -358,9 +315,9 @@ def test_the_parsers_names_are_those_of_the_registries():
         and tuple(TERMS) == names.TERMS
         and ("auto", *AMP) == names.AMP
     )
-    assert tuple(jobs.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
+    assert tuple(modes.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
     assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS
-    assert all(callable(getattr(jobs, mode.job)) for mode in main.MODES.values())
+    assert all(callable(getattr(modes, mode.job)) for mode in main.MODES.values())
 
 
 @pytest.mark.parametrize("script", ["main", "prune", "visualization", "export", "convert"])

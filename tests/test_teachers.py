@@ -17,7 +17,7 @@ import prune
 from deploy.fuse import fuse
 from deploy.onnx_graph import find_faults, to_onnx
 from deploy.packed import why_not
-from engine import jobs
+from engine import modes
 from engine.distill import Distillation
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
@@ -314,7 +314,7 @@ def test_pictures_are_prepared_as_the_teacher_knows_them(words, mean, std, crop,
     content["config"]["preprocessing"] = {"mean": (0.1,) * 3, "std": (0.3,) * 3}
     save(tmp_path / "t.pth", content)
     seen = []
-    monkeypatch.setattr(jobs, "train_on_labels", lambda *args: seen.append((args[3], args[5])))
+    monkeypatch.setattr(modes, "run_stages", lambda *args: seen.append((args[3], args[5])))
     words = words.replace("TEACHER", str(tmp_path / "t.pth")).split()
     assert main.main(["--mode", "teacher", *words, *ONE]) == 0
     config, data = seen[0]

@@ -16,7 +16,7 @@ LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.disti
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
 AMP = ("auto", "off", "bf16", "fp16")  # auto, then engine.train.AMP
-PRECISIONS = ("float32", "bfloat16")  # engine.jobs.FUSE
+PRECISIONS = ("float32", "bfloat16")  # engine.modes.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # deploy.export.TARGETS
 TABLES = (".csv", ".json")  # deploy.predict.TABLES
 SCORES = ("norm", "carried")  # engine.pruning.SCORES

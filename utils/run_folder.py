@@ -157,7 +157,7 @@ def plain(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_run(asked: RunConfig, context: Context, data: Callable[[], str] | None = None) -> Iterator[RunFolder]:
+def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None = None) -> Iterator[RunFolder]:
     """Makes a run's folder, or opens an old one as `resume` says, and owns it until the end of the block.
 
     data: the fingerprint of the run's data set, where it has one.
@@ -167,17 +167,17 @@ def open_run(asked: RunConfig, context: Context, data: Callable[[], str] | None 
             processes, or none to resume, or another run owns it now.
     """
     lock: list[filelock.BaseFileLock] = []
-    record, defaults = (plain({**flags, "processes": context.world}) for flags in asked.record)
+    record, defaults = (plain({**flags, "processes": context.world}) for flags in config.record)
 
     def claim() -> list:
-        path = asked.output_dir or _new_folder(asked.mode)
-        if asked.resume == "must" and not (path / "args.json").is_file():
+        path = config.output_dir or _new_folder(config.mode)
+        if config.resume == "must" and not (path / "args.json").is_file():
             raise FarError(f"--resume: no run in {path}; name its folder with --output-dir, or use --resume auto")
-        resumed = bool(asked.resume) and (path / "args.json").is_file()
+        resumed = bool(config.resume) and (path / "args.json").is_file()
         check_writable(path)
         path.mkdir(parents=True, exist_ok=True)
         lock.append(_own(path))
-        held = contents(asked.record.flags, data)
+        held = contents(config.record.flags, data)
         if resumed:
             _check_same(path, record, defaults, held)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
@@ -193,7 +193,7 @@ def open_run(asked: RunConfig, context: Context, data: Callable[[], str] | None 
 
     try:
         path, resumed = context.on_main(claim)
-        yield RunFolder(Path(path), context, resumed, asked.tensorboard)
+        yield RunFolder(Path(path), context, resumed, config.tensorboard)
     finally:
         for held in lock:
             held.release()
@@ -239,8 +239,8 @@ def _own(path: Path) -> filelock.BaseFileLock:
 def contents(flags: dict[str, Any], data: Callable[[], str] | None) -> dict[str, str]:
     """Fingerprints of what a run reads, by the flag that says where it lies."""
     files = {key: Path(flags[key]) for key in WEIGHTS if flags.get(key)}
-    found = {key: fingerprint(path, _flag(key)) for key, path in files.items()}
-    return {**found, "data_path": data()} if data else found
+    hashes = {key: fingerprint(path, _flag(key)) for key, path in files.items()}
+    return {**hashes, "data_path": data()} if data else hashes
 
 
 def _flag(key: str) -> str:

@@ -1,13 +1,13 @@
-"""What the modes of main.py do: each makes data, a model and a list of stages, and hands them to the trainer."""
+"""The modes of main.py: each opens weights and data, lists its stages, trains and reports."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from datasets.loading import Data
 from deploy.fuse import fuse
@@ -51,7 +51,7 @@ from models.replace import (
 from plots.figures import draw_curves
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.run_folder import RunFolder, open_run
+from utils.run_folder import open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,11 +73,11 @@ class ModeCommand(Command):
 def start(command: ModeCommand, context: Context, load=load_data, trains: bool = True) -> tuple[Data, FarConfig]:
     """The data, and the configuration of the teacher that its weights and the flags describe."""
     torch.manual_seed(command.settings.seed)
-    asked = command.model
-    known = name_teacher(asked, asked.base_weight)
-    known = replace(known, rep_by=asked.rep_by, img_size=asked.input_size or known.img_size)
-    check_size(known.base_model, known.img_size)
-    return load(command.data, known, context, trains), known
+    flags = command.model
+    config = name_teacher(flags, flags.base_weight)
+    config = replace(config, rep_by=flags.rep_by, img_size=flags.input_size or config.img_size)
+    check_size(config.base_model, config.img_size)
+    return load(command.data, config, context, trains), config
 
 
 def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
@@ -92,34 +92,53 @@ def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
     return reading(config, data)
 
 
-def fresh(asked: ModelConfig, config: FarConfig) -> VisionTransformer:
-    return create_teacher(config.base_model, config.num_classes, config.img_size, asked.drop, asked.drop_path)
+def fresh(model_config: ModelConfig, config: FarConfig) -> VisionTransformer:
+    drop, drop_path = model_config.drop, model_config.drop_path
+    return create_teacher(config.base_model, config.num_classes, config.img_size, drop, drop_path)
 
 
-def finish(run: RunFolder, model, result: dict[str, Any], context: Context) -> None:
-    run.write_json("result.json", {**result, "parameters": count_parameters(model)})
+def run_stages(
+    command: ModeCommand,
+    context: Context,
+    model: VisionTransformer,
+    config: FarConfig,
+    stages: list[Stage],
+    data: Data,
+    batch_size: int,
+    reference: VisionTransformer | None = None,
+) -> dict[str, Any] | None:
+    """Trains the stages in the run's folder and reports on the model that they hand on; --dry-run only says what would.
+
+    reference: the teacher, where the stages distil from one; the report then tells how close the model is to it.
+    batch_size: of the report's evaluation. Returns the report.
+    """
+
+    def make_task(model: VisionTransformer, stage: Stage, criterion: nn.Module) -> nn.Module:
+        return Distillation(model, reference, stage, criterion, command.distill_input)
+
+    settings, autocast = command.settings, command.settings.autocast(context.device)
+    stages = planned(stages, data, settings)
+    if command.run.dry_run:
+        show_plan(model, config, stages, make_task, data, command.run, context, settings)
+        return None
+    with open_run(command.run, context, data.fingerprint) as run:
+        model, last = resumed(run, model, config, command.model)
+        if reference is not None:
+            reference.to(context.device)
+        Trainer(model, config, stages, make_task, data, run, context, settings, last).fit()
+        draw_curves(run)
+        loader = data.val_loader(batch_size)
+        if reference is None:
+            result = evaluate(model, loader, context, autocast)
+        else:
+            result = fidelity(model, reference, loader, context, autocast)
+        run.write_json("result.json", {**result, "parameters": count_parameters(model)})
     say(
         context,
         f"top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
         f"on {result['images']} images; weights in {run.path / 'best.pth'}",
     )
-
-
-def train_on_labels(command: ModeCommand, context: Context, model, config: FarConfig, stage: Stage, data: Data) -> None:
-    """A run of one stage that needs no teacher."""
-    stages = planned([stage], data, command.settings)
-    if command.run.dry_run:
-        task = partial(Distillation, model, None)
-        show_plan(model, config, stages, task, data, command.run, context, command.settings)
-        return
-    with open_run(command.run, context, data.fingerprint) as run:
-        model, last = resumed(run, model, config, command.model)
-        task = partial(Distillation, model, None)
-        Trainer(model, config, stages, task, data, run, context, command.settings, last).fit()
-        draw_curves(run)
-        loader = data.val_loader(stage.optim.batch_size)
-        result = evaluate(model, loader, context, command.settings.autocast(context.device))
-        finish(run, model, result, context)
+    return result
 
 
 def teacher(command: ModeCommand, context: Context) -> None:
@@ -133,8 +152,9 @@ def teacher(command: ModeCommand, context: Context) -> None:
     model = fresh(command.model, config)
     if weight:
         load_teacher_weights(model, weight, keep_head=keeps)
-    stage = Stage("teacher", (), (), "full", "classification", "output", command.rates.optim(context))
-    train_on_labels(command, context, model, config, stage, data)
+    optim = command.rates.optim(context)
+    stage = Stage("teacher", (), (), "full", "classification", "output", optim)
+    run_stages(command, context, model, config, [stage], data, optim.batch_size)
 
 
 def train(command: ModeCommand, context: Context) -> None:
@@ -148,54 +168,41 @@ def train(command: ModeCommand, context: Context) -> None:
     model, config = student(command, context, reference, config, blocks)
     block = command.block_rates.optim(context)
     attn = None if command.plan.skip_train_attn else command.rates.optim(context)
-    settings = command.settings
-    stages = planned(distillation(blocks, command.plan, attn, block), data, settings)
-    if command.run.dry_run:
-        task = partial(Distillation, model, reference, distill_input=command.distill_input)
-        show_plan(model, config, stages, task, data, command.run, context, settings)
-        return
-    with open_run(command.run, context, data.fingerprint) as run:
-        model, last = resumed(run, model, config, command.model)
-        reference.to(context.device)
-
-        task = partial(Distillation, model, reference, distill_input=command.distill_input)
-        Trainer(model, config, stages, task, data, run, context, settings, last).fit()
-        draw_curves(run)
-        loader = data.val_loader(block.batch_size)
-        kept = fidelity(model, reference, loader, context, settings.autocast(context.device))
-        finish(run, model, kept, context)
-    say(context, f"its teacher: top-1 {kept['teacher_acc1']:.2f}; the student {summary(kept)}")
+    stages = distillation(blocks, command.plan, attn, block)
+    result = run_stages(command, context, model, config, stages, data, block.batch_size, reference)
+    if result:
+        say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
 
 
 def student(
     command: ModeCommand, context: Context, reference: VisionTransformer, config: FarConfig, blocks: tuple[int, ...]
 ) -> tuple[VisionTransformer, FarConfig]:
     """The model that distillation starts from: --attn-weight, else the teacher's weights, to be swapped."""
-    asked, weight = command.model, command.plan.attn_weight
+    model_config, weight = command.model, command.plan.attn_weight
     if weight:
-        model, found = load_model(weight, "--attn-weight", asked.drop, asked.drop_path)
-        if found.num_classes == config.num_classes:
-            order_classes(model, found.classes, config.classes, f"--attn-weight {weight}")
-        found = replace(found, preprocessing=config.preprocessing, classes=config.classes or found.classes)
-        check_same(weight, replace(config, replaced=blocks), replace(found, replaced=replaced_blocks(model)))
-        if found.img_size != config.img_size:
-            say(context, f"--attn-weight {weight}: its positions go from {found.img_size} to {config.img_size} px")
-            found = resize(model, found, config.img_size, f"--attn-weight {weight}")
-        return model, found
-    model = fresh(asked, config)
+        model, stored = load_model(weight, "--attn-weight", model_config.drop, model_config.drop_path)
+        if stored.num_classes == config.num_classes:
+            order_classes(model, stored.classes, config.classes, f"--attn-weight {weight}")
+        stored = replace(stored, preprocessing=config.preprocessing, classes=config.classes or stored.classes)
+        check_same(weight, replace(config, replaced=blocks), replace(stored, replaced=replaced_blocks(model)))
+        if stored.img_size != config.img_size:
+            say(context, f"--attn-weight {weight}: its positions go from {stored.img_size} to {config.img_size} px")
+            stored = resize(model, stored, config.img_size, f"--attn-weight {weight}")
+        return model, stored
+    model = fresh(model_config, config)
     model.load_state_dict(reference.state_dict())
     if command.plan.skip_train_attn:
         say(context, "no --attn-weight: the block stage starts from fresh modules")
     return model, config
 
 
-def check_same(weight: Path, wanted: FarConfig, found: FarConfig) -> None:
+def check_same(weight: Path, wanted: FarConfig, stored: FarConfig) -> None:
     """--attn-weight must be what the other flags describe."""
     for flag, ours, theirs in (
-        ("--base-model", wanted.base_model, found.base_model),
-        ("--dataset", f"{wanted.num_classes} classes", f"{found.num_classes} classes"),
-        ("--rep-by", wanted.rep_by, found.rep_by),
-        ("--replace", list(wanted.replaced), list(found.replaced)),
+        ("--base-model", wanted.base_model, stored.base_model),
+        ("--dataset", f"{wanted.num_classes} classes", f"{stored.num_classes} classes"),
+        ("--rep-by", wanted.rep_by, stored.rep_by),
+        ("--replace", list(wanted.replaced), list(stored.replaced)),
     ):
         if ours != theirs:
             raise FarError(f"--attn-weight {weight}: has {flag} {theirs}, the flags say {ours}; make them agree")
@@ -228,19 +235,19 @@ def downstream(command: ModeCommand, context: Context) -> None:
     config, blocks = reading(config, data), tuple(range(len(model.blocks)))
     optim = command.rates.optim(context)
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
-    train_on_labels(command, context, model, config, stage, data)
+    run_stages(command, context, model, config, [stage], data, optim.batch_size)
 
 
 def load_evaluated(command: ModeCommand, context: Context):
     """What eval reads: (the weights' file, the model, the teacher that it is compared with or None, the data)."""
-    asked = command.model
-    if not (command.far.path or command.ds_pruned) and asked.base_weight:
+    weight = command.model.base_weight
+    if not (command.far.path or command.ds_pruned) and weight:
         data, known = start(command, context, load_labelled, trains=False)
-        return asked.base_weight, load_teacher(asked, taught(command, known, data)), None, data
+        return weight, load_teacher(command.model, taught(command, known, data)), None, data
     path, model, config = load_start(command, context)
     data = load_data(command.data, config, context, trains=False)
     check_classes(f"--far-weight {path}", config, data, "move it there with --mode downstream")
-    return path, model, load_teacher(asked, config) if asked.base_weight else None, data
+    return path, model, load_teacher(command.model, config) if weight else None, data
 
 
 def eval_mode(command: ModeCommand, context: Context) -> None:
@@ -273,7 +280,7 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
 
 def predict(command: ModeCommand, context: Context) -> None:
     """--mode predict: the likeliest classes of pictures, by any checkpoint of ours."""
-    asked, files = command.prediction, command.prediction.files()
+    prediction, files = command.prediction, command.prediction.files()
     _, model, config = load_far(command.far, command.model)
     check_backend(config, command.settings, context)
     set_backend(model, command.settings.lstm_backend)
@@ -282,9 +289,9 @@ def predict(command: ModeCommand, context: Context) -> None:
         model = fuse(model, FUSE[command.fuse])
     loader = picture_loader(files, config, command.rates.asked.batch_size, command.data.num_workers)
     autocast = command.settings.autocast(context.device)
-    answers = list(predicted(model, config, loader, asked.top, context.device, autocast))
-    if asked.output:
-        write(answers, asked.output)
-        say(context, f"{len(files)} pictures: their classes are in {asked.output}")
+    answers = list(predicted(model, config, loader, prediction.top, context.device, autocast))
+    if prediction.output:
+        write(answers, prediction.output)
+        say(context, f"{len(files)} pictures: their classes are in {prediction.output}")
     else:
         say(context, as_text(answers))
