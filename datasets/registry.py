@@ -91,10 +91,10 @@ class Folder(tv.ImageFolder):
         samples = []
         for name, label in class_to_idx.items():
             folder = Path(directory) / name
-            files = sorted(walk(folder, self.skipped, "--data-path"))
+            files = sorted(walk(folder, self.skipped), key=os.path.split)
             if not files:
                 raise FarError(f"--data-path {shown(folder)}: an empty class folder; add images or remove it")
-            samples += [(os.path.join(below, file), label) for below, file in files]  # noqa: PTH118  (a million times)
+            samples += [(file, label) for file in files]
         return samples
 
 
@@ -103,7 +103,7 @@ class Pictures(Dataset):
 
     def __init__(self, root: Path, train: bool):
         self.root, self.skipped = root, []
-        files = sorted(Path(below) / name for below, name in walk(root, self.skipped, "--data-path"))
+        files = sorted(map(Path, walk(root, self.skipped)))
         self.files = [file for k, file in enumerate(files) if (k % 10 > 0) == train]
 
     def __len__(self) -> int:
