@@ -102,8 +102,8 @@ class Folder(tv.ImageFolder):
         return samples
 
 
-class Pictures(Dataset):
-    """Pictures without classes, at or below a folder. By name, every tenth evaluates and the others train."""
+class UnlabelledImages(Dataset):
+    """Images without classes, in or below a folder. By name, every tenth evaluates and the others train."""
 
     def __init__(self, root: Path, train: bool):
         self.root, self.skipped = root, []
@@ -218,7 +218,7 @@ SOURCES: dict[str, Source] = {
     "INAT19": inaturalist_source("2019", 1010),
     "FOLDER": replace(IMNET, num_classes=None, get="make one folder of images a class"),
     "IMAGES": Source(
-        lambda root, train, download: Pictures(root, train),
+        lambda root, train, download: UnlabelledImages(root, train),
         None,
         "*.jpg, at any depth",
         "put pictures there, as many as there are",

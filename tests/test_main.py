@@ -283,7 +283,6 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(failure, teacher, far, i
         ),
         ([*train, *weight, "--mixup", "0.8", "--batch-size", "1"], "--mixup, --cutmix: pair the images"),
         ([*train, *weight, "--block-ft-batch-size", "1", "--cutmix", "1"], "--mixup, --cutmix: pair the images"),
-        ([*train, *weight, "--aa", "rand-mX"], "--aa rand-mX"),
         ([*train, *weight, "--aa", "auto"], "--aa auto"),
         ([*train, *weight, "--replace", "²"], "--replace ²"),
         ([*train, *weight, "--batch-size", "0"], "--batch-size"),
