@@ -54,19 +54,14 @@ class SolarCells(Dataset):
 
 
 def read_labels(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Image names, probabilities and types (numbers of TYPES) of a labels.csv. Raises FarError naming a wrong line."""
-    if not path.is_file():  # a FIFO would be waited for
+    """Image names, probabilities and types (indices of TYPES) of a labels.csv. Raises FarError where it is none."""
+    if not path.is_file():
         raise FileNotFoundError(path)
-    names, probabilities, kinds = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            name, probability, kind = line.split()
-            names.append(name)
-            probabilities.append(float(probability))
-            kinds.append(TYPES.index(kind))
-            if not 0 <= probabilities[-1] <= 1:
-                raise ValueError("a probability outside 0 to 1")
-        except ValueError as error:
-            where = f"--data-path {shown(path)}: line {number} is no image, probability and type"
-            raise FarError(f"{where} ({shown(error)}); mend the line, or install the package again") from error
-    return names, np.array(probabilities), np.array(kinds)
+    try:
+        rows = np.loadtxt(path, dtype=[("name", "U256"), ("probability", "f8"), ("type", "U8")], ndmin=1)
+        if not ((rows["probability"] >= 0) & (rows["probability"] <= 1)).all():
+            raise ValueError("a probability outside 0 to 1")
+        return rows["name"].tolist(), rows["probability"], np.array([TYPES.index(name) for name in rows["type"]])
+    except ValueError as error:
+        where = f"--data-path {shown(path)}: not a line each of image, probability and type"
+        raise FarError(f"{where} ({shown(error)}); mend the line, or install the package again") from error

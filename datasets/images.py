@@ -1,14 +1,14 @@
 """Image files: which files of a folder are pictures, and reading one as upright 8-bit RGB."""
 
+import contextlib
 import logging
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import FarError
 
@@ -23,17 +23,7 @@ LEFTOVERS = {
     *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # Synology, QNAP
     *("lost+found", "__pycache__"),
 }
-TOP = {"I": 65535.0, "F": 1.0}  # white, by PIL's mode before any ";": integers are 16-bit greys, floats 0 to 1
-# By EXIF's orientation, what makes a picture upright (as PIL.ImageOps.exif_transpose, without writing EXIF again).
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+WHITE = {"I": 65535.0, "F": 1.0}  # by PIL's mode before any ";": integers are 16-bit greys, floats 0 to 1
 
 
 def shown(name: object) -> str:
@@ -41,37 +31,30 @@ def shown(name: object) -> str:
     return repr(str(name))[1:-1]
 
 
-def orientation(image: Image.Image) -> int:
-    """EXIF's, 1 (upright) where there is none or it is damaged: viewers show such a picture too."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  (PIL's parser raises a dozen unrelated types on damaged EXIF)
-        return 1
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright as its EXIF orientation says. PIL alone would clip deep greys; transparency is dropped, as by
-    torchvision. Raises ValueError."""
-    image.load()  # PIL turns a TIFF by itself, and then forgets its orientation
-    turn = UPRIGHT.get(orientation(image))
-    top = TOP.get(image.mode.split(";")[0])
-    if top is None:
+    """8-bit RGB, upright as its EXIF orientation says; transparency is dropped, as torchvision does.
+
+    16-bit and float greys are scaled to 0 to 255, where PIL alone would clip them. Raises ValueError for greys outside
+    the range of their type.
+    """
+    image.load()
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # damaged EXIF: upright, as viewers show it
+        warnings.simplefilter("ignore", UserWarning)
+        ImageOps.exif_transpose(image, in_place=True)
+    white = WHITE.get(image.mode.split(";")[0])
+    if white is None:
         image.info.pop("transparency", None)  # a palette's would make PIL warn at every image
-        rgb = image.convert("RGB")
-    else:
-        grey = np.asarray(image, dtype=np.float64)
-        if not ((grey >= 0) & (grey <= top)).all():
-            raise ValueError(f"greys of {grey.min():g} to {grey.max():g}, outside 0 to {top:g}")
-        rgb = Image.fromarray(np.round(grey * (255 / top)).astype(np.uint8)).convert("RGB")
-    return rgb if turn is None else rgb.transpose(turn)
+        return image.convert("RGB")
+    grey = np.asarray(image, dtype=np.float64)
+    if not ((grey >= 0) & (grey <= white)).all():
+        raise ValueError(f"greys of {grey.min():g} to {grey.max():g}, outside 0 to {white:g}")
+    return Image.fromarray(np.round(grey * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An upright RGB image; raises FarError naming a file that is missing, not regular, too large or not decodable."""
+    """An upright RGB image. Raises FarError naming a file that is missing, not regular, too large or not decodable."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
+        if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
             raise ValueError("not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -79,48 +62,43 @@ def read_image(path: str | Path) -> Image.Image:
                 return to_rgb(image)
     except FileNotFoundError as error:
         raise FarError(f"{shown(path)}: no such file, though one is expected there; put it back") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise FarError(f"{shown(path)}: not a readable image ({limit}); shrink or remove the file") from error
-    except UnidentifiedImageError as error:  # whose text is the path again
-        raise FarError(f"{shown(path)}: not a readable image (of no known format); mend or remove the file") from error
+    except UnidentifiedImageError:  # whose text is the path again
+        reason = "of no known format"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except (OSError, SyntaxError, TypeError, ValueError) as error:  # what PIL's decoders raise on broken bytes
         reason = shown(getattr(error, "strerror", None) or error)
-        raise FarError(f"{shown(path)}: not a readable image ({reason}); mend or remove the file") from error
+    raise FarError(f"{shown(path)}: not a readable image ({reason}); mend or remove the file")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name was left by a system or a tool: hidden ones, thumbnails, waste bins."""
+    """True for the names of files and folders that a system or a tool leaves: hidden ones, thumbnails, waste bins."""
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
-def walk(folder: str | Path, skipped: list[str], flag: str, deep: bool = True) -> Iterator[tuple[str, str]]:
-    """(folder, name) of every picture in a folder, links followed; in no order. deep: below it, too.
+def is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not is_leftover(name)
 
-    skipped: gets the path of whatever is left out: files that are no pictures by their suffix, leftovers. Raises
-    FarError naming a link that leads back to a folder above it, or a picture that is no regular file.
+
+def walk(root: str | Path, skipped: list[str]) -> Iterator[str]:
+    """Paths of the pictures in and below a folder, links followed, in no order.
+
+    skipped: gets the paths of what is left out: leftovers, and files that are no pictures by their suffix. Raises
+    OSError at a folder that cannot be read, and FarError at a link that leads back to a folder above it.
     """
-    return _walk(str(folder), skipped, flag, deep, ())
 
+    def fail(error: OSError):
+        raise error
 
-def _walk(folder: str, skipped: list[str], flag: str, deep: bool, above: tuple[tuple[int, int], ...]):
-    status = Path(folder).stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise FarError(f"{flag} {shown(folder)}: a link back to a folder above it; remove the link")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if is_leftover(entry.name):
-                skipped.append(entry.path)
-            elif entry.is_dir():
-                if deep:
-                    yield from _walk(entry.path, skipped, flag, deep, (*above, here))
-            elif not entry.name.lower().endswith(SUFFIXES):
-                skipped.append(entry.path)
-            elif not entry.is_file():
-                raise FarError(f"{flag} {shown(entry.path)}: a broken link or no regular file; remove it")
-            else:
-                yield folder, entry.name
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        for name in folders:
+            link = Path(folder, name)
+            if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
+                raise FarError(f"--data-path {shown(link)}: a link back to a folder above it; remove the link")
+        left = [name for name in folders if is_leftover(name)] + [name for name in files if not is_picture(name)]
+        skipped += [os.path.join(folder, name) for name in left]  # noqa: PTH118  (pathlib is slow, a million times)
+        folders[:] = [name for name in folders if not is_leftover(name)]
+        yield from (os.path.join(folder, name) for name in files if is_picture(name))  # noqa: PTH118
 
 
 def skipping(where: str, skipped: list[str]) -> str:
@@ -132,11 +110,11 @@ def find_files(path: Path) -> list[Path]:
     """--images: the file, or a folder's image files by name. Raises FarError where there are none."""
     if path.is_file():
         return [path]
-    skipped: list[str] = []
-    found = walk(path, skipped, "--images", deep=False) if path.is_dir() else ()
-    files = sorted(Path(folder) / name for folder, name in found)
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    files = [entry for entry in entries if is_picture(entry.name) and not entry.is_dir()]
     if not files:
         raise FarError(f"--images {shown(path)}: no such file, or a folder without images ({', '.join(SUFFIXES)})")
+    skipped = [str(e) for e in entries if is_leftover(e.name) or not (is_picture(e.name) or e.is_dir())]
     if skipped:
         log.warning("%s", skipping(f"--images {shown(path)}", skipped))
     return files

@@ -4,7 +4,8 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,11 @@ Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data
 
 @dataclass(frozen=True)
 class Source:
-    """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same;
-    `labelled`: its labels mean something; `package`: the one that ships it, in data/."""
+    """A data set that --dataset names.
+
+    num_classes: None where they are counted. layout: what is looked for in --data-path. get: how to obtain it. flip:
+    mirrored images keep their class. labelled: its labels mean something. package: the one that ships it, in data/.
+    """
 
     build: Build
     num_classes: int | None
@@ -91,19 +95,19 @@ class Folder(tv.ImageFolder):
         samples = []
         for name, label in class_to_idx.items():
             folder = Path(directory) / name
-            files = sorted(walk(folder, self.skipped, "--data-path"))
+            files = sorted(walk(folder, self.skipped), key=os.path.split)
             if not files:
                 raise FarError(f"--data-path {shown(folder)}: an empty class folder; add images or remove it")
-            samples += [(os.path.join(below, file), label) for below, file in files]  # noqa: PTH118  (a million times)
+            samples += [(file, label) for file in files]
         return samples
 
 
-class Pictures(Dataset):
-    """Pictures without classes, at or below a folder. By name, every tenth evaluates and the others train."""
+class UnlabelledImages(Dataset):
+    """Images without classes, in or below a folder. By name, every tenth evaluates and the others train."""
 
     def __init__(self, root: Path, train: bool):
         self.root, self.skipped = root, []
-        files = sorted(Path(below) / name for below, name in walk(root, self.skipped, "--data-path"))
+        files = sorted(map(Path, walk(root, self.skipped)))
         self.files = [file for k, file in enumerate(files) if (k % 10 > 0) == train]
 
     def __len__(self) -> int:
@@ -113,95 +117,58 @@ class Pictures(Dataset):
         return read_image(self.files[index]), 0  # where others have a label
 
 
-def _flowers(root: Path, train: bool, download: bool) -> Dataset:
-    # As in DeiT's transfer experiments: the 1,020 + 1,020 labelled images train, the 6,149 test images evaluate.
+def flowers(root: Path, train: bool, download: bool) -> Dataset:
+    """As in DeiT's transfer experiments: the 1,020 + 1,020 labelled images train, the 6,149 test images evaluate."""
     splits = ("train", "val") if train else ("test",)
     parts = [tv.Flowers102(root, split=split, download=download, loader=read_image) for split in splits]
-    if len(parts) == 1:
-        return parts[0]
-    both = ConcatDataset(parts)
-    both.classes = parts[0].classes
-    return both
+    joined = ConcatDataset(parts)
+    joined.classes = parts[0].classes
+    return joined
 
 
-def _listed(listing: Path) -> set[str]:
-    """<id>/<file> of every image that a competition's json file names."""
+def inaturalist(year: str, root: Path, train: bool, download: bool) -> Dataset:
+    """The images of a year's archive that the competition's json file of the split lists."""
+    folder, listing = root / year, root / f"{'train' if train else 'val'}{year}.json"
+    if not download and not folder.is_dir():
+        raise FileNotFoundError(folder)  # torchvision would make the root
+    data = tv.INaturalist(root, version=year, download=download and not folder.exists(), loader=read_image)
     if not listing.is_file():
         raise FileNotFoundError(listing)
     try:
         images = json.loads(listing.read_text(encoding="utf-8"))["images"]
-        return {"/".join(Path(image["file_name"]).parts[-2:]) for image in images}
+        listed = {"/".join(Path(image["file_name"]).parts[-2:]) for image in images}  # <species>/<file>
     except (ValueError, KeyError, TypeError) as error:
         where = f"--data-path {shown(listing)}: not a competition's list of images"
         raise FarError(f"{where} ({type(error).__name__}: {shown(error)}); fetch it again") from error
+    names = [f"{Path(data.all_categories[category]).name}/{file}" for category, file in data.index]
+    split = Subset(data, [i for i, name in enumerate(names) if name in listed])
+    if not len(split):
+        where = f"--data-path {shown(listing)}: names no image under {shown(folder)}"
+        raise FarError(f"{where}; unpack the images of {year} there")
+    split.classes = data.all_categories
+    return split
 
 
-def _inaturalist(year: str) -> Build:
-    def build(root: Path, train: bool, download: bool) -> Dataset:
-        folder, listing = root / year, root / f"{'train' if train else 'val'}{year}.json"
-        if not download and not folder.is_dir():
-            raise FileNotFoundError(folder)  # torchvision would make the root
-        data = tv.INaturalist(root, version=year, download=download and not folder.exists(), loader=read_image)
-        wanted = _listed(listing)
-        names = [f"{Path(data.all_categories[category]).name}/{file}" for category, file in data.index]
-        chosen = Subset(data, [i for i, name in enumerate(names) if name in wanted])
-        if not len(chosen):
-            where = f"--data-path {shown(listing)}: names no image under {shown(folder)}"
-            raise FarError(f"{where}; unpack the images of {year} there")
-        chosen.classes = data.all_categories
-        return chosen
-
-    return build
-
-
-class Grouped(Relabelled):
-    """A split by coarser classes: groups gives each class's, by number."""
-
-    def __init__(self, data: Dataset, groups: list[str]):
-        self.classes = sorted(set(groups))
-        super().__init__(data, [self.classes.index(group) for group in groups])
-
-
-def _grouped(name: str, root: Path, data: Dataset, category: str) -> Grouped:
+def by_category(name: str, root: Path, data: Dataset, category: str) -> Relabelled:
     """iNaturalist's species by kingdom, family, ...: as the competition's categories.json says. Raises FarError."""
     flag, listing = f"--inat-category {category}", root / "categories.json"
     if name not in ("INAT18", "INAT19"):
         raise FarError(f"{flag}: --dataset {name} has no such classes, INAT18 and INAT19 have; leave it out")
     try:
-        if not listing.is_file():  # a FIFO would be waited for
-            raise FileNotFoundError(listing)
         known = {entry["id"]: entry[category] for entry in json.loads(listing.read_text(encoding="utf-8"))}
         groups = [known[int(Path(species).name)] for species in data.classes]
-        if not all(isinstance(group, str) for group in groups):
-            raise TypeError(f"a {category} that is no name")
+        classes = sorted(set(groups))
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = f"{flag}: {shown(listing)} does not give every species' ({type(error).__name__}: {shown(error)})"
         raise FarError(f"{where}; put the competition's categories.json of this year there") from error
-    return Grouped(data, groups)
+    grouped = Relabelled(data, [classes.index(group) for group in groups])
+    grouped.classes = classes
+    return grouped
 
 
-def _folder_source(num_classes: int | None, get: str) -> Source:
+def inaturalist_source(year: str, num_classes: int) -> Source:
     return Source(
-        lambda root, train, download: Folder(root / ("train" if train else "val")),
-        num_classes,
-        "train/<class>/*.jpg and val/<class>/*.jpg",
-        get,
-    )
-
-
-def _cifar(kind: type, num_classes: int, layout: str) -> Source:
-    return Source(
-        lambda root, train, download: kind(root, train=train, download=download),
-        num_classes,
-        layout,
-        "add --download",
-        can_download=True,
-    )
-
-
-def _inat_source(year: str, num_classes: int) -> Source:
-    return Source(
-        _inaturalist(year),
+        partial(inaturalist, year),
         num_classes,
         f"{year}/<kingdom>/<id>/*.jpg, train{year}.json and val{year}.json",
         f"add --download for the images, and put the {year} competition's train/val json files beside them",
@@ -209,22 +176,37 @@ def _inat_source(year: str, num_classes: int) -> Source:
     )
 
 
-def _elpv(types: bool) -> Source:
-    return Source(
-        lambda root, train, download: SolarCells(root, train, types),
-        4 if types else 2,
-        "labels.csv and images/*.png",
-        "pip install --no-deps -r requirements-real.txt, and leave --data-path out",
-        package="elpv_dataset",
-    )
-
-
+IMNET = Source(
+    lambda root, train, download: Folder(root / ("train" if train else "val")),
+    1000,
+    "train/<class>/*.jpg and val/<class>/*.jpg",
+    "unpack ImageNet-1k's ILSVRC2012 archives, one folder a class",
+)
+CIFAR10 = Source(
+    lambda root, train, download: tv.CIFAR10(root, train, download=download),
+    10,
+    "cifar-10-batches-py/",
+    "add --download",
+    can_download=True,
+)
+ELPV = Source(
+    lambda root, train, download: SolarCells(root, train, types=True),
+    4,
+    "labels.csv and images/*.png",
+    "pip install --no-deps -r requirements-real.txt, and leave --data-path out",
+    package="elpv_dataset",
+)
 SOURCES: dict[str, Source] = {
-    "IMNET": _folder_source(1000, "unpack ImageNet-1k's ILSVRC2012 archives, one folder a class"),
-    "CIFAR10": _cifar(tv.CIFAR10, 10, "cifar-10-batches-py/"),
-    "CIFAR100": _cifar(tv.CIFAR100, 100, "cifar-100-python/"),
+    "IMNET": IMNET,
+    "CIFAR10": CIFAR10,
+    "CIFAR100": replace(
+        CIFAR10,
+        build=lambda root, train, download: tv.CIFAR100(root, train, download=download),
+        num_classes=100,
+        layout="cifar-100-python/",
+    ),
     "FLOWER": Source(
-        _flowers, 102, "flowers-102/jpg, imagelabels.mat and setid.mat", "add --download", can_download=True
+        flowers, 102, "flowers-102/jpg, imagelabels.mat and setid.mat", "add --download", can_download=True
     ),
     "CAR": Source(
         lambda root, train, _: tv.StanfordCars(root, split="train" if train else "test", loader=read_image),
@@ -232,11 +214,11 @@ SOURCES: dict[str, Source] = {
         "stanford_cars/devkit, cars_train, cars_test and cars_test_annos_withlabels.mat",
         "torchvision can no longer download it; get the Stanford Cars archives and unpack them there",
     ),
-    "INAT18": _inat_source("2018", 8142),
-    "INAT19": _inat_source("2019", 1010),
-    "FOLDER": _folder_source(None, "make one folder of images a class"),
+    "INAT18": inaturalist_source("2018", 8142),
+    "INAT19": inaturalist_source("2019", 1010),
+    "FOLDER": replace(IMNET, num_classes=None, get="make one folder of images a class"),
     "IMAGES": Source(
-        lambda root, train, download: Pictures(root, train),
+        lambda root, train, download: UnlabelledImages(root, train),
         None,
         "*.jpg, at any depth",
         "put pictures there, as many as there are",
@@ -251,8 +233,8 @@ SOURCES: dict[str, Source] = {
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     ),
-    "ELPV": _elpv(types=True),
-    "ELPV2": _elpv(types=False),
+    "ELPV": ELPV,
+    "ELPV2": replace(ELPV, build=lambda root, train, download: SolarCells(root, train, types=False), num_classes=2),
 }
 
 
@@ -288,7 +270,7 @@ def build_split(name: str, root: Path, train: bool, download: bool = False, cate
     if source.num_classes and classes is not None and len(classes) != source.num_classes:
         where = f"--data-path {shown(root)}: {len(classes)} classes, but {name} has {source.num_classes}"
         raise FarError(f"{where}; complete it, or name a subset or another set --dataset FOLDER")
-    return data if category == "name" else _grouped(name, root, data, category)
+    return data if category == "name" else by_category(name, root, data, category)
 
 
 def count_classes(name: str, data: Dataset) -> int | None:

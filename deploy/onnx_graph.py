@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from deploy.packed import structure_faults, without_scales
 from models.kernels import Cell, CellKind
-from models.kernels.stock import padded_cell
 from models.merged import Merged
 from models.replace import replacements
 from models.vit import prefix_positions
@@ -28,9 +27,6 @@ OPSET = 20  # with GELU as one operator
 OPSETS = (17, onnx.defs.onnx_opset_version())  # from 17 on there is LayerNormalization
 # kind of cell: ONNX's name, ONNX's order of torch's gates, attributes
 CELLS = {"lstm": ("LSTM", (0, 3, 1, 2), {}), "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1})}
-# Two directions of unlike size share a node, the smaller padded, until that has this many times their multiplications.
-# In ONNX Runtime one node for two saves 2 % of a DeiT-Tiny, padding 16 units to 20 (1.13 times) costs 3.
-PATIENCE = 1.05
 
 
 class Graph:
@@ -95,23 +91,20 @@ class Graph:
 
 
 class Piece(NamedTuple):
-    """Hidden states (N, directions, B, u), and which of the block's units each column is; -1 is padding."""
+    """Hidden states (N, directions, B, u), and which of the block's units each column is."""
 
     value: str
     columns: list[Tensor]  # a direction (u,)
 
 
 def _head(graph: Graph, name: str, x: str, kind: CellKind, pair: Sequence[Cell], start: int) -> list[Piece]:
-    """Both directions of a head, the first of whose units is number `start`: one node, or two."""
-    units, wide = [cell.units for cell in pair], max(cell.units for cell in pair)
+    """Both directions of a head, the first of whose units is number `start`: one node where they have equally many."""
+    units = [cell.units for cell in pair]
     columns = [torch.arange(start, start + units[0]), torch.arange(start + units[0], start + sum(units))]
-    cost = [u * (u + cell.weight_ih.shape[1]) for u, cell in zip([*units, wide], [*pair, pair[0]], strict=True)]
-    if 2 * cost[2] <= PATIENCE * sum(cost[:2]):
-        padded = [padded_cell(cell, wide) for cell in pair]
-        columns = [F.pad(c, (0, wide - len(c)), value=-1) for c in columns]
-        return [Piece(graph.recurrent(name, x, kind, padded, "bidirectional"), columns)]
+    if units[0] == units[1]:
+        return [Piece(graph.recurrent(name, x, kind, pair, "bidirectional"), columns)]
     ways = zip(("forward", "reverse"), pair, columns, strict=True)
-    return [Piece(graph.recurrent(f"{name}/{way}", x, kind, [cell], way), [own]) for way, cell, own in ways]
+    return [Piece(graph.recurrent(f"{name}/{way}", x, kind, [cell], way), [units]) for way, cell, units in ways]
 
 
 def _joined(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
@@ -123,14 +116,14 @@ def _joined(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tens
     values, columns = [], []
     for directions, title in ((2, f"{name}/both"), (1, f"{name}/single")):
         group = [piece for piece in pieces if len(piece.columns) == directions]
-        found = [piece.value for piece in group]
+        states = [piece.value for piece in group]
         if directions == 1:
-            found = [graph.node("Transpose", f"{value}/tokens", value, perm=(0, 2, 1, 3)) for value in found]
-        if len(found) > 1:
-            found = [graph.node("Concat", f"{title}/units", *found, axis=3)]
-        if directions == 2 and found:
-            found = [graph.node("Transpose", f"{title}/tokens", *found, perm=(0, 2, 1, 3))]
-        values += [graph.reshape(title, value, 0, 0, -1) for value in found]
+            states = [graph.node("Transpose", f"{value}/tokens", value, perm=(0, 2, 1, 3)) for value in states]
+        if len(states) > 1:
+            states = [graph.node("Concat", f"{title}/units", *states, axis=3)]
+        if directions == 2 and states:
+            states = [graph.node("Transpose", f"{title}/tokens", *states, perm=(0, 2, 1, 3))]
+        values += [graph.reshape(title, value, 0, 0, -1) for value in states]
         columns += [piece.columns[r] for r in range(directions) for piece in group]
     value = values[0] if len(values) == 1 else graph.node("Concat", f"{name}/hidden", *values, axis=2)
     return value, torch.cat(columns)
@@ -177,46 +170,41 @@ def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool) -> st
     weight, bias = maps.out
     if not maps.heads:
         value, columns = join(name, [piece for pieces in by_head for piece in pieces])
-        return graph.linear(f"{name}/out", value, _columns(weight, columns), bias)
+        return graph.linear(f"{name}/out", value, weight[:, columns], bias)
     parts, start = [], 0
-    for h, (pieces, (own, _)) in enumerate(zip(by_head, maps.heads, strict=True)):
+    for h, (pieces, (head_proj, _)) in enumerate(zip(by_head, maps.heads, strict=True)):
         value, columns = join(f"{name}/head{h}", pieces)
-        columns = torch.where(columns < 0, columns, columns - start)
-        parts.append(graph.linear(f"{name}/head{h}/head_proj", value, _columns(own, columns), None))
-        start += own.shape[1]
+        parts.append(graph.linear(f"{name}/head{h}/head_proj", value, head_proj[:, columns - start], None))
+        start += head_proj.shape[1]
     bias = bias + weight @ torch.cat([b for _, b in maps.heads])
     return graph.linear(f"{name}/out", graph.node("Concat", f"{name}/z", *parts, axis=2), weight, bias)
-
-
-def _columns(weight: Tensor, chosen: Tensor) -> Tensor:
-    """Columns by number; -1 is one of zeros."""
-    return F.pad(weight, (0, 1))[:, chosen]
 
 
 def _attention(graph: Graph, name: str, attn: Attention, x: str, last: bool) -> str:
     """timm's attention on x (N, B, D), its scale in the queries; of the class token alone for the last block."""
     weights = attn.qkv.weight.double().chunk(3)
     biases = [None] * 3 if attn.qkv.bias is None else attn.qkv.bias.double().chunk(3)
-    found = []
+    parts = []
     for key, w, b, perm in zip("qkv", weights, biases, ((1, 2, 0, 3), (1, 2, 3, 0), (1, 2, 0, 3)), strict=True):
         title, scale = f"{name}/{key}", attn.scale if key == "q" else 1.0
         rows = graph.first(x) if last and key == "q" else x
         y = graph.linear(f"{title}/proj", rows, w * scale, None if b is None else b * scale)
         y = graph.reshape(f"{title}/heads", y, 0, 0, attn.num_heads, attn.head_dim)
-        found.append(graph.node("Transpose", title, y, perm=perm))
-    scores = graph.node("MatMul", f"{name}/scores", *found[:2])
+        parts.append(graph.node("Transpose", title, y, perm=perm))
+    scores = graph.node("MatMul", f"{name}/scores", *parts[:2])
     weights = graph.node("Softmax", f"{name}/softmax", scores, axis=-1)
-    z = graph.node("MatMul", f"{name}/z", weights, found[2])  # (B, H, N, d)
+    z = graph.node("MatMul", f"{name}/z", weights, parts[2])  # (B, H, N, d)
     z = graph.reshape(f"{name}/joined", graph.node("Transpose", f"{name}/tokens", z, perm=(2, 0, 1, 3)), 0, 0, -1)
     return graph.linear(f"{name}/out", z, attn.proj.weight, attn.proj.bias)
 
 
 def _embed(graph: Graph, model: VisionTransformer, images: str) -> str:
     """Images (B, C, S, S) to tokens (N, B, D), prefix tokens and all biases in what is added as positions."""
-    embed, positions, own = model.patch_embed, model.pos_embed[0].double(), prefix_positions(model)
+    embed, positions, prefixed = model.patch_embed, model.pos_embed[0].double(), prefix_positions(model)
     prefix = torch.cat([token[0] for token in (model.cls_token, model.reg_token) if token is not None])
     bias = 0 if embed.proj.bias is None else embed.proj.bias
-    added = torch.cat([prefix + F.pad(positions[:own], (0, 0, 0, len(prefix) - own)), positions[own:] + bias])
+    first = prefix + F.pad(positions[:prefixed], (0, 0, 0, len(prefix) - prefixed))
+    added = torch.cat([first, positions[prefixed:] + bias])
     x = graph.node("Conv", "patches", images, graph.weight("patches/W", embed.proj.weight), strides=embed.patch_size)
     x = graph.reshape("patches/row", x, 0, 0, -1)  # (B, D, patches)
     x = graph.node("Transpose", "patches/tokens", x, perm=(2, 0, 1))
@@ -275,8 +263,9 @@ def to_onnx(
     ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in shapes.items()]
     body = helper.make_graph(graph.nodes, "far", ends[:1], ends[1:], list(graph.weights.values()))
     opsets = [helper.make_opsetid("", opset)]
-    found = helper.make_model(body, opset_imports=opsets, producer_name="FAR")
-    found.ir_version = helper.find_min_ir_version_for(opsets)  # helper's newest is refused by runtimes of last year
-    helper.set_model_props(found, dict(properties or {}))
-    onnx.checker.check_model(found, full_check=True)
-    return found
+    onnx_model = helper.make_model(body, opset_imports=opsets, producer_name="FAR")
+    # The newest version is refused by runtimes of last year.
+    onnx_model.ir_version = helper.find_min_ir_version_for(opsets)
+    helper.set_model_props(onnx_model, dict(properties or {}))
+    onnx.checker.check_model(onnx_model, full_check=True)
+    return onnx_model

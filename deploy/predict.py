@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Answer:
-    """A class that a model sees in a file; `rank` counts from 1, `index` is the class's number."""
+    """One of the likeliest classes of a file: `rank` counts from 1, `index` is the class's number."""
 
     file: str
     rank: int
@@ -55,8 +55,8 @@ class Answer:
     probability: float
 
 
-class Pictures(Dataset):
-    """Files as a model reads them."""
+class ImageFiles(Dataset):
+    """Image files, transformed."""
 
     def __init__(self, files: list[Path], transform):
         self.files, self.transform = files, transform
@@ -69,7 +69,7 @@ class Pictures(Dataset):
 
 
 def preprocessing_of(config: FarConfig) -> Preprocessing:
-    """What its checkpoint says, or its teacher's weights; for others ImageNet's, told in one log line."""
+    """How a checkpoint, or its teacher's weights, say that images are prepared; else ImageNet's, with a warning."""
     if config.reading is None:
         log.warning("the checkpoint does not say how pictures are prepared; taken as ImageNet's")
     return config.reading or Preprocessing()
@@ -77,8 +77,8 @@ def preprocessing_of(config: FarConfig) -> Preprocessing:
 
 def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:
     """Batches (B, 3, S, S) of the files, in their order."""
-    pictures = Pictures(files, preprocessing_of(config).transform(config.img_size))
-    return Loader(pictures, batch, num_workers=min(workers, cores(), len(files) // batch))
+    images = ImageFiles(files, preprocessing_of(config).transform(config.img_size))
+    return Loader(images, batch, num_workers=min(workers, cores(), len(files) // batch))
 
 
 @torch.no_grad()
@@ -89,15 +89,15 @@ def predict(model: nn.Module, config: FarConfig, loader: DataLoader, top: int, d
         for images in tqdm(loader, unit="batch", leave=False, disable=None):
             with autocast():
                 logits = model(images.to(device))
-            found = logits.float().softmax(1).topk(min(top, config.num_classes), dim=1)
-            for values, classes, file in zip(found.values.tolist(), found.indices.tolist(), files, strict=False):
+            likeliest = logits.float().softmax(1).topk(min(top, config.num_classes), dim=1)
+            for values, classes, file in zip(*map(Tensor.tolist, likeliest), files, strict=False):
                 for rank, (probability, index) in enumerate(zip(values, classes, strict=True), 1):
                     name = config.classes[index] if config.classes else f"class {index}"
                     yield Answer(str(file), rank, index, name, probability)
 
 
 def as_text(answers: list[Answer]) -> str:
-    """For a terminal: each file and under it its classes. Names may hold what a terminal obeys or cannot show."""
+    """Each file and under it its classes; control characters and undecodable bytes in names are escaped."""
     lines = []
     for answer in answers:
         lines += [one_line(answer.file)] * (answer.rank == 1)

@@ -1,13 +1,11 @@
 """Every data set of the table on tiny fixtures in exactly their layouts, and the batches that come of them."""
 
-import errno
 import hashlib
 import importlib.util
 import json
 import os
 import pickle
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ import main
 from datasets.loading import Data, DataConfig
 from datasets.registry import SOURCES, build_split, count_classes, default_folder
 from tests.conftest import image_folder, write_images
-from utils import checkpoint
 from utils.distributed import Context
 from utils.errors import FarError
 
@@ -92,13 +89,11 @@ def solar_cells(root, count=4):
 
 
 FIXTURES = {
-    "IMNET": (lambda root, mp: image_folder(root, 1000, count=1, size=8), 1000, 1000, 1000),
     "FOLDER": (lambda root, mp: image_folder(root, classes=3), 12, 12, 3),
     "CIFAR10": (lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels", 10), 4, 4, 10),
     "CIFAR100": (lambda root, mp: cifar(root, mp, tv.CIFAR100, "cifar-100-python", "fine_labels", 100), 4, 4, 100),
     "FLOWER": (flowers, 4, 3, 102),
     "CAR": (cars, 3, 3, 196),
-    "INAT18": (lambda root, mp: inat(root, "2018", 8142), 4, 2, 8142),
     "INAT19": (lambda root, mp: inat(root, "2019", 1010), 4, 2, 1010),
     "IMAGES": (lambda root, mp: write_images(root, 12), 10, 2, None),
     "DIGITS": (lambda root, mp: None, 1437, 360, 10),
@@ -107,16 +102,15 @@ FIXTURES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(FIXTURES))
 def test_each_data_set_reads_its_own_layout(name, tmp_path, monkeypatch):
     make, train_size, val_size, classes = FIXTURES[name]
     make(tmp_path, monkeypatch)
     train, val = (build_split(name, tmp_path, t) for t in (True, False))
     assert (len(train), len(val), count_classes(name, train)) == (train_size, val_size, classes)
-    data = Data(DataConfig(name, tmp_path, 32 if name == "DIGITS" else 48, num_workers=0), Context())
+    data = Data(DataConfig(name, tmp_path, 48, num_workers=0), Context())
     images, labels = next(iter(data.at(data.train_loader(2), 0)))
-    side = 32 if name == "DIGITS" else 48
-    assert images.shape == (2, 3, side, side) and images.dtype == torch.float32 and labels.max() < (classes or 1)
+    assert images.shape == (2, 3, 48, 48) and images.dtype == torch.float32 and labels.max() < (classes or 1)
     assert len(next(iter(data.val_loader(2)))[0]) == 2
 
 
@@ -128,26 +122,18 @@ def test_a_missing_folder_says_what_was_looked_for_and_how_to_get_it(name, tmp_p
     assert not any(tmp_path.iterdir())  # asking makes nothing
 
 
-WRONG_COUNTS = {
-    "IMNET": lambda root, mp: image_folder(root, classes=3, count=1),
-    "CIFAR10": lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels", 9),
-    "CAR": lambda root, mp: cars(root, mp, classes=195),
-    "INAT19": lambda root, mp: inat(root, "2019", 1011),
-}
-
-
-@pytest.mark.parametrize("name", sorted(WRONG_COUNTS))
-def test_another_count_of_classes_is_refused_since_labels_would_shift(name, tmp_path, monkeypatch):
-    WRONG_COUNTS[name](tmp_path, monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("IMNET", lambda root, mp: image_folder(root, classes=3, count=1)),
+        ("CIFAR10", lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels", 9)),
+        ("CAR", lambda root, mp: cars(root, mp, classes=195)),
+    ],
+)
+def test_another_count_of_classes_is_refused_since_labels_would_shift(name, make, tmp_path, monkeypatch):
+    make(tmp_path, monkeypatch)
     with pytest.raises(FarError, match=f"classes, but {name} has {SOURCES[name].num_classes}; .*--dataset FOLDER"):
         build_split(name, tmp_path, True)
-
-
-def folder_error(root):
-    with pytest.raises(FarError) as error:
-        build_split("FOLDER", root, True)
-    assert str(error.value).startswith("--data-path ") and "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_class_folders_are_read_as_torchvision_reads_them(tmp_path):
@@ -159,44 +145,9 @@ def test_class_folders_are_read_as_torchvision_reads_them(tmp_path):
     (root / "train/class1/notes.txt").touch()
     (root / "train/class2/9.jpg").rename(root / "train/class2/9.JPG")
     assert build_split("FOLDER", root, True).samples == tv.ImageFolder(root / "train").samples
-
-
-@pytest.mark.parametrize("target", ["..", "../..", "../../.."])
-def test_a_link_back_to_a_folder_above_is_named(target, tmp_path):
-    root = image_folder(tmp_path / "data")
-    (root / "train/class1/loop").symlink_to(target)
-    assert "a link back to a folder above it; remove the link" in folder_error(root)
-
-
-def test_a_link_to_itself_a_broken_link_and_a_pipe_are_named(tmp_path):
-    root = image_folder(tmp_path / "data")
-    for name, make in {
-        "knot": lambda path: path.symlink_to(path),
-        "gone.jpg": lambda path: path.symlink_to("nowhere.jpg"),
-        "pipe.jpg": os.mkfifo,
-    }.items():
-        make(root / "train/class0" / name)
-        assert f"class0/{name}: " in folder_error(root)
-        (root / "train/class0" / name).unlink()
-    assert len(build_split("FOLDER", root, True)) == 8
-
-
-@pytest.mark.parametrize("locked", ["train", "train/class1"])
-def test_a_folder_without_permission_is_named(locked, tmp_path, monkeypatch):
-    root = image_folder(tmp_path / "data")
-    scandir, listdir = os.scandir, os.listdir
-
-    def guarded(function):
-        def call(path):
-            if Path(path) == root / locked:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            return function(path)
-
-        return call
-
-    monkeypatch.setattr(os, "scandir", guarded(scandir))
-    monkeypatch.setattr(os, "listdir", guarded(listdir))
-    assert f"{root / locked}: cannot be read (Permission denied)" in folder_error(root)
+    (root / "train/class1/loop").symlink_to("..")
+    with pytest.raises(FarError, match="class1/loop: a link back to a folder above it; remove the link"):
+        build_split("FOLDER", root, True)
 
 
 def test_names_of_odd_bytes_are_read_and_shown_on_one_line(tmp_path):
@@ -204,13 +155,12 @@ def test_names_of_odd_bytes_are_read_and_shown_on_one_line(tmp_path):
     (root / "train/class0/0.jpg").rename(root / "train/class0" / os.fsdecode(b"\xff\n.jpg"))
     assert len(build_split("FOLDER", root, True)) == 4
     (root / "train" / os.fsdecode(b"odd\xff\n")).mkdir()
-    assert folder_error(root).isprintable()
+    with pytest.raises(FarError, match="^--data-path .*: an empty class folder") as error:
+        build_split("FOLDER", root, True)
+    assert str(error.value).isprintable()
 
 
-NO_LISTINGS = ["[]", "{}", '{"images": 3}', '{"images": [{"id": 1}]}', '{"images": [1]}', '{"images": [', "\xff"]
-
-
-@pytest.mark.parametrize("text", NO_LISTINGS)
+@pytest.mark.parametrize("text", ["[]", '{"images": [{"id": 1}]}', "\xff"])
 def test_a_listing_that_is_no_listing_is_named(text, tmp_path):
     inat(tmp_path, "2019", 2)
     (tmp_path / "train2019.json").write_text(text, encoding="latin-1")
@@ -218,68 +168,30 @@ def test_a_listing_that_is_no_listing_is_named(text, tmp_path):
         build_split("INAT19", tmp_path, True)
 
 
-def taxonomy(root, count, **more):
-    """Species 0, 2, 4, ... are of family b, the others of a."""
-    entries = [{"id": i, "name": f"s{i}", "family": "ba"[i % 2], "class": "c", **more} for i in range(count)]
-    (root / "categories.json").write_text(json.dumps(entries))
-
-
-def test_inaturalists_species_may_be_taken_by_what_they_belong_to(tmp_path, failure):
+def test_inaturalists_species_may_be_taken_by_what_they_belong_to(tmp_path):
     inat(tmp_path, "2019", 1010)
-    taxonomy(tmp_path, 1010)
-    words = "--mode teacher --dataset INAT19 --scale Micro --num-workers 0 --batch-size 2 --epochs 1 --aa none".split()
-    words += ["--data-path", str(tmp_path)]
-    assert main.main([*words, "--inat-category", "family", "--output-dir", str(tmp_path / "run")]) == 0
-    config = checkpoint.load(tmp_path / "run/best.pth")["config"]
-    assert config["num_classes"] == 2 and config["classes"] == ("a", "b")
+    listing = tmp_path / "categories.json"
+    listing.write_text(json.dumps([{"id": i, "name": f"s{i}", "family": "ba"[i % 2]} for i in range(1010)]))
+    data = Data(DataConfig("INAT19", tmp_path, 32, num_workers=0, inat_category="family"), Context())
+    assert data.class_names == ("a", "b")
     species, families = (build_split("INAT19", tmp_path, True, category=c) for c in ("name", "family"))
-    assert len(species) == len(families) == 4
     assert [families[i][1] for i in range(4)] == [1 - species[i][1] % 2 for i in range(4)] == [1, 1, 0, 0]
-    assert count_classes("INAT19", build_split("INAT19", tmp_path, False, category="class")) == 1
-    line = failure(*words, "--inat-category", "genus")  # the listing has none
-    assert "--inat-category genus: " in line and "categories.json" in line
-    line = failure(
-        *words, "--dataset", "FOLDER", "--data-path", image_folder(tmp_path / "f"), "--inat-category", "class"
-    )
-    assert "--inat-category class: --dataset FOLDER has no such classes" in line
+    for text, category in ((listing.read_text(), "genus"), ('[{"id": [], "family": "a"}]', "family"), ("[", "family")):
+        listing.write_text(text)
+        with pytest.raises(FarError, match=rf"--inat-category {category}: .*categories\.json"):
+            build_split("INAT19", tmp_path, True, category=category)
+    with pytest.raises(FarError, match="--inat-category family: --dataset FOLDER has no such classes"):
+        build_split("FOLDER", image_folder(tmp_path / "f"), True, category="family")
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "{}", "3", '[{"id": 0}]', '[{"id": [], "family": "a"}]', "[", '[{"id": 0, "family": 3}]']
-)
-def test_a_taxonomy_that_is_none_is_named(text, tmp_path):
-    inat(tmp_path, "2019", 1010)
-    for mend in (lambda path: path.write_text(text), lambda path: (path.unlink(), os.mkfifo(path))):
-        mend(tmp_path / "categories.json")
-        with pytest.raises(FarError, match=r"--inat-category family: .*categories\.json"):
-            build_split("INAT19", tmp_path, True, category="family")
-
-
-@pytest.mark.parametrize(("asked", "got"), [(None, 3), (3, 3), (5, 5)])
-def test_a_model_may_know_more_classes_than_the_data_but_not_fewer(asked, got, tmp_path):
+@pytest.mark.parametrize(("flag", "count"), [(None, 3), (5, 5)])
+def test_a_model_may_know_more_classes_than_the_data_but_not_fewer(flag, count, tmp_path):
     image_folder(tmp_path, classes=3)
-    data = Data(DataConfig("FOLDER", tmp_path, 48, num_workers=0, nb_classes=asked), Context())
-    assert data.num_classes == got
-    assert data.class_names == ("class0", "class1", "class2", "class 3", "class 4")[:got]
+    data = Data(DataConfig("FOLDER", tmp_path, 48, num_workers=0, nb_classes=flag), Context())
+    assert data.num_classes == count
+    assert data.class_names == ("class0", "class1", "class2", "class 3", "class 4")[:count]
     with pytest.raises(FarError, match="--nb-classes 2: --dataset FOLDER has 3"):
         Data(DataConfig("FOLDER", tmp_path, 48, nb_classes=2), Context())
-
-
-def test_a_pipe_for_a_listing_is_not_opened(tmp_path):
-    inat(tmp_path, "2019", 2)
-    (tmp_path / "train2019.json").unlink()
-    os.mkfifo(tmp_path / "train2019.json")
-    with pytest.raises(FarError, match="--data-path"):
-        build_split("INAT19", tmp_path, True)
-
-
-def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr(tv.CIFAR10, "download", unreachable)
-    with pytest.raises(FarError, match="--download .*no route to host"):
-        build_split("CIFAR10", tmp_path, True, download=True)
 
 
 def test_digits_splits_are_disjoint_complete_and_stratified():
@@ -307,20 +219,12 @@ def test_solar_cells_are_split_once_and_classed_by_type_and_probability(tmp_path
     assert image.mode == "RGB" and image.getpixel((0, 0))[0] == 7 * (int(four[0].files[0].stem[4:]) - 1)
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("images/a.png 0.5", "not enough values"),
-        ("images/a.png half mono", "could not convert"),
-        ("images/a.png nan mono", "outside 0 to 1"),
-        ("images/a.png 0.5 thin", "not in tuple|x not in"),
-    ],
-)
-def test_a_wrong_line_of_labels_is_named(line, said, tmp_path):
+@pytest.mark.parametrize("line", ["0.5", "half mono", "nan mono", "0.5 thin"])
+def test_a_wrong_line_of_labels_is_named(line, tmp_path):
     solar_cells(tmp_path)
     labels = tmp_path / "labels.csv"
-    labels.write_text(labels.read_text() + line)
-    with pytest.raises(FarError, match=rf"labels\.csv: line 33 is no image, .*({said})"):
+    labels.write_text(labels.read_text() + f"images/a.png {line}\n")
+    with pytest.raises(FarError, match=r"labels\.csv: not a line each of image, probability and type"):
         build_split("ELPV", tmp_path, True)
 
 

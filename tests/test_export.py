@@ -12,12 +12,11 @@ import onnx
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 import export
 import models.timm_models  # noqa: F401  (registers)
 from datasets.loading import Data, DataConfig
-from deploy.export import TARGETS, ExportConfig, Row, compare, read
+from deploy.export import TARGETS, ExportConfig, read
 from deploy.onnx_graph import to_onnx
 from deploy.predict import preprocessing_of
 from models.hub import load
@@ -29,20 +28,18 @@ from utils.preprocessing import Preprocessing
 
 DEPTH = 4
 ALL = tuple(range(DEPTH))
-UNLIKE = {str(i): [[5, 9], [31, 32]] for i in ALL}  # the second head's directions share a padded node
+UNLIKE = {str(i): [[5, 9], [32, 32]] for i in ALL}  # the second head's directions share a node
 SMALL = {str(i): [[3, 3], [4, 4]] for i in ALL}  # small enough for pre_proj to be merged
 KINDS = {
     "FAR": {"replaced": ALL},
     "ragged": {"replaced": ALL, "units": UNLIKE},
     "merged": {"replaced": ALL, "units": SMALL},
     "partly replaced": {"replaced": (0, 2), "units": {"2": UNLIKE["2"]}},
-    "replaced behind": {"replaced": (3,), "mlp": {"0": 7}},
-    "pruned MLPs": {"replaced": ALL, "mlp": {"0": 7, "3": 50}},
+    "pruned MLPs": {"replaced": (3,), "mlp": {"0": 7, "3": 50}},
     "teacher": {"mlp": {"2": 100}},
     "one head": {"replaced": ALL, "rep_by": "lstm"},
     "gru": {"replaced": ALL, "rep_by": "gru", "units": UNLIKE},
 }
-WIDE = FarConfig("DeiT-Small", 7, 32, replaced=tuple(range(12)), units={"0": [[64, 20], [30, 32]] + [[64, 64]] * 4})
 
 
 def lively(config: FarConfig):
@@ -89,32 +86,23 @@ def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("opset", [17, 20])
-@pytest.mark.parametrize("kind", [*KINDS, "wide"])
-def test_the_graph_answers_as_the_model_does(kind, opset):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    config = WIDE if kind == "wide" else micro(**KINDS[kind])
-    model = lively(config)
-    file = to_onnx(model, opset, {}).SerializeToString()
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for batch in (1, 5):
-        images = torch.randn(batch, 3, 32, 32)
-        expected = truth(model, images)
-        (found,) = session.run(None, {"images": images.numpy()})
-        assert found.shape == expected.shape
-        assert np.abs(found - expected.numpy()).max() < 2e-6 * max(1, expected.abs().max()), (kind, batch)
-
-
-@pytest.mark.parametrize("kind", ["ragged", "partly replaced", "gru"])
-def test_openvino_answers_alike(kind, tmp_path):
-    openvino = pytest.importorskip("openvino")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_answers_as_the_model_does(kind, tmp_path):
+    onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
     model = lively(micro(**KINDS[kind]))
-    onnx.save(to_onnx(model, 20, {}), tmp_path / "far.onnx")
+    files = {opset: to_onnx(model, opset, {}).SerializeToString() for opset in (17, 20)}
+    sessions = [onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in files.values()]
+    (tmp_path / "far.onnx").write_bytes(files[20])
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(tmp_path / "far.onnx", "CPU", options).create_infer_request()
     for batch in (1, 5):
         images = torch.randn(batch, 3, 32, 32)
-        assert np.abs(request.infer([images.numpy()])[0] - truth(model, images).numpy()).max() < 1e-5
+        expected = truth(model, images).numpy()
+        scale = max(1, np.abs(expected).max())
+        for session in sessions:
+            (logits,) = session.run(None, {"images": images.numpy()})
+            assert np.abs(logits - expected).max() < 2e-6 * scale, batch
+        assert np.abs(request.infer([images.numpy()])[0] - expected).max() < 1e-5 * scale
 
 
 def test_the_graph_is_small_and_readable():
@@ -127,13 +115,6 @@ def test_the_graph_is_small_and_readable():
     names = [node.name for node in graph.node]
     assert "block1/head1/lstm" in names and len(set(names)) == len(names)
     assert {"block1/head1/lstm/W", "block0/fc1/W"} <= {weight.name for weight in graph.initializer}
-
-
-def test_directions_share_a_node_where_their_units_nearly_agree():
-    graph = to_onnx(lively(micro(**KINDS["ragged"])), 20, {}).graph
-    ways = {n.name: n.attribute[0].s if n.attribute else b"" for n in graph.node if n.op_type == "LSTM"}
-    assert "block0/head1/lstm" in ways and "block0/head0/lstm" not in ways
-    assert {"block0/head0/lstm/forward", "block0/head0/lstm/reverse"} <= ways.keys()
 
 
 def test_onnx_holds_what_a_user_must_know(far, tmp_path, capsys):
@@ -182,16 +163,6 @@ def test_safetensors_come_back_as_they_were(far, tmp_path, capsys):
     assert hub["pretrained_cfg"]["std"] == [0.6] * 3 and config.classes[9] == "digit 9"
 
 
-def test_a_teacher_goes_out_by_either_flag(tmp_path, capsys):
-    config = micro()
-    model = store(tmp_path / "ours.pth", config)
-    torch.save({"model": model.state_dict()}, tmp_path / "timm.pth")
-    run(capsys, "--far-weight", tmp_path / "ours.pth", "--to", "onnx")
-    run(capsys, "--base-weight", tmp_path / "timm.pth", "--scale", "Micro", "--to", "onnx")
-    first, second = (onnx.load(tmp_path / f"{name}.onnx") for name in ("ours", "timm"))
-    assert first.graph == second.graph
-
-
 def test_int8_is_checked_on_the_data_set_given(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     store(tmp_path / "far.pth", micro(**KINDS["FAR"]))
@@ -213,30 +184,44 @@ def test_images_may_be_named_and_absent_runtimes_are_said(far, tmp_path, capsys,
     assert "on 3 images" in said and "not checked in openvino: it is not installed" in said
 
 
-def test_answers_of_one_image_alone_count_too_and_nan_stays():
-    images, odd = torch.randn(4, 3), torch.full((4, 3), float("nan"))
-    rows = {name: Row(call) for name, call in (("torch", lambda x: x), ("alone", lambda x: x + (len(x) == 1)))}
-    assert compare(rows, [(images, torch.zeros(4)), (images, torch.zeros(4))])[:2] == (8, True)
-    assert rows["torch"].difference == 0 and rows["alone"].difference == pytest.approx(1) and rows["alone"].same == 8
-    rows = {"torch": Row(lambda x: x), "sometimes": Row(lambda x: odd[: len(x)] if x is images else x)}
-    compare(rows, [(images, None), (images * 2, None)])
-    assert not rows["sometimes"].difference <= 1e9
+def test_one_image_alone_counts_too_and_nan_is_no_small_difference(far, failure, tmp_path, monkeypatch):
+    ours, output = load_model(far)[0], tmp_path / "far.onnx"
+
+    def alone(path):
+        return lambda images: ours(images).detach() + (len(images) == 1)
+
+    def nan(path):
+        return lambda images: ours(images).detach() * float("nan")
+
+    def refused(path):
+        raise RuntimeError("no such operator\nand much more")
+
+    for start, says in (
+        (alone, "logits differ by 1"),
+        (nan, "logits differ by nan"),
+        (refused, "onnxruntime refuses the file (no such operator)"),
+    ):
+        monkeypatch.setitem(TARGETS["onnx"].runtimes, "onnxruntime", start)
+        assert says in failure("--far-weight", far, "--to", "onnx", "--output", output, script=export.main)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install onnx" in failure("--far-weight", far, "--to", "onnx", "--output", output, script=export.main)
+    assert not left(tmp_path)
 
 
 def test_how_images_are_read_where_no_checkpoint_says_is_one_answer_everywhere(tmp_path, caplog):
     old = tmp_path / "far.pth"
     store(old, micro(**KINDS["merged"]))
-    asked = {"to": "safetensors", "far_weight": old}
-    assert read(ExportConfig(**asked)).config.preprocessing == Preprocessing() and "ImageNet" in caplog.text
+    flags = {"to": "safetensors", "far_weight": old}
+    assert read(ExportConfig(**flags))[1].preprocessing == Preprocessing() and "ImageNet" in caplog.text
     assert preprocessing_of(load_model(old)[1]) == Preprocessing()
     hub = load(old).pretrained_cfg
     assert all(hub[name] == value for name, value in asdict(Preprocessing()).items())
-    digits = read(ExportConfig(**asked, dataset="DIGITS")).config.preprocessing
+    digits = read(ExportConfig(**flags, dataset="DIGITS"))[1].preprocessing
     assert digits == Data(DataConfig("DIGITS", None, 32), Context()).preprocessing != Preprocessing()
 
 
-@pytest.mark.parametrize("size", [64, 224])
-def test_timm_makes_the_model_of_an_exported_folder(size, tmp_path, capsys):
+def test_timm_makes_the_model_of_an_exported_folder(tmp_path, capsys):
+    size = 64  # not the architecture's own
     seen = Preprocessing((0.4,) * 3, (0.6,) * 3, 1.0, interpolation="bilinear")
     config = FarConfig("DeiT-Tiny", 3, size, replaced=(0, 11), units={"0": [[3, 4]] * 3}, preprocessing=seen)
     model = store(tmp_path / "far.pth", config)
@@ -276,66 +261,24 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, says, far, failure, tmp
     assert left(tmp_path) == {"far.pth"}
 
 
-def test_weights_that_do_not_fit_are_one_line(far, failure, tmp_path):
-    model = build(micro())
-    state = model.state_dict()
-    torch.save({k: v for k, v in state.items() if "blocks.3" not in k}, tmp_path / "shallow.pth")
-    torch.save(state, tmp_path / "deep.pth")
-    for name, scale in (("shallow", "Micro"), ("deep", "Tiny")):
-        said = failure("--base-weight", tmp_path / f"{name}.pth", "--scale", scale, "--to", "onnx", script=export.main)
-        assert f"{name}.pth" in said
-    assert "FAR model" in failure("--base-weight", far, "--to", "onnx", script=export.main)
-    assert left(tmp_path) == {"shallow.pth", "deep.pth"}
-
-
 def test_a_target_that_cannot_hold_the_model_names_the_part(failure, tmp_path):
     store(tmp_path / "mixer.pth", micro(replaced=(1, 2), rep_by="mixer"))
     said = failure("--far-weight", tmp_path / "mixer.pth", "--to", "onnx", script=export.main)
     assert "block 1: TokenMixer" in said and left(tmp_path) == {"mixer.pth"}
 
 
-@pytest.mark.parametrize("fault", ["refused", "wrong", "nan", "uninstalled"])
-def test_a_file_that_fails_its_check_is_not_written(fault, far, failure, tmp_path, monkeypatch):
-    ours = load_model(far)[0]
-
-    def start(path):
-        if fault == "refused":
-            raise RuntimeError("no such operator\nand much more")
-        shift = 0.01 if fault == "wrong" else float("nan")
-        return lambda images: ours(images).detach() + shift
-
-    if fault == "uninstalled":
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    else:
-        monkeypatch.setitem(TARGETS["onnx"].runs, "onnxruntime", start)
-    said = failure("--far-weight", far, "--to", "onnx", "--output", tmp_path / "far.onnx", script=export.main)
-    expected = {"refused": "onnxruntime refuses the file (no such operator)", "uninstalled": "pip install onnx"}
-    assert expected.get(fault, "logits differ by") in said and not left(tmp_path)
-
-
 def test_a_config_of_something_else_is_not_overwritten(far, failure, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     flags = ("--to", "safetensors", "--output", tmp_path / "far.safetensors")
-    assert "config.json" in failure("--far-weight", far, *flags, script=export.main)
-    assert left(tmp_path) == {"config.json"} and (tmp_path / "config.json").read_text() == "{}"
-
-
-def test_neither_a_folder_nor_the_weights_themselves_are_written_over(far, failure, tmp_path, capsys):
-    (tmp_path / "config.json").mkdir()
-    flags = ("--to", "safetensors", "--output", tmp_path / "far.safetensors")
     assert "config.json is there and not ours" in failure("--far-weight", far, *flags, script=export.main)
-    (tmp_path / "config.json").rmdir()
-    save_file(build(micro()).state_dict(), own := tmp_path / "timm.safetensors")
-    before = own.read_bytes()
-    flags = ("--base-weight", own, "--scale", "Micro", "--to", "safetensors")
-    assert "timm.safetensors: would take the place of the weights" in failure(*flags, script=export.main)
-    assert left(tmp_path) == {own.name} and own.read_bytes() == before
+    assert left(tmp_path) == {"config.json"} and (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_no_compiler_is_one_line(far, failure, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("No working C++ compiler found\n...")
 
+    monkeypatch.setattr("torch.export.export", lambda *_, **__: None)
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
     flags = ("--to", "pt2", "--aot", "--output", tmp_path / "far.pt2")
     said = failure("--far-weight", far, *flags, script=export.main)

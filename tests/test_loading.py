@@ -1,18 +1,16 @@
 """From a split to batches: order, views, shares and transforms, against values worked out here."""
 
 import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
-from datasets.loading import Data, DataConfig, PaddedCrop, ToNormalized, check_policy
+from datasets.loading import Data, DataConfig, naming_dead_workers
 from datasets.registry import build_split
 from tests.conftest import image_folder, write_images
-from utils.distributed import Context, cores
+from utils.distributed import Context
 from utils.errors import FarError
 
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
@@ -28,27 +26,6 @@ def batches(data, epoch=0, size=64, start=0):
     return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
 
 
-@pytest.mark.parametrize("side", [32, 20, 6])  # the last has no padding
-def test_the_padded_crop_is_torchvisions(side):
-    image = Image.fromarray(np.random.randint(0, 256, (side, side, 3), dtype=np.uint8))
-    for seed in range(40):
-        crops = []
-        for kind in (PaddedCrop, transforms.RandomCrop):
-            torch.manual_seed(seed)
-            crops.append(np.asarray(kind(side, padding=side // 8)(image)))
-        assert np.array_equal(*crops)
-
-
-def test_tensors_are_torchvisions_bit_by_bit():
-    image = Image.fromarray(np.random.randint(0, 256, (19, 23, 3), dtype=np.uint8))
-    mean, std = torch.rand(3), 0.1 + torch.rand(3)
-    expected = transforms.Normalize(mean, std)(transforms.ToTensor()(image))
-    assert torch.equal(ToNormalized(mean, std)(image), expected)
-    data = Data(DataConfig("DIGITS", None, 32, num_workers=0, reprob=1.0), Context())
-    kinds = [type(part).__name__ for part in data.train.transform.transforms]
-    assert kinds[-2:] == ["ToNormalized", "RandomErasing"] and "MaybeToTensor" not in kinds
-
-
 def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
     first, again = batches(digits(train_subset=0.1)), batches(digits(train_subset=0.1, num_workers=2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
@@ -60,27 +37,10 @@ def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
     assert not torch.equal(first[0][0], batches(digits(seed=1, train_subset=0.1))[0][0])
 
 
-def test_global_batches_are_the_same_whatever_the_world_size():
-    alone = batches(digits(), size=64)
-    parts = [batches(digits(world=2, rank=r), size=32) for r in range(2)]
-    for (x, _), (a, _), (b, _) in zip(alone, *parts, strict=False):
-        key = lambda t: sorted(row.sum().item() for row in t)  # noqa: E731
-        assert key(x) == key(torch.cat([a, b]))
-
-
-@pytest.mark.parametrize("world", [1, 2, 7])
+@pytest.mark.parametrize("world", [1, 7])
 def test_evaluation_shares_hold_every_image_once(world):
     labels = torch.cat([y for r in range(world) for _, y in digits(world=world, rank=r).val_loader(50)])
     assert labels.bincount().tolist() == np.bincount(build_split("DIGITS", None, False).targets).tolist()
-
-
-def test_repeated_augmentation_shows_three_different_views_of_a_third_of_the_images():
-    data = digits(train_subset=0.2, repeated_aug=True)
-    indices = [key[0] for batch in data.train_loader(32).batch_sampler for key in batch]
-    assert set(np.unique(indices, return_counts=True)[1]) <= {1, 2, 3} and len(set(indices)) < len(indices)
-    key = next(i for i in indices if indices.count(i) > 1)
-    a, b = [data.train[k][0] for batch in data.train_loader(32).batch_sampler for k in batch if k[0] == key][:2]
-    assert not torch.equal(a, b)
 
 
 def test_subset_and_holdout_take_their_shares():
@@ -111,15 +71,14 @@ def views(world, epoch=0, size=12, **kwargs):
 def test_no_two_views_of_an_epoch_are_the_same_and_world_size_does_not_change_them(repeated):
     alone = views(1, train_subset=0.1, repeated_aug=repeated)  # 144 images: each world's batches hold the same places
     assert len(set(sum(alone, []))) == sum(map(len, alone)) == 144
-    for world in (2, 3, 4):
+    for world in (2, 3):
         for mine, theirs in zip(alone, views(world, train_subset=0.1, repeated_aug=repeated), strict=True):
             assert sorted(mine) == sorted(theirs)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("repeated", [True, False])
-def test_what_pads_the_last_places_is_a_new_view(world, repeated):
-    every = sum(views(world, train_subset=0.0995, repeated_aug=repeated), [])  # of 143 images
+def test_what_pads_the_last_places_is_a_new_view(repeated):
+    every = sum(views(4, train_subset=0.0995, repeated_aug=repeated), [])  # of 143 images
     assert len(set(every)) == len(every) >= 143 // 12 * 12
 
 
@@ -152,15 +111,6 @@ def test_order_changes_by_epoch_and_seed_and_starts_where_it_is_told(repeated):
         assert len(set(first)) == len(first) == 1437 // 7 * 7
 
 
-@pytest.mark.parametrize("repeated", [True, False])
-def test_batches_do_not_depend_on_the_number_of_workers(repeated):
-    alone, many = (digits(train_subset=0.05, repeated_aug=repeated, num_workers=n) for n in (0, 2))
-    for pair in zip(batches(alone, 2, 8), batches(many, 2, 8), strict=True):
-        assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
-    for pair in zip(alone.val_loader(50), many.val_loader(50), strict=True):
-        assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
-
-
 def test_loader_processes_live_on_from_epoch_to_epoch_and_see_each_as_it_is(monkeypatch):
     monkeypatch.setattr("datasets.loading.cores", lambda: 2)
     alone, many = (digits(train_subset=0.05, num_workers=n) for n in (0, 5))
@@ -174,28 +124,11 @@ def test_loader_processes_live_on_from_epoch_to_epoch_and_see_each_as_it_is(monk
     assert len(pids) == 1
 
 
-@pytest.mark.parametrize(("processes", "each"), [("1", 4), ("3", 1), ("8", 1)])
-def test_processes_share_the_cores(processes, each, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert cores() == each
-
-
-def test_loading_leaves_the_process_its_own_random_numbers():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    data = digits()
-    torch.manual_seed(5)
-    data.train[0, 0], data.val[0]
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("repeated", [True, False])
-def test_smallest_batch_is_the_size_of_every_training_batch(world, repeated):
-    for size in (1, 7, 24, 48, 71, 72, 500):
-        for rank in range(world):
-            data = digits(train_subset=0.05, repeated_aug=repeated, world=world, rank=rank)
+def test_smallest_batch_is_the_size_of_every_training_batch(repeated):
+    for size in (7, 500):
+        for rank in (0, 2):
+            data = digits(train_subset=0.05, repeated_aug=repeated, world=3, rank=rank)
             sizes = {len(batch) for batch in data.at(data.train_loader(size), 0).batch_sampler}
             assert sizes == {data.smallest_batch(size)}
 
@@ -222,7 +155,7 @@ def normalised(pixels, mean=MEAN, std=STD):
     return ((pixels / 255 - mean) / std).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("ratio", [0.875, 0.5, 1.0])
+@pytest.mark.parametrize("ratio", [0.875, 0.5])
 def test_evaluation_resizes_crops_the_centre_and_normalises(ratio, tmp_path):
     picture(tmp_path, "train"), picture(tmp_path, "val")
     short = int(48 / ratio)
@@ -275,135 +208,45 @@ def test_small_training_views_are_padded_crops_mirrored_half_the_time(mode, tmp_
 def test_training_digits_are_never_mirrored():
     data = digits(**PLAIN)
     half = np.full(3, 0.5)
-    for index in np.random.default_rng().choice(1437, 25, replace=False):
+    for index in range(0, 1437, 160):
         image = data.train.data[index][0].resize((32, 32), Image.Resampling.BICUBIC)
         candidates = shifts(normalised(np.asarray(image), half, half), np.full(3, -1.0))
-        assert nearest(data.train[int(index), 0][0].double().numpy(), candidates) < 1e-5
+        assert nearest(data.train[index, 0][0].double().numpy(), candidates) < 1e-5
 
 
-@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+@pytest.mark.parametrize("mode", ["const", "pixel"])
 def test_random_erasing_flags_reach_the_transform(mode, tmp_path):
     colour = np.array([200, 90, 30])
     picture(tmp_path, "train", colour), picture(tmp_path, "val", colour)
     whole = ((colour / 255 - MEAN) / STD)[:, None, None]
 
-    def masks(prob, count):  # ((H, W) erased or not, the erased values (pixels, 3)) by epoch
-        found = load(tmp_path, 48, True, 40, **{**PLAIN, "reprob": prob, "remode": mode, "recount": count})
-        erased = np.abs(found - whole).max(1) > 1e-5
-        return [(mask, view.transpose(1, 2, 0)[mask]) for view, mask in zip(found, erased, strict=True)]
+    def erased(prob, count):  # ((H, W) erased or not, the erased values (pixels, 3)) by epoch
+        found = load(tmp_path, 48, True, 20, **{**PLAIN, "reprob": prob, "remode": mode, "recount": count})
+        masks = np.abs(found - whole).max(1) > 1e-5
+        return [(mask, view.transpose(1, 2, 0)[mask]) for view, mask in zip(found, masks, strict=True)]
 
     def boxed(mask):
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
 
-    assert not any(mask.any() for mask, _ in masks(0.0, 1))
-    assert 5 < sum(mask.any() for mask, _ in masks(0.5, 1)) < 35
-    for mask, values in masks(1.0, 1):
-        assert mask.any() and boxed(mask)
-        spread = np.ptp(values, axis=0).max()
-        assert {"const": not values.any(), "rand": spread == 0 and values.any(), "pixel": spread > 0.5}[mode]
-    assert not all(boxed(mask) for mask, _ in masks(1.0, 4))
+    assert 1 < sum(mask.any() for mask, _ in erased(0.5, 1)) < 19
+    for mask, values in erased(1.0, 1):
+        assert boxed(mask) and (not values.any() if mode == "const" else np.ptp(values, axis=0).max() > 0.5)
+    assert not all(boxed(mask) for mask, _ in erased(1.0, 4))
 
 
-def test_a_holdout_that_leaves_no_training_image_is_refused(tmp_path):
+def test_too_few_images_are_refused(tmp_path):
     root = image_folder(tmp_path, classes=1, count=2)
     with pytest.raises(FarError, match="--holdout 0.9, --data-path .*: no training images are left"):
         Data(DataConfig("FOLDER", root, 32, holdout=0.9), Context())
-    (root / "train/class0/1.jpg").unlink()
-    with pytest.raises(FarError, match="--holdout 0.5, --data-path .*: no training images are left"):
-        Data(DataConfig("FOLDER", root, 32, holdout=0.5, train_subset=0.5), Context())
-
-
-def test_a_split_without_images_is_refused(monkeypatch):
-    def build(name, root, train, **_):
-        return build_split(name, root, train) if train else []
-
-    monkeypatch.setattr("datasets.loading.build_split", build)
-    with pytest.raises(FarError, match="no evaluation images are left"):
-        digits()
-
-
-def test_more_processes_than_images_are_refused():
     with pytest.raises(FarError, match="--nproc_per_node: 2 processes but 1 training images; start fewer"):
         digits(train_subset=0.001, world=2)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "none",
-        "rand",
-        "rand-m9-mstd0.5-inc1",
-        "rand-tweights-n3",
-        "rand-m7-t3a",
-        "augmix-m3-w3",
-        "original-mstd0.5",
-        "v0",
-        "v0r",
-        "originalr",
-        "3a",
-    ],
-)
-def test_policies_that_timm_reads_whole_are_taken(text):
-    check_policy(text)
-    assert digits(aa=text).train[0, 0][0].isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "auto",
-        "random",
-        "rand-mX",
-        "rand-m",
-        "rand-foo",
-        "rand-",
-        "rand--m9",
-        *"-rand rand-9 rand-m9x rand-m9.5 rand-q3 rand-mstd0.5.5 rand-mstdinf rand-tfoo rand-t rand-m9-m5".split(),
-        *"rand-tweights-t3a rand-n20-tweights".split(),
-        "rand-m9\nx-n2",
-        "augmix-wide",
-        "augmix-z3",
-        "augmix-a0",
-        "original-m9",
-        "original-mstd",
-        "v0-tweights",
-        "v1",
-        "RAND-m9",
-        " rand-m9",
-    ],
-)
-def test_policies_that_timm_rejects_or_would_skip_in_part_are_one_line(text):
-    with pytest.raises(FarError, match="^--aa ") as error:
+@pytest.mark.parametrize("text", ["auto", "rand-n20-tweights", "v1"])
+def test_policies_that_timm_cannot_run_are_one_line(text):
+    with pytest.raises(FarError, match="^--aa .* or use none$"):
         digits(aa=text)
-    assert "or use none" in str(error.value) and "run it ()" not in str(error.value)
-
-
-class Deadly(torch.utils.data.Dataset):
-    """Digits, of which item 5 does something to its worker."""
-
-    def __init__(self, data, deed):
-        self.data, self.deed = data, deed
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        if index == 5:
-            self.deed()
-        return self.data[index]
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("deed", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)])
-def test_a_loader_process_that_dies_is_one_line(deed, train):
-    data = digits(num_workers=2, train_subset=0.02)
-    part = data.train if train else data.val
-    part.data = Deadly(part.data, deed)
-    with pytest.raises(FarError, match="--num-workers 2: .* memory"):
-        for _ in data.at(data.train_loader(4), 0) if train else data.val_loader(4):
-            pass
 
 
 @pytest.mark.parametrize(
@@ -411,23 +254,11 @@ def test_a_loader_process_that_dies_is_one_line(deed, train):
     [
         ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "/dev/shm"),
         ("received 0 items of ancdata", "ulimit -n"),
+        ("DataLoader worker (pid 3) is killed by signal: Killed.", "want of memory"),
+        ("something else", None),
     ],
 )
-def test_a_loader_process_without_room_says_what_to_give_it(said, cause):
-    def deed():
+def test_a_loader_worker_without_room_says_what_to_give_it(said, cause):
+    says = f"--num-workers 1: .*{cause}.*fewer workers" if cause else said
+    with pytest.raises(FarError if cause else RuntimeError, match=says), naming_dead_workers(1):
         raise RuntimeError(said)
-
-    data = digits(num_workers=1, train_subset=0.02)
-    data.val.data = Deadly(data.val.data, deed)
-    with pytest.raises(FarError, match=f"--num-workers 1: .*{cause}.*fewer workers or a smaller batch"):
-        list(data.val_loader(4))
-
-
-def test_other_errors_of_a_loader_process_stay_as_they_are():
-    def deed():
-        raise RuntimeError("DataLoader worker of another kind")
-
-    data = digits(num_workers=1, train_subset=0.02)
-    data.train.data = Deadly(data.train.data, deed)
-    with pytest.raises(RuntimeError, match="another kind"):
-        batches(data, size=4)

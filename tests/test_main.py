@@ -213,7 +213,7 @@ MISTAKES = [  # a line, what is added to it, and what is said
     (TRAINING, "--train-loss kl+nope", r"--train-loss: kl\+nope is none of .* nor a sum"),
     (TRAINING, "--lr inf", "--lr: inf"),
     (TRAINING, "--batch-size 0", "--batch-size"),
-    (TRAINING, "--aa rand-mX", "--aa rand-mX"),
+    (TRAINING, "--aa auto", "--aa auto"),
     (TRAINING, "--output-dir tiny.pth/x", "a file is in its place"),
     (TRAINING, "--output-dir /proc/x", "cannot be written"),
     (TRAINING, "--distributed", "--distributed: not started by torchrun"),

@@ -97,15 +97,9 @@ def test_pictures_without_labels_leave_the_teachers_classes(teacher, tmp_path):
     write_images(tmp_path / "flat", 12, size=32)
     command = "--mode train --dataset IMAGES --scale Micro --train-loss preserve --block-ft-train-loss preserve".split()
     command += [*PLAIN, "--num-workers", "0", "--epochs", "1", "--block-ft-epochs", "1", "--batch-size", "4"]
-    flags = [
-        "--base-weight",
-        str(teacher),
-        "--data-path",
-        str(tmp_path / "flat"),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
-    assert main.main([*command, *flags]) == 0
+    flags = ["--base-weight", teacher, "--data-path", tmp_path / "flat", "--output-dir", tmp_path / "run"]
+    command += map(str, flags)
+    assert main.main(command) == 0
     assert load(tmp_path / "run/best.pth")["config"]["classes"] == tuple("0123456789")
 
 
@@ -125,26 +119,12 @@ def test_preprocessing_is_resize_crop_and_normalise():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("classes", ["a"]),
-        ("classes", [1] * 10),
-        ("classes", "0123456789"),
-        ("preprocessing", {"mean": [0, 0], "std": [1, 1, 1]}),
-        ("preprocessing", {"std": [1, 0, 1]}),
-        ("preprocessing", {"mean": [0, 0, float("nan")]}),
-        ("preprocessing", {"crop_pct": 0}),
-        ("preprocessing", {"crop_mode": "border"}),
-        ("preprocessing", {"size": 3}),
-        ("preprocessing", [1]),
-    ],
+    ("field", "value"), [("classes", [1] * 10), ("preprocessing", {"std": [1, 0, 1]}), ("preprocessing", {"size": 3})]
 )
 def test_damaged_names_and_preprocessing_are_told(failure, far, tmp_path, field, value):
     content = load(far / "best.pth")
     content["config"][field] = value
     save(tmp_path / "odd.pth", content)
-    line = failure("--mode", "predict", "--far-weight", tmp_path / "odd.pth", "--images", tmp_path)
-    assert field in line or "images" in line
     line = failure("--mode", "eval", "--far-weight", tmp_path / "odd.pth", "--dataset", "DIGITS")
     assert field in line and "damaged" in line
 

@@ -1,7 +1,5 @@
 """torchvision imports beside a torch its operators were not built for."""
 
-import pytest
-
 from tests.conftest import launch
 from utils import torchvision_ops
 
@@ -10,11 +8,9 @@ def test_shim_is_active_exactly_where_the_compiled_operators_do_not_load():
     assert torchvision_ops.ensure_loadable() == (not torchvision_ops.compiled_ops_load())
 
 
-@pytest.mark.parametrize("module", ["deploy.fuse", "datasets.registry", "plots.pictures"])
-def test_every_part_can_be_imported_first(module, tmp_path):
-    done = launch(
-        "-c", f"import {module}, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')", cwd=tmp_path
-    )
+def test_a_part_can_be_imported_before_torchvision(tmp_path):
+    script = "import datasets.registry, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')"
+    done = launch("-c", script, cwd=tmp_path)
     assert done.stdout.strip() == "fine", done.stderr
 
 

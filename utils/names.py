@@ -10,7 +10,7 @@ DATASETS = (
     *("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES"),
     *("DIGITS", "ELPV", "ELPV2"),
 )
-STREAMS = ("wds", "tfds")  # datasets.streams.KINDS: before the slash of a --dataset that is read from front to back
+STREAMS = ("wds", "tfds")  # datasets.streams.PACKAGES: before the slash of a --dataset that is read from front to back
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from PIL import Image
@@ -14,7 +14,7 @@ Colour = tuple[float, float, float]  # red, green, blue, of values 0 to 1
 
 
 def cut_strip(image: Image.Image) -> Image.Image:
-    """The middle of a picture that is more than STRIP times as long as wide, others as they are.
+    """The middle of an image more than STRIP times as long as wide; others as they are.
 
     A centre crop shows no more of it, and resized whole, a strip of few pixels may take gigabytes.
     """
@@ -23,11 +23,6 @@ def cut_strip(image: Image.Image) -> Image.Image:
         return image
     left, top = (max(0, side - most) // 2 for side in (w, h))
     return image.crop((left, top, left + min(w, most), top + min(h, most)))
-
-
-def _three(value: Any) -> bool:
-    right = isinstance(value, list | tuple) and len(value) == 3 and all(type(v) in (int, float) for v in value)
-    return right and all(map(math.isfinite, value))
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,15 @@ class Preprocessing:
         known = {field.name for field in fields(cls)}
         if not isinstance(stored, Mapping) or not set(stored) <= known:
             raise ValueError(f"must be a dictionary of {', '.join(sorted(known))}")
-        found = cls(**stored)
-        if not (_three(found.mean) and _three(found.std) and min(found.std) > 0):
+        read = cls(**stored)
+        try:
+            mean, std = (tuple(map(float, values)) for values in (read.mean, read.std))
+        except TypeError as error:
+            raise ValueError(f"mean and std must be numbers ({error})") from error
+        if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
             raise ValueError("mean and std must be three numbers each, those of std above 0")
-        if type(found.crop_pct) not in (int, float) or not 0.1 <= found.crop_pct <= 1:
+        if type(read.crop_pct) not in (int, float) or not 0.1 <= read.crop_pct <= 1:
             raise ValueError("crop_pct must be a number from 0.1 to 1")
-        if found.crop_mode not in CROPS or found.interpolation not in INTERPOLATIONS:
+        if read.crop_mode not in CROPS or read.interpolation not in INTERPOLATIONS:
             raise ValueError(f"crop_mode is one of {CROPS}, interpolation of {INTERPOLATIONS}")
-        return cls(tuple(found.mean), tuple(found.std), *(getattr(found, f.name) for f in fields(cls)[2:]))
+        return replace(read, mean=mean, std=std)

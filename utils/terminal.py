@@ -1,13 +1,20 @@
-"""stdout and stderr as a script can rely on them: any text can be written, and a closed or full one is foreseen."""
+"""What scripts print: text tables, and stdout and stderr that take any text and survive being closed or full."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from utils.errors import FarError
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, the first row the heads: the first column left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 class Stream:
