@@ -22,6 +22,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from datasets.classes import check_classes
 from datasets.images import find_files, read_image
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
@@ -29,10 +30,9 @@ from deploy.fuse import merge_blocks
 from deploy.predict import preprocessing_of
 from deploy.rivals import measure, open_onnx_runtime, open_openvino
 from deploy.timing import PAUSE_S
-from engine.configs import ModelName
-from engine.steps import check_classes, check_named, load_any
 from models.deit import find_teacher
 from models.replace import FarConfig, describe, load_model, set_backend
+from models.weights import ModelName, load_any
 from utils.checkpoint import save_safe, write_atomic
 from utils.distributed import Context
 from utils.errors import FarError, first_line
@@ -113,7 +113,6 @@ def read(asked: ExportConfig) -> Exported:
     """The model and what its checkpoint says of its images. Raises FarError where the flags name another model."""
     flag = "--far-weight" if asked.far_weight else "--base-weight"
     model, config = load_any(asked, asked.weight, flag, teacher=not asked.far_weight)
-    check_named(asked, asked.weight, config)
     if config.preprocessing or not asked.dataset:
         seen = preprocessing_of(config)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.stages import Stage
 from models.replace import FarConfig, read_config
-from utils.checkpoint import check_dense, check_tensor, whole
+from utils.checkpoint import check_dense, check_tensor, is_int
 from utils.errors import FarError
 
 POSITION = {"stage", "epoch", "step", "best", "sums"}  # the fields of engine.train.Position
@@ -64,12 +64,12 @@ def check_position(
     right = set(position) - NEWER == POSITION
     require(right, source, f"its position holds other fields than {', '.join(sorted(POSITION | NEWER))}")
     index, epoch, step, sums = (position[name] for name in ("stage", "epoch", "step", "sums"))
-    require(whole(index, 0, len(stages)), source, f"its position's stage is no number from 0 to {len(stages)}")
+    require(is_int(index, 0, len(stages)), source, f"its position's stage is no number from 0 to {len(stages)}")
     epochs = stages[index].optim.epochs if index < len(stages) else 0
-    require(whole(epoch, 0, epochs), source, f"its position's epoch is no number from 0 to {epochs}")
+    require(is_int(epoch, 0, epochs), source, f"its position's epoch is no number from 0 to {epochs}")
     accum = stages[index].optim.accum_steps if epoch < epochs else 1
     last = batches(stages[index]) if epoch < epochs else 0  # an evaluated epoch is stored as the next one's step 0
-    right = whole(step, 0, last) and (step % accum == 0 or step == last)
+    right = is_int(step, 0, last) and (step % accum == 0 or step == last)
     require(right, source, f"its position's step is no multiple of {accum} from 0 to {last}")
     require(real(position["best"], -1.0, 100.0), source, "its position's best is no number from -1 to 100")
     require(real(position.get("best_loss", 0.0), -LARGEST), source, "its position's best_loss is not finite")
@@ -85,7 +85,7 @@ def load_scaler(scaler: torch.amp.GradScaler, state: dict[str, Any], source: str
     own = scaler.state_dict()
     require(set(state) == set(own), source, "its scaler is not that of this run's --amp")
     if own:
-        right = real(state["scale"], sys.float_info.min) and whole(state["_growth_tracker"], 0, own["growth_interval"])
+        right = real(state["scale"], sys.float_info.min) and is_int(state["_growth_tracker"], 0, own["growth_interval"])
         require(right, source, "its scaler's scale or growth tracker is no number that a scaler can have")
         fixed = [name for name in own if name not in ("scale", "_growth_tracker")]
         right = all(type(state[name]) is type(own[name]) and state[name] == own[name] for name in fixed)
@@ -152,7 +152,7 @@ def check_value(value: Any, like: Any, name: str, source: str) -> None:
             check_value(part, like_part, name, source)
     elif type(like) in (int, float):
         low = min(0, like)  # a rate or a count, unless the run's own is below 0
-        right = whole(value, low, 2**53) if type(like) is int else real(value, low, max(like, LARGEST))
+        right = is_int(value, low, 2**53) if type(like) is int else real(value, low, max(like, LARGEST))
         require(right, source, f"{name} is negative or not finite")
 
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -16,8 +16,7 @@ from timm.scheduler import create_scheduler_v2
 from engine.resume import check, check_position, load_optimizer, load_scaler
 from engine.stages import Optim, Stage
 from engine.train import Position
-from models.replace import FarConfig
-from tests.test_checkpoints import EXAMPLES, FAR, HOSTILE, changed, content, places, write
+from models.replace import FarConfig, build, pack
 from utils import checkpoint
 from utils.errors import FarError
 from utils.records import read_lines, read_record
@@ -29,7 +28,45 @@ STAGES = [
 ]
 BATCHES = {"attn": 5, "block": 3}
 SUMS = {"images": 64.0, "loss": 80.5, "similarity": 3.0}
+FAR = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2), units={"2": [[3, 32], [32, 1]]}, mlp={"1": 40})
+HOSTILE = [None, True, 0, -1, 1.0, math.nan, 10**300, "x", (), [], {}, {1: 2}, torch.ones(2)]
 HALFWAY = {"stage": 0, "epoch": 1, "step": 4, "best": 91.5, "best_loss": 0.25, "sums": SUMS}
+
+
+EXAMPLES = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def content(config=FAR):
+    """A checkpoint's content, weights fresh random numbers."""
+    return pack(build(config), config)
+
+
+def write(path, value):
+    checkpoint.save(path, value)
+    return path
+
+
+def places(value, path=()):
+    """Every place in nested plain data, as keys from the top."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [path, *(place for key, child in items for place in places(child, (*path, key)))]
+
+
+def changed(value, place, new):
+    """A copy with something else in one place; Ellipsis takes it out."""
+    if not place:
+        return new
+    key, *rest = place
+    inner = changed(value[key], rest, new)
+    if isinstance(value, dict):
+        return {k: inner if k == key else v for k, v in value.items() if not (k == key and inner is Ellipsis)}
+    return [inner if i == key else v for i, v in enumerate(value) if not (i == key and inner is Ellipsis)]
 
 
 def batches(stage):
