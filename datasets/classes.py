@@ -3,8 +3,14 @@
 import unicodedata
 from collections.abc import Sequence
 
+import torch
 from timm.data import ImageNetInfo
+from torch import nn
 from torch.utils.data import Dataset
+
+from datasets.images import shown
+from utils.distributed import say
+from utils.errors import FarError
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -51,3 +57,71 @@ class Relabelled(Dataset):
     def __getitem__(self, index):
         image, label = self.data[index]
         return image, self.labels[label]
+
+
+def check_classes(source: str, config, data, mend: str) -> None:
+    """Makes a data set's labels a model's: by name where both know their classes, else by number.
+
+    A data set may have images of some of the classes only.
+
+    Args:
+        source: the flag and the file of the model, which messages begin with.
+        config: of the model, with num_classes and classes.
+        data: a `datasets.loading.Data`.
+        mend: what the user can do.
+
+    Raises:
+        FarError: the data set has other classes than the model.
+    """
+    dataset, known = data.config.dataset, config.num_classes
+    if config.classes and data.names and data.config.nb_classes in (None, known):
+        count = data.num_classes
+        try:
+            data.relabel(config.classes)
+        except UnknownClass as error:
+            how = "and twice" if config.classes.count(str(error)) > 1 else "but not"
+            other = f"{how} {shown(error)!r}, one of the {count} that --dataset {dataset} has"
+            raise FarError(f"{source}: knows {known} classes, {other}; {mend}") from error
+        if len(data.names) < known:
+            say(data.context, f"--dataset {dataset}: has {len(data.names)} of the {known} classes that {source} knows")
+    elif data.num_classes not in (None, known):
+        raise FarError(f"{source}: knows {known} classes, --dataset {dataset} has {data.num_classes}; {mend}")
+
+
+def keeps_classifier(source: str, config, data) -> bool:
+    """True if a model's classes are the data set's, whose labels are then matched by name; else says why not.
+
+    A data set with another number of classes, or as many of other names, needs a fresh classifier. Arguments as in
+    `check_classes`.
+    """
+    try:
+        if config.num_classes == data.num_classes:
+            if config.classes and data.names:
+                data.relabel(config.classes)
+            return True
+    except UnknownClass:
+        pass
+    others = f"the {data.num_classes} of --dataset {data.config.dataset}"
+    say(data.context, f"{source}: its {config.num_classes} classes are not {others}; a fresh classifier is trained")
+    return False
+
+
+@torch.no_grad()
+def order_classes(model: nn.Module, known: Sequence[str], wanted: Sequence[str], source: str) -> None:
+    """Reorders the classifiers of a timm model from the classes `known` to `wanted`; no-op where either is empty.
+
+    Raises FarError naming the first class that the model does not know.
+    """
+    if not (known and wanted) or known == wanted:
+        return
+    try:
+        numbers = match_classes(known, wanted)
+    except UnknownClass as error:
+        raise FarError(
+            f"{source}: does not know the class {shown(error)!r}, which the other weights or the data have; give "
+            "weights of the same classes"
+        ) from error
+    heads = model.get_classifier()  # of a distilled DeiT a tuple of two
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        head.weight.copy_(head.weight[numbers])
+        head.bias.copy_(head.bias[numbers])

@@ -21,6 +21,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from datasets.classes import check_classes
 from datasets.images import find_files, read_image
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
@@ -28,10 +29,9 @@ from deploy.fuse import merge_blocks
 from deploy.predict import preprocessing_of
 from deploy.rivals import measure, open_onnx_runtime, open_openvino
 from deploy.timing import PAUSE_S
-from engine.configs import ModelName
-from engine.steps import check_classes, check_named, load_any
 from models.deit import find_teacher
 from models.replace import FarConfig, describe, load_model, set_backend
+from models.weights import ModelName, load_any
 from utils.checkpoint import save_safe, write_atomic
 from utils.distributed import Context
 from utils.errors import FarError, first_line
@@ -194,7 +194,6 @@ def read(args: ExportConfig) -> tuple[VisionTransformer, FarConfig]:
     """The model, and its configuration with how images are prepared. Raises FarError where the flags contradict it."""
     flag = "--far-weight" if args.far_weight else "--base-weight"
     model, config = load_any(args, args.weight, flag, teacher=not args.far_weight)
-    check_named(args, args.weight, config)
     if config.preprocessing or not args.dataset:
         prepared = preprocessing_of(config)
     else:

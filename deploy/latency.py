@@ -24,7 +24,7 @@ from models.kernels import cpu
 from models.parts import Place
 from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
 from utils.arguments import Latency
-from utils.checkpoint import whole
+from utils.checkpoint import is_int
 from utils.errors import FarError
 from utils.records import read_record
 from utils.run_folder import RunConfig
@@ -98,7 +98,7 @@ def read(path: Path, most: int) -> Table:
     record = read_record(path, "table")["table"]
     steps = record.pop("ms", None)
     right = set(record) == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
-    right = right and all(whole(record[name], 1, 2**31) for name in ("batch", "threads"))
+    right = right and all(is_int(record[name], 1, 2**31) for name in ("batch", "threads"))
     right = right and all(type(value) is float for value in (record["teacher_ms"], *steps.values()))
     right = right and all(map(str.isdecimal, steps))
     ms = {int(units): steps[units] for units in sorted(steps, key=int)} if right else {}

@@ -6,40 +6,11 @@ from pathlib import Path
 from datasets.loading import DataConfig
 from engine.stages import Optim
 from engine.train import Settings, check_optimizer
-from models.deit import find_teacher
-from utils import names
+from models.weights import ModelName
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.files import expanded
 from utils.run_folder import RunConfig
-
-
-@dataclass(frozen=True)
-class ModelName:
-    """--base-model and its short form, --scale. Raises FarError where they name two models, or none that can serve."""
-
-    base_model: str | None = None
-    scale: str | None = None
-
-    def __post_init__(self):
-        by_scale = names.SCALES.get(self.scale)
-        if self.base_model and by_scale and self.base_model != by_scale:
-            raise FarError(
-                f"--scale {self.scale}: means {by_scale}, but --base-model is {self.base_model}; make them agree"
-            )
-        if self.base_model is not None:
-            try:
-                find_teacher(self.base_model)
-            except FarError as error:
-                raise FarError(f"--base-model {error}") from error
-
-    @property
-    def asked(self) -> str | None:
-        return self.base_model or names.SCALES.get(self.scale)
-
-    @property
-    def name(self) -> str:
-        return self.asked or "DeiT-Tiny"
 
 
 @dataclass(frozen=True)

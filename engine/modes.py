@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from datasets.classes import check_classes, keeps_classifier, order_classes
 from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.predict import Prediction, as_text, picture_loader, write
@@ -23,21 +24,18 @@ from engine.stages import Plan, Stage, distillation
 from engine.steps import (
     answer_by,
     check_backend,
-    check_classes,
-    keeps_classifier,
     load_data,
     load_far,
     load_labelled,
     load_teacher,
     name_teacher,
-    order_classes,
     planned,
+    read_teacher,
     reading,
     resumed,
-    say,
 )
 from engine.train import Trainer
-from models.deit import check_size, create_teacher, load_teacher_weights
+from models.deit import check_size, create_teacher
 from models.replace import (
     FarConfig,
     count_parameters,
@@ -48,8 +46,9 @@ from models.replace import (
     resize,
     set_backend,
 )
+from models.weights import Weights, load_teacher_weights
 from plots.figures import draw_curves
-from utils.distributed import Context
+from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import open_run
 
@@ -70,14 +69,17 @@ class ModeCommand(Command):
     prediction: Prediction
 
 
-def start(command: ModeCommand, context: Context, load=load_data, trains: bool = True) -> tuple[Data, FarConfig]:
-    """The data, and the configuration of the teacher that its weights and the flags describe."""
+def start(
+    command: ModeCommand, context: Context, load=load_data, trains: bool = True
+) -> tuple[Data, FarConfig, Weights | None]:
+    """The data, the configuration of the teacher as its weights and the flags describe it, and --base-weight's file."""
     torch.manual_seed(command.settings.seed)
     flags = command.model
-    config = name_teacher(flags, flags.base_weight)
+    weights = read_teacher(flags)
+    config = name_teacher(flags, weights)
     config = replace(config, rep_by=flags.rep_by, img_size=flags.input_size or config.img_size)
     check_size(config.base_model, config.img_size)
-    return load(command.data, config, context, trains), config
+    return load(command.data, config, context, trains), config, weights
 
 
 def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
@@ -143,15 +145,14 @@ def run_stages(
 
 def teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
-    data, known = start(command, context, load_labelled)
-    weight = command.model.base_weight
-    keeps = bool(weight) and keeps_classifier(f"--base-weight {weight}", known, data)
+    data, known, weights = start(command, context, load_labelled)
+    keeps = bool(weights) and keeps_classifier(weights.source, known, data)
     if not keeps:
         known = replace(known, num_classes=data.num_classes, classes=())
     config = reading(known, data)
     model = fresh(command.model, config)
-    if weight:
-        load_teacher_weights(model, weight, keep_head=keeps)
+    if weights:
+        load_teacher_weights(model, weights, keep_head=keeps)
     optim = command.rates.optim(context)
     stage = Stage("teacher", (), (), "full", "classification", "output", optim)
     run_stages(command, context, model, config, [stage], data, optim.batch_size)
@@ -159,10 +160,10 @@ def teacher(command: ModeCommand, context: Context) -> None:
 
 def train(command: ModeCommand, context: Context) -> None:
     """--mode train and block-distill: swap, then the stages of distillation."""
-    data, known = start(command, context)
+    data, known, weights = start(command, context)
     config = taught(command, known, data)
     check_backend(config, command.settings, context)
-    reference = load_teacher(command.model, config)
+    reference = load_teacher(weights, config)
     answer_by(reference, data, command.settings, context)
     blocks = parse_blocks(command.replace, len(reference.blocks))
     model, config = student(command, context, reference, config, blocks)
@@ -242,12 +243,12 @@ def load_evaluated(command: ModeCommand, context: Context):
     """What eval reads: (the weights' file, the model, the teacher that it is compared with or None, the data)."""
     weight = command.model.base_weight
     if not (command.far.path or command.ds_pruned) and weight:
-        data, known = start(command, context, load_labelled, trains=False)
-        return weight, load_teacher(command.model, taught(command, known, data)), None, data
+        data, config, weights = start(command, context, load_labelled, trains=False)
+        return weight, load_teacher(weights, taught(command, config, data)), None, data
     path, model, config = load_start(command, context)
     data = load_data(command.data, config, context, trains=False)
     check_classes(f"--far-weight {path}", config, data, "move it there with --mode downstream")
-    return path, model, load_teacher(command.model, config) if weight else None, data
+    return path, model, load_teacher(read_teacher(command.model), config) if weight else None, data
 
 
 def eval_mode(command: ModeCommand, context: Context) -> None:

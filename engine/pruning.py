@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from datasets.classes import check_classes
 from deploy import latency
 from engine.activations import Grams, carried, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
@@ -19,14 +20,13 @@ from engine.stages import Optim, Stage
 from engine.steps import (
     answer_by,
     check_backend,
-    check_classes,
     load_data,
     load_far,
     load_teacher,
     planned,
+    read_teacher,
     reading,
     resumed,
-    say,
 )
 from engine.train import Trainer
 from models.count import count_all
@@ -35,7 +35,7 @@ from models.replace import describe, load_model, mlps, pack, replacements, set_b
 from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names
 from utils.arguments import Latency
-from utils.distributed import Context
+from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
 
@@ -105,7 +105,7 @@ class Pruning:
         self.config = reading(self.config, self.data)
         self.teacher = None
         if command.model.base_weight:
-            self.teacher = load_teacher(command.model, self.config).to(context.device)
+            self.teacher = load_teacher(read_teacher(command.model), self.config).to(context.device)
         answer_by(self.teacher, self.data, command.settings, context)
 
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.

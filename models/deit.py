@@ -2,9 +2,7 @@
 
 import logging
 import math
-import re
 from functools import partial
-from pathlib import Path
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -13,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from models.vit import Teacher, adopt, prefix_positions, timm_teacher
-from utils.checkpoint import FLOATS, check_dense, load, load_into, weights_of, whole
+from utils.checkpoint import load_into
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 
@@ -38,12 +36,12 @@ def sincos_2d(rows: int, columns: int, dim: int) -> torch.Tensor:
 
 
 def _deit(scale: str) -> Teacher:
-    """Its crop is that of DeiT's own evaluation and the published code's, not timm's 0.9."""
+    """timm's DeiT with the crop of DeiT's own evaluation and of the published code, 0.875; timm's is 0.9."""
     name = f"deit_{scale}_patch16_224"
     return Teacher(partial(create_model, name), architecture=name, preprocessing=Preprocessing(crop_pct=0.875))
 
 
-# What --base-model names in short; a new one is a line here and its name in utils.names.
+# Short names of --base-model; a new one is a line here and its name in utils.names.
 TEACHERS = {
     "DeiT-Tiny": _deit("tiny"),
     "DeiT-Small": _deit("small"),
@@ -54,15 +52,14 @@ LARGEST_INPUT = 4096
 
 
 def find_teacher(base_model: str) -> Teacher:
-    """By its short name or timm's. Raises FarError, the name first, where there is none or it cannot be a teacher."""
+    """The teacher of a short name or timm's. Raises FarError where there is no such model or it cannot be a teacher."""
     return TEACHERS.get(base_model) or timm_teacher(base_model)
 
 
-def fits_patches(base_model: str, img_size) -> bool:
-    """Whether images of this size are cut into whole patches, or are what the model was made for."""
+def fits_patches(base_model: str, img_size: int) -> bool:
+    """True if images of this side are cut into whole patches, or are what the model was made for."""
     teacher = find_teacher(base_model)
-    fits = whole(img_size, 1, LARGEST_INPUT) and img_size % teacher.patch_size == 0
-    return fits or type(img_size) is int and img_size == teacher.input_size
+    return img_size == teacher.input_size or 0 < img_size <= LARGEST_INPUT and img_size % teacher.patch_size == 0
 
 
 def check_size(base_model: str, img_size: int) -> None:
@@ -81,60 +78,21 @@ def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float
     return adopt(build(num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path))
 
 
-def teacher_state(content: dict, source: str) -> dict[str, Tensor]:
-    """A vision transformer's weights by timm's names, whatever script wrapped them. Raises FarError on others."""
-    state = weights_of(content)
-    if "pos_embed" not in state:
-        raise FarError(f"{source}: holds no vision transformer's weights; give timm's or DeiT's layout")
-    if any(".post_proj." in name for name in state):
-        raise FarError(f"{source}: is a FAR model, not a teacher; give it as --far-weight or --attn-weight")
-    for name, value in state.items():
-        check_dense(value, FLOATS, name, source)
-    return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): value for name, value in state.items()}  # DeiT-III's own
-
-
 def resize_positions(state: dict[str, Tensor], model: VisionTransformer, source: str) -> dict[str, Tensor]:
-    """The weights with their position embeddings (1, prefix + n * n, D) interpolated to the model's grid, by timm."""
-    own, positions, prefix = model.pos_embed, state["pos_embed"], prefix_positions(model)
-    if ("dist_token" in state) > hasattr(model, "dist_token"):
+    """The state dict with its position embeddings (1, prefix + n * n, D) interpolated to the model's grid, by timm."""
+    positions, prefix, dim = state["pos_embed"], prefix_positions(model), model.embed_dim
+    if "dist_token" in state and not hasattr(model, "dist_token"):
         raise FarError(f"{source}: is a distilled DeiT; name it, as --base-model deit_tiny_distilled_patch16_224")
-    if positions.shape == own.shape:
+    if positions.shape == model.pos_embed.shape:
         return state
     side = math.isqrt(max(0, positions.shape[1] - prefix)) if positions.ndim == 3 else 0
-    largest = LARGEST_INPUT // model.patch_embed.patch_size[0]
-    if positions.shape != (1, prefix + side**2, own.shape[2]) or not whole(side, 1, largest):
+    if not side or positions.shape != (1, prefix + side**2, dim):
         raise FarError(
             f"{source}: pos_embed has shape {tuple(positions.shape)}, this model needs "
-            f"(1, {prefix} + n * n, {own.shape[2]}); name the model the weights belong to"
+            f"(1, {prefix} + n * n, {dim}); name the model the weights belong to"
         )
     grid = list(model.patch_embed.grid_size)
     return {**state, "pos_embed": resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)}
-
-
-def load_teacher_weights(
-    model: VisionTransformer, path: str | Path, flag: str = "--base-weight", keep_head: bool = True
-) -> None:
-    """Loads timm's or DeiT's layout (.pth or .safetensors); position embeddings are resized by timm.
-
-    keep_head: whether the file's classifier is wanted, which must then fit; else the model's own stays.
-    """
-    source = f"{flag} {path}".strip()
-    state = resize_positions(teacher_state(load(path, flag), source), model, source)
-    head = state.get("head.weight")
-    if not keep_head:
-        state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(("head.", "head_dist."))}}
-    elif head is None or head.ndim == 2 and len(head) != model.num_classes:
-        raise FarError(
-            f"{source}: its classifier has {0 if head is None else len(head)} classes, --dataset needs "
-            f"{model.num_classes}; train a teacher on this data first with --mode teacher"
-        )
-    load_into(model, state, source)
-
-
-def count_answers(content: dict, source: str) -> int:
-    """The classes that a teacher's weights know; 0 where they hold no classifier."""
-    head = teacher_state(content, source).get("head.weight")
-    return 0 if head is None or not head.dim() else len(head)
 
 
 def load_published_weights(model: VisionTransformer, base_model: str) -> None:
@@ -156,11 +114,11 @@ def load_published_weights(model: VisionTransformer, base_model: str) -> None:
             "train a teacher on it with --mode teacher and name its best.pth"
         )
     log.warning("fetching timm's weights of %s, once; without a network it takes a minute to give up", base_model)
-    # It tells each of its retries; the error below tells the end.
+    # It logs each of its retries; the error below is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         published = teacher.build(pretrained=True)
-    except Exception as error:  # noqa: BLE001  (the hub's client raises a dozen unrelated types; each means the same here)
+    except Exception as error:  # noqa: BLE001  (the hub's client raises a dozen unrelated types; each means the same)
         raise FarError(
             f"--base-weight: no weights for {base_model}: none given and timm's could not be downloaded "
             f"({type(error).__name__}); give a local file with --base-weight FILE"

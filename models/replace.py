@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from models import kernels
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
-from models.deit import LARGEST_INPUT, check_size, create_teacher, find_teacher, fits_patches
+from models.deit import check_size, create_teacher, find_teacher
 from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
 from models.vit import classifiers
-from utils.checkpoint import load, load_into, whole
-from utils.errors import FarError
+from utils.checkpoint import load, load_into
+from utils.errors import FarError, first_line
 from utils.preprocessing import Preprocessing
 
 # What --rep-by names; a new one is a class, a line here and its name in utils.names.
@@ -28,8 +28,6 @@ REPLACEMENTS: dict[str, type[Replacement]] = {
     "gru": MultiHeadBiGRU,
     "mixer": TokenMixer,
 }
-MOST_CLASSES = 10**6
-MOST_PARAMETERS = 2**31  # 8 GiB, timm's largest; a file of some bytes can claim more, one number repeated
 BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of them
 
 
@@ -37,11 +35,16 @@ BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of
 class FarConfig:
     """All that is needed to rebuild a model before its weights are loaded.
 
-    base_model: a name that `find_teacher` knows. num_classes: 0 is a teacher without a classifier. replaced: indices
-    of the replaced blocks; empty is a plain teacher. units: kept units u[h][r] of those replaced blocks that were
-    pruned, by block index (as text: it is stored as JSON too). mlp: hidden units of those MLPs that were pruned, by
-    block index. preprocessing, classes: how pictures become its input, and the names of its classes; None and empty
-    are unknown.
+    Args:
+        base_model: a name that `find_teacher` knows.
+        num_classes: 0 is a teacher without a classifier.
+        img_size: image side in pixels.
+        rep_by: a name of REPLACEMENTS.
+        replaced: indices of the replaced blocks; empty is a plain teacher.
+        units: kept units u[h][r] of the replaced blocks that were pruned, by block index (text, as in JSON).
+        mlp: hidden units of the MLPs that were pruned, by block index.
+        preprocessing: how images become its input; None is unknown.
+        classes: names of its classes; empty is unknown.
     """
 
     base_model: str
@@ -56,7 +59,7 @@ class FarConfig:
 
     @property
     def reading(self) -> Preprocessing | None:
-        """How pictures become its input: as stored, else as the teacher's weights know them; None is unknown."""
+        """How images become its input: as stored, else as the teacher was trained; None is unknown."""
         return self.preprocessing or find_teacher(self.base_model).preprocessing
 
     @property
@@ -84,7 +87,7 @@ def parse_blocks(text: str | Sequence[str], depth: int) -> tuple[int, ...]:
 def swap_attention(
     model: VisionTransformer, blocks: Iterable[int], rep_by: str, init: str = "chrono", units=None
 ) -> None:
-    """Replaces the attention of the named blocks in place, post_proj carried over; replaced ones are left alone."""
+    """Replaces the attention of blocks in place; post_proj starts as a copy of attn.proj. Replaced blocks stay."""
     units = units or {}
     num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     for index in sorted(set(blocks) - set(replacements(model))):
@@ -95,13 +98,13 @@ def swap_attention(
 
 
 def replacements(model: VisionTransformer) -> dict[int, Replacement]:
-    """What replaces attention, by block."""
-    found = {i: getattr(block, "attn", None) for i, block in enumerate(model.blocks)}
-    return {i: attn for i, attn in found.items() if isinstance(attn, Replacement)}
+    """The modules that replace attention, by block index."""
+    attns = {i: getattr(block, "attn", None) for i, block in enumerate(model.blocks)}
+    return {i: attn for i, attn in attns.items() if isinstance(attn, Replacement)}
 
 
 def mlps(model: VisionTransformer) -> dict[int, Mlp]:
-    """The MLPs whose units can be pruned, by block: none where they are gated or have a norm inside."""
+    """The MLPs whose units can be pruned, by block index: none where they are gated or have a norm inside."""
     return {i: block.mlp for i, block in enumerate(model.blocks) if hasattr(block.mlp, "unit_norms")}
 
 
@@ -110,29 +113,31 @@ def replaced_blocks(model: VisionTransformer) -> tuple[int, ...]:
 
 
 def pruned_sizes(parts: Mapping[int, BlockPart]) -> dict[str, Any]:
-    """Sizes of those parts that were pruned, by block."""
+    """Sizes of the parts that were pruned, by block index."""
     return {str(i): part.sizes for i, part in parts.items() if part.sizes != part.full_sizes}
 
 
 def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
-    """The configuration of the model as it now is: which blocks are replaced, which units are left."""
-    found = replacements(model)
-    sizes = {"units": pruned_sizes(found), "mlp": pruned_sizes(mlps(model))}
-    classes = config.classes if len(config.classes) == model.num_classes else ()
-    img_size = model.patch_embed.img_size[0]
+    """The configuration of the model as it is now: which blocks are replaced, which units are left."""
     return replace(
-        config, num_classes=model.num_classes, img_size=img_size, replaced=tuple(found), classes=classes, **sizes
+        config,
+        num_classes=model.num_classes,
+        img_size=model.patch_embed.img_size[0],
+        replaced=replaced_blocks(model),
+        units=pruned_sizes(replacements(model)),
+        mlp=pruned_sizes(mlps(model)),
+        classes=config.classes if len(config.classes) == model.num_classes else (),
     )
 
 
 def set_backend(model: VisionTransformer, backend: str | kernels.Choice) -> None:
-    """Chooses how the replacements are computed: `--lstm-backend`, or what a run measured."""
+    """Sets how the replacements are computed: a name of `--lstm-backend`, or what a run measured."""
     for attn in replacements(model).values():
         attn.backend = backend
 
 
 def build(config: FarConfig, drop: float = 0.0, drop_path: float = 0.0) -> VisionTransformer:
-    """The model a configuration describes, weights fresh."""
+    """The model of a configuration, with fresh weights."""
     model = create_teacher(config.base_model, config.num_classes, config.img_size, drop, drop_path)
     swap_attention(model, config.replaced, config.rep_by, units=config.units)
     for index, width in config.mlp.items():
@@ -145,60 +150,8 @@ def pack(model: VisionTransformer, config: FarConfig) -> dict[str, Any]:
     return {"model": model.state_dict(), "config": asdict(describe(model, config))}
 
 
-def is_nest(value: Any, full: Sequence) -> bool:
-    """Whether `value` is nested like `full`, each number from 1 to the one in its place."""
-    if isinstance(full, int):
-        return whole(value, 1, full)
-    return isinstance(value, list | tuple) and len(value) == len(full) and all(map(is_nest, value, full))
-
-
-def find_damage(config: FarConfig) -> str:
-    """What is wrong with a configuration from a file, in words; empty where nothing is. Allocates nothing."""
-    if not isinstance(config.base_model, str):
-        return "base_model must be a name"
-    try:
-        find_teacher(config.base_model)
-    except FarError as error:
-        return f"base_model: {error}"
-    if not isinstance(config.rep_by, str) or config.rep_by not in REPLACEMENTS:
-        return f"rep_by is none of {', '.join(REPLACEMENTS)}"
-    if not whole(config.num_classes, 0, MOST_CLASSES):
-        return f"num_classes must be a whole number from 0 to {MOST_CLASSES}"
-    if not fits_patches(config.base_model, config.img_size):
-        return f"img_size must be a multiple of {find_teacher(config.base_model).patch_size} up to {LARGEST_INPUT}"
-    with torch.device("meta"):
-        model = create_teacher(config.base_model, config.num_classes, config.img_size)
-        swap_attention(model, (0,), config.rep_by)
-    blocks, full = range(len(model.blocks)), model.blocks[0].attn.full_sizes
-    replaced = config.replaced if isinstance(config.replaced, list | tuple) else (None,)
-    if not all(whole(i, 0, blocks[-1]) for i in replaced) or len(set(replaced)) < len(replaced):
-        return f"replaced must be different blocks from 0 to {blocks[-1]}"
-    hidden = next((mlp.full_sizes for mlp in mlps(model).values()), ())
-    for name, owners, most in (("units", replaced, full), ("mlp", blocks, hidden)):
-        kept = getattr(config, name)
-        if not isinstance(kept, dict) or not set(kept) <= set(map(str, owners)):
-            return f"{name} must be a dictionary by block, of {sorted(owners)}"
-        if not most and kept or not all(is_nest(value, most) for value in kept.values()):
-            return f"{name} must be whole numbers from 1 to those of an unpruned block, {most}"
-    return find_reading_damage(config)
-
-
-def find_reading_damage(config: FarConfig) -> str:
-    """The same of what is said about pictures and classes."""
-    names = config.classes
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        return "classes must be a list of names"
-    if len(names) not in (0, config.num_classes):
-        return f"classes must be {config.num_classes} names, or none"
-    try:
-        config.preprocessing is None or Preprocessing.read(config.preprocessing)
-    except ValueError as error:
-        return f"preprocessing {error}"
-    return ""
-
-
 def read_config(content: dict[str, Any], source: str) -> FarConfig:
-    """The configuration inside a checkpoint. Raises FarError where it has none or one that no model can have."""
+    """The configuration inside a checkpoint. Raises FarError where it has none, or a damaged one."""
     stored = content.get("config")
     known = {f.name for f in fields(FarConfig)}
     if not isinstance(stored, dict) or not isinstance(content.get("model"), dict) or not set(stored) <= known:
@@ -208,43 +161,56 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
     if lacking := {"base_model", "num_classes", "img_size"} - stored.keys():
         raise FarError(f"{source}: its configuration lacks {min(lacking)}; train or copy it again")
     config = FarConfig(**stored)
-    if damage := find_damage(config):
-        raise FarError(f"{source}: its configuration is damaged: {damage}; train or copy it again")
-    units = {index: [list(pair) for pair in heads] for index, heads in config.units.items()}
-    reading = None if config.preprocessing is None else Preprocessing.read(config.preprocessing)
-    plain = {"units": units, "preprocessing": reading, "classes": tuple(config.classes)}
-    return replace(config, replaced=tuple(sorted(config.replaced)), **plain)
+    try:
+        find_teacher(config.base_model)
+        preprocessing = None if config.preprocessing is None else Preprocessing.read(config.preprocessing)
+        units = {block: [list(pair) for pair in heads] for block, heads in config.units.items()}
+        if len(config.classes) not in (0, config.num_classes) or not all(isinstance(c, str) for c in config.classes):
+            raise ValueError(f"classes must be {config.num_classes} names, or none")
+        plain = {"preprocessing": preprocessing, "units": units, "classes": tuple(config.classes)}
+        return replace(config, replaced=tuple(sorted(config.replaced)), **plain)
+    except Exception as error:  # noqa: BLE001  (a value of a wrong type fails in a dozen ways; each means the same)
+        raise FarError(
+            f"{source}: its configuration is damaged: {first_line(error)}; train or copy it again"
+        ) from error
 
 
 def build_on_meta(config: FarConfig, source: str, drop: float = 0.0, drop_path: float = 0.0) -> VisionTransformer:
-    """The model of a file's configuration before anything is allocated. Raises FarError where it is too large."""
-    with torch.device("meta"):
-        model = build(config, drop, drop_path)
-    if (count := count_parameters(model)) > MOST_PARAMETERS:
-        raise FarError(f"{source}: describes {count:,} parameters, more than any model here; train or copy it again")
+    """The model of a file's configuration, nothing allocated yet. Raises FarError where there is no such model."""
+    try:
+        with torch.device("meta"):
+            model = build(config, drop, drop_path)
+        for part in (*replacements(model).values(), *mlps(model).values()):
+            sizes, full = torch.tensor(part.sizes), torch.tensor(part.full_sizes)
+            if not ((sizes >= 1) & (sizes <= full)).all():
+                raise ValueError(f"units must be from 1 to those of an unpruned block, {part.full_sizes}")
+    except Exception as error:  # noqa: BLE001  (as above)
+        raise FarError(f"{source}: weights of no model here: {first_line(error)}; train or copy it again") from error
     return model
 
 
-def restore(content: dict[str, Any], source: str, drop: float = 0.0, drop_path: float = 0.0):
-    """The model a checkpoint's content holds, in eval mode, and its configuration. Raises FarError where they disagree.
-
-    Nothing is allocated before the tensors are known to be the model's: it is built on meta, then takes copies of them.
-    """
-    config = read_config(content, source)
+def restore(
+    config: FarConfig, state: dict[str, Tensor], source: str, drop: float = 0.0, drop_path: float = 0.0
+) -> VisionTransformer:
+    """The model of a checkpoint's configuration and weights, in eval mode. Raises FarError where they disagree."""
     if not config.num_classes:
         raise FarError(f"{source}: num_classes is 0, no classifier; train one with --mode teacher --base-weight FILE")
     model = build_on_meta(config, source, drop, drop_path)
-    load_into(model, content["model"], source)
-    return model.eval(), config
+    load_into(model, state, source)
+    return model.eval()
 
 
-def load_model(path: str | Path, flag: str = "", drop: float = 0.0, drop_path: float = 0.0):
+def load_model(
+    path: str | Path, flag: str = "", drop: float = 0.0, drop_path: float = 0.0
+) -> tuple[VisionTransformer, FarConfig]:
     """Rebuilds a model from its checkpoint alone, in eval mode. Returns (model, configuration)."""
-    return restore(load(path, flag), f"{flag} {path}".strip(), drop, drop_path)
+    content, source = load(path, flag), f"{flag} {path}".strip()
+    config = read_config(content, source)
+    return restore(config, content["model"], source, drop, drop_path), config
 
 
 def resize(model: VisionTransformer, config: FarConfig, img_size: int, source: str) -> FarConfig:
-    """Takes the model to another image size, its positions interpolated by timm; the configuration of that.
+    """Resizes the model to another image side in place, positions interpolated by timm. Returns its configuration.
 
     Raises FarError where the size cuts patches off, or a replacement is tied to its number of tokens.
     """

@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class FarDeiT(ViT):
-    """A DeiT of timm's registry, every attention replaced by a multi-head BiLSTM until weights say otherwise.
+    """A DeiT whose attentions are multi-head BiLSTMs until it loads a FAR state dict.
 
-    The first weights it loads shape it: which blocks are replaced and by what, the units left, and what of `adopts`
-    (num_classes, img_size) nobody asked for by value. Later ones are loaded as torch does.
+    The first state dict it loads determines which blocks are replaced and by what, the units left, and those of
+    `adopts` (num_classes, img_size) that the caller did not pass. Later ones are loaded as torch does.
     """
 
     def __init__(self, adopts: frozenset[str] = frozenset(), **kwargs):
@@ -31,22 +31,20 @@ class FarDeiT(ViT):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         if self.adopts is not None:
-            state_dict, self.adopts = self._shaped_by(dict(state_dict), self.adopts), None
+            state_dict, self.adopts = self.take_shape(dict(state_dict), self.adopts), None
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _shaped_by(self, state: dict[str, Any], adopts: frozenset[str]) -> dict[str, Any]:
-        """Takes the shape of FAR weights, and gives them in its own image size and classes."""
-        state = {
-            **{f"head.{name}": value for name, value in self.head.state_dict().items()},
-            **state,
-        }  # timm may drop it
+    def take_shape(self, state: dict[str, Any], adopts: frozenset[str]) -> dict[str, Any]:
+        """Rebuilds the blocks as a FAR state dict has them. Returns it at this model's image size and classes."""
+        head = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        state = {**head, **state}  # timm drops a classifier of another size
         config = infer_far(state, "checkpoint_path")
-        like, own = self.pos_embed, build(config)
-        if (own.embed_dim, len(own.blocks)) != (self.embed_dim, len(self.blocks)):
+        like, model = self.pos_embed, build(config)
+        if (model.embed_dim, len(model.blocks)) != (self.embed_dim, len(self.blocks)):
             raise FarError(f"checkpoint_path: holds a {config.base_model}; create the far_deit model of that scale")
-        for block, shaped in zip(self.blocks, own.blocks, strict=True):
-            block.mlp.resize(shaped.mlp.sizes)
-            block.attn, block.mlp = shaped.attn.to(like), block.mlp.to(like)
+        for block, new in zip(self.blocks, model.blocks, strict=True):
+            block.mlp.resize(new.mlp.sizes)
+            block.attn, block.mlp = new.attn.to(like), block.mlp.to(like)
         self.train(self.training)
         self.set_input_size(config.img_size if "img_size" in adopts else self.patch_embed.img_size)
         if "num_classes" in adopts:
@@ -57,8 +55,7 @@ class FarDeiT(ViT):
                 config.num_classes,
                 self.num_classes,
             )
-            state = {name: value for name, value in state.items() if not name.startswith("head.")}
-            state |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
+            state = {name: value for name, value in state.items() if not name.startswith("head.")} | head
         self.pretrained_cfg = self.default_cfg = data_config(self)
         return resize_positions(state, self, "checkpoint_path")
 

@@ -1,4 +1,4 @@
-"""Any VisionTransformer of timm's as a teacher: found by its name, looked at part by part, or refused in one line."""
+"""timm's VisionTransformers as teachers: which ones can be one, by name, and what replacing attention needs of them."""
 
 import difflib
 import functools
@@ -20,16 +20,16 @@ from models.parts import Mlp
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 
-NAME = re.compile(r"([a-z0-9_]{1,80})(\.[a-z0-9_]{1,80})?")  # an architecture, and which of its weights
+NAME = re.compile(r"([a-z0-9_]{1,80})(\.[a-z0-9_]{1,80})?")  # an architecture, and a tag of its weights
 
 
 class Resizable:
-    """Asks the blocks before it takes another image size."""
+    """A VisionTransformer that checks with its blocks before it takes another image size."""
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """timm's: positions are resized. Raises FarError where a block is tied to its number of tokens."""
-        own = self.patch_embed
-        size, patch = to_2tuple(img_size or own.img_size), to_2tuple(patch_size or own.patch_size)
+        """timm's, which resizes position embeddings. Raises FarError where a block is tied to its number of tokens."""
+        embed = self.patch_embed
+        size, patch = to_2tuple(img_size or embed.img_size), to_2tuple(patch_size or embed.patch_size)
         tokens = self.num_prefix_tokens + math.prod(side // cut for side, cut in zip(size, patch, strict=True))
         for block in self.blocks:
             if check := getattr(block.attn, "check_tokens", None):
@@ -38,13 +38,13 @@ class Resizable:
 
 
 class ViT(Resizable, VisionTransformer):
-    """timm's."""
+    """timm's VisionTransformer."""
 
 
 class DistilledViT(Resizable, VisionTransformerDistilled):
-    """timm's distilled DeiT: two prefix tokens, each with a classifier of its own, and the mean of both is the answer.
+    """timm's distilled DeiT: two prefix tokens, each with its own classifier; its logits are the mean of both.
 
-    So in training too, unless `set_distilled_training` says otherwise.
+    In training too, unless `set_distilled_training` is called.
     """
 
 
@@ -52,11 +52,16 @@ KINDS = {VisionTransformer: ViT, VisionTransformerDistilled: DistilledViT}
 
 
 class Teacher(NamedTuple):
-    """build: of timm's arguments (num_classes, img_size, ...); input_size, patch_size: in pixels, by default.
+    """An attention model that can be replaced.
 
-    published: whether timm has weights, which `build(pretrained=True)` fetches; classes: how many those know, 0 where
-    they have no classifier. architecture: as timm names it. preprocessing: how its weights read pictures; None: that
-    is left to the data set.
+    Args:
+        build: makes it from timm's arguments (num_classes, img_size, ...).
+        input_size: its default image side in pixels.
+        patch_size: in pixels.
+        published: True if timm has weights, which `build(pretrained=True)` downloads.
+        classes: of those weights; 0 without a classifier.
+        architecture: timm's name of it.
+        preprocessing: how its weights expect images; None leaves that to the data set.
     """
 
     build: Callable[..., VisionTransformer]
@@ -69,12 +74,12 @@ class Teacher(NamedTuple):
 
 
 def is_vit(architecture: str) -> bool:
-    """Whether timm says that it makes one of KINDS."""
+    """True if timm's entry point is annotated to return one of KINDS."""
     return model_entrypoint(architecture).__annotations__.get("return") in KINDS
 
 
 def find_fault(model: nn.Module) -> str:
-    """What of a model cannot be replaced here, in words; empty where all can."""
+    """Why attention cannot be replaced in a model; empty if it can."""
     if type(model) not in KINDS:
         return f"is a {type(model).__name__}, no plain VisionTransformer"
     if type(model.patch_embed) is not PatchEmbed:
@@ -89,7 +94,7 @@ def find_fault(model: nn.Module) -> str:
 
 @functools.cache
 def timm_teacher(name: str) -> Teacher:
-    """By timm's name, with or without that of its weights. Raises FarError where it cannot be a teacher."""
+    """The teacher of a timm name, with or without a tag of its weights. Raises FarError where it cannot be one."""
     match = NAME.fullmatch(name)
     if not match or not is_model(match[1]):
         near = difflib.get_close_matches(name, [known for known in list_models() if is_vit(known)], 3)
@@ -122,7 +127,7 @@ def timm_teacher(name: str) -> Teacher:
 
 
 def adopt(model: VisionTransformer) -> VisionTransformer:
-    """timm's model as one of ours, in place: it checks its size, and its MLPs can be pruned where they are plain."""
+    """Makes timm's model one of KINDS' in place, and its plain MLPs prunable."""
     model.__class__ = KINDS.get(type(model), type(model))
     for block in model.blocks:
         mlp = block.mlp
@@ -132,11 +137,11 @@ def adopt(model: VisionTransformer) -> VisionTransformer:
 
 
 def prefix_positions(model: VisionTransformer) -> int:
-    """How many of its positions belong to no patch."""
+    """The number of position embeddings that belong to prefix tokens."""
     return 0 if model.no_embed_class else model.num_prefix_tokens
 
 
 def classifiers(model: VisionTransformer) -> list[nn.Module]:
-    """Its classifier; a distilled DeiT has two."""
-    found = model.get_classifier()
-    return list(found) if isinstance(found, tuple) else [found]
+    """The classifier; a distilled DeiT has two."""
+    heads = model.get_classifier()
+    return list(heads) if isinstance(heads, tuple) else [heads]

@@ -13,15 +13,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.classes import UnknownClass, match_classes
+from datasets.classes import UnknownClass, match_classes, order_classes
 from datasets.images import find_files, read_image, shown
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, photographs
-from engine.configs import ModelName
-from engine.steps import load_any, order_classes
 from models import kernels
 from models.features import forward_features
 from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
+from models.weights import ModelName, load_any
 from plots.explain import (
     attention_inputs,
     attention_rollout,

@@ -96,7 +96,7 @@ def test_a_rate_is_scaled_by_the_images_of_an_update_over_all_processes():
 def test_two_names_of_one_model_must_agree():
     for base, scale in ((None, "Tiny"), ("DeiT-Tiny", None), ("DeiT-Tiny", "Tiny"), (None, None)):
         assert ModelName(base, scale).name == "DeiT-Tiny"
-    assert ModelName().asked is None and ModelName("DeiT-Base").asked == "DeiT-Base"
+    assert ModelName().explicit is None and ModelName("DeiT-Base").explicit == "DeiT-Base"
     args = visualization.build_parser().parse_args(["--scale", "Tiny", "--base-model", "DeiT-Base"])
     with pytest.raises(FarError, match="--scale Tiny: means DeiT-Tiny, but --base-model is DeiT-Base"):
         pick(PictureConfig, args)

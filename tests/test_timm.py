@@ -1,7 +1,8 @@
 """FAR models as timm and torch.hub know models; another image size than the trained one."""
 
-import ast
 import sys
+from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from timm.models._features import FeatureGetterNet
 import main
 import models.timm_models  # noqa: F401  (registers)
 from models.deit import create_teacher
-from models.kernels import gpu
 from models.replace import FarConfig, build, describe, load_model, pack, replacements
 from tests.conftest import BLOCK_BATCH, DIGITS, EVAL, ROOT, launch
 from utils import checkpoint
@@ -158,55 +158,26 @@ def test_attention_stage_weights_go_on_at_another_input_size(files, tmp_path):
 
 
 HUB = f"""
-import copy, pickle, sys, torch
-names = ("utils", "models", "datasets", "engine", "deploy", "plots")
-if sys.argv[2] == "before":
-    import utils, models
-before, path = {{name: sys.modules.get(name) for name in names}}, list(sys.path)
-model = torch.hub.load({str(ROOT)!r}, "far", source="local", checkpoint=sys.argv[1])
-larger = torch.hub.load({str(ROOT)!r}, "far", source="local", checkpoint=sys.argv[1], input_size=96, num_classes=3)
-assert sys.path == path and before == {{name: sys.modules.get(name) for name in names}}
-import utils, models
-assert utils.OWNER == models.OWNER == "user"
-x = torch.load("x.pt")
-with torch.no_grad():
-    torch.save([m(x) for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))], "y.pt")
-assert larger(torch.randn(1, 3, 96, 96)).shape == (1, 3)
+import torch
+model = torch.hub.load({str(ROOT)!r}, "far", source="local", checkpoint="far.pth", input_size=96, num_classes=3)
+assert model(torch.randn(1, 3, 96, 96)).shape == (1, 3)
 import timm
-assert timm.data.resolve_model_data_config(larger)["input_size"] == (3, 96, 96)
+assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 96, 96)
 """
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_torch_hub_loads_from_any_folder_beside_the_users_own_packages(order, files, tmp_path):
-    for name in ("utils.py", "models.py"):
-        (tmp_path / name).write_text("OWNER = 'user'")
-    (tmp_path / "script.py").write_text(HUB)
-    torch.save(x := images(64), tmp_path / "x.pt")
+def test_torch_hub_loads_from_any_folder(files, tmp_path):
+    (tmp_path / "utils.py").write_text("")  # not imported before: the suite's is found first
     (tmp_path / "far.pth").symlink_to(files / "ragged.pth")
-    done = launch("script.py", "far.pth", order, cwd=tmp_path, PYTHONPATH="")
+    done = launch("-c", HUB, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        expected = load_model(files / "ragged.pth")[0](x)
-    for got in torch.load(tmp_path / "y.pt"):
-        torch.testing.assert_close(got, expected)
-    assert not list(tmp_path.glob("far_hub*"))
 
 
-def test_torch_hub_and_the_suite_itself_fit_into_one_process(files):
-    model = torch.hub.load(str(ROOT), "far", source="local", checkpoint=files / "gru.pth")
-    assert_same(model, load_model(files / "gru.pth")[0], 64)
-    assert type(model).__module__ == "far_hub.models.vit"
-    other = sys.modules["far_hub.models.kernels.gpu"]
-    # An operator registered twice would take the first one's place and leave its callers a dangling one.
-    for name in ("recurrence", "recurrence_backward"):
-        ours, theirs = (getattr(module, name)._opoverload.name() for module in (gpu, other))
-        assert ours == f"models_kernels_gpu::{name}" and theirs == f"far_hub_models_kernels_gpu::{name}"
-
-
-def test_the_suite_imports_itself_in_the_form_that_torch_hub_renames():
-    ours = ("models", "utils", "datasets", "engine", "deploy", "plots")
-    for path in (path for folder in ours for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert not {alias.name.partition(".")[0] for alias in node.names} & set(ours), path
+def test_torch_hub_names_another_package_in_the_place_of_the_suites(files, tmp_path, monkeypatch):
+    load = partial(torch.hub.load, str(ROOT), "far", source="local", checkpoint=files / "gru.pth")
+    assert_same(load(), load_model(files / "gru.pth")[0], 64)
+    other = ModuleType("utils")
+    other.__file__ = str(tmp_path / "utils.py")
+    monkeypatch.setitem(sys.modules, "utils", other)
+    with pytest.raises(ImportError, match=r"another `utils` is already imported \(.*utils\.py\)"):
+        load()

@@ -10,8 +10,9 @@ import main
 import prune
 from datasets import registry
 from datasets.loading import Data, DataConfig, preprocessing
-from models.deit import create_teacher, load_teacher_weights
+from models.deit import create_teacher
 from models.replace import load_model
+from models.weights import load_teacher_weights, read
 from tests.conftest import BATCH, BLOCK_BATCH, QUIET, TRAIN, write_images
 from utils.checkpoint import load
 from utils.distributed import Context
@@ -53,7 +54,7 @@ def test_a_folder_of_pictures_is_enough(pictures, teacher, tmp_path):
     result = json.loads((tmp_path / "run/result.json").read_text())
     student, config = load_model(tmp_path / "run/best.pth", "--test")
     reference = create_teacher("DeiT-Micro", 10, 32).eval()
-    load_teacher_weights(reference, teacher)
+    load_teacher_weights(reference, read(teacher))
     files = sorted(pictures.rglob("*.jpg"))
     transform = preprocessing(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"]).transform(32)
     batch = torch.stack([transform(registry.read_image(file)) for file in files[::10]])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.deit import create_teacher, load_teacher_weights
+from models.deit import create_teacher
+from models.weights import load_teacher_weights, read
 from tests.conftest import ROOT, launch
 from utils.seeding import seed_all, seeded
 
@@ -46,7 +47,7 @@ def test_position_embeddings_are_resized_when_teacher_weights_are_loaded(tmp_pat
     small = create_teacher("DeiT-Micro", 10, 32)
     torch.save(small.state_dict(), tmp_path / "a.pth")
     large = create_teacher("DeiT-Micro", 10, 48)
-    load_teacher_weights(large, tmp_path / "a.pth")
+    load_teacher_weights(large, read(tmp_path / "a.pth"))
     assert large.pos_embed.shape[1] == 145
     torch.testing.assert_close(large.pos_embed[:, 0], small.pos_embed[:, 0])
     assert torch.equal(large.blocks[2].attn.qkv.weight, small.blocks[2].attn.qkv.weight)

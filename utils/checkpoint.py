@@ -5,14 +5,11 @@ import json
 import os
 import pickle
 import re
-import stat
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -21,21 +18,20 @@ from utils import distributed
 from utils.errors import FarError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SAFE = "far"  # where safetensors' metadata hold our plain data
-# Under which training scripts store the weights, and what wrappers put before their names. `model` comes before its
-# moving average: it is what such a script evaluates and reports, and DeiT's published files hold.
+METADATA_KEY = "far"  # where the metadata of a safetensors file hold our plain data
+# Keys under which training scripts store the weights. `model` comes before its moving average: it is what such a script
+# evaluates and reports, and what DeiT's published files hold.
 WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod)\.)*")  # DataParallel's and torch.compile's
-RECIPE = (  # whether the file is a model, weights, or either in one of the first two wrappers
+RECIPE = (  # for a file that holds a pickled model, weights, or either under one of the first two keys
     "import torch; m = torch.load('FILE', 'cpu', weights_only=False); "
     "m = m.get('model', m.get('state_dict', m)) if isinstance(m, dict) else m; "
     "torch.save(m if isinstance(m, dict) else m.state_dict(), 'weights.pth')"
 )
-FOLDER = 0x10  # the attribute of MS-DOS that zip files have kept
 
 
 class ForeignObject:
-    """Stands for what training scripts keep beside weights and FAR does not read: nothing of theirs is made."""
+    """Stands for an object that a training script stored beside the weights; its content is dropped."""
 
     def __init__(self, *args):
         pass
@@ -43,25 +39,20 @@ class ForeignObject:
     def __setstate__(self, state):
         pass
 
-    def __repr__(self) -> str:
-        return "a Python object"
 
-
-# Plain data whose types torch's own loader refuses: a script's flags, paths among them, dates, NumPy's scalars.
+# Types of plain data beside the weights that torch's weights_only loader refuses: flags, paths, NumPy scalars.
 BESIDE_WEIGHTS = (
-    *("argparse.Namespace", "types.SimpleNamespace", "datetime.datetime", "datetime.timedelta"),
-    *(f"pathlib{module}.{kind}" for module in ("", "._local") for kind in ("PosixPath", "WindowsPath")),
-    *(f"pathlib{module}.Pure{kind}" for module in ("", "._local") for kind in ("PosixPath", "WindowsPath")),
-    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
-    *("numpy.dtype", *(f"numpy.dtypes.{name}" for name in dir(np.dtypes) if name.endswith("DType"))),
+    "argparse.Namespace",
+    *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
 )
 
 
 def write_atomic(path: Path, write) -> None:
-    """Calls `write(file)` on a file in memory, which then replaces `path`: readers see the old or the new one, whole.
+    """Calls `write(file)` on a file in memory, which then replaces `path`: readers see the old or the new file.
 
     Raises:
-        FarError: the disk is full, or the folder gone or closed; the old file stays, and nothing beside it.
+        FarError: the disk is full, or the folder is missing or read-only; the old file stays, and nothing beside it.
     """
     path = Path(path)
     # In memory first: a format's own writer meets a full disk with an error of its own, or with none.
@@ -100,10 +91,16 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, lambda file: torch.save(content, file))
 
 
-def load(path: str | Path, flag: str = "") -> dict[str, Any]:
-    """Loads a file of torch's (weights only) or safetensors onto the CPU; its content tells which, not its name.
+def save_safe(path: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Saves tensors, and plain data in the metadata, as safetensors; `load` returns both."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(plain)})
 
-    Of several processes rank 0 reads for all.
+
+def load(path: str | Path, flag: str = "") -> dict[str, Any]:
+    """Loads a torch (weights only) or safetensors file onto the CPU; the format is told by content, not by name.
+
+    In a distributed run rank 0 reads the file for all.
 
     Args:
         path: the file.
@@ -113,20 +110,20 @@ def load(path: str | Path, flag: str = "") -> dict[str, Any]:
         FarError: no file, damaged, or a pickle of more than tensors and plain data (refused, never executed).
     """
     source = f"{flag} {path}".strip()
-    return distributed.everywhere(lambda file: _load(file, source), Path(path))
+    return distributed.everywhere(lambda file: parse(file, source), Path(path))
 
 
-def _load(path: Path, source: str) -> dict[str, Any]:
+def parse(path: Path, source: str) -> dict[str, Any]:
+    """`load` in this process. source: how messages name the file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
+        if path.exists() and not path.is_file():  # opening a FIFO would block
             raise FarError(f"{source}: not a file; name a checkpoint, such as a run's best.pth")
         file = path.open("rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FarError(f"{source}: {reason.lower()}; check the path") from error
     try:
-        with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, on kinds of tensors that are refused by name below
+        with file:
             content = _parse(file)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
@@ -142,30 +139,17 @@ def _load(path: Path, source: str) -> dict[str, Any]:
     return content
 
 
-def _safe(path: str) -> dict[str, Any]:
-    """A safetensors file: its tensors, or what `save_safe` wrote, a checkpoint of ours."""
-    with safetensors.safe_open(path, "pt") as file:
-        plain = json.loads((file.metadata() or {}).get(SAFE, "{}"))
-    tensors = safetensors.torch.load_file(path)
-    return {**plain, "model": tensors} if plain else tensors
-
-
-def save_safe(path: Path, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Tensors and plain data, which goes into the metadata, in safetensors' layout; `load` gives both back."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, path, {"format": "pt", SAFE: json.dumps(plain)})
-
-
 def _parse(file: BinaryIO) -> Any:
     head = file.read(9)
     file.seek(0)
-    if head[8:] == b"{":  # the header's length in eight bytes, then JSON
-        return _safe(file.name)
+    if head[8:] == b"{":  # safetensors: the header's length in eight bytes, then JSON
+        with safetensors.safe_open(file.name, "pt") as opened:
+            plain = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
+        tensors = safetensors.torch.load_file(file.name)
+        return {**plain, "model": tensors} if plain else tensors
     if head.startswith(b"PK\x03\x04"):
-        # torch stores checksums and never looks at them, and of a record marked as a folder it reads nothing, leaving
-        # the tensor whatever was in memory. It does not compress.
         with zipfile.ZipFile(file) as archive:
-            if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
+            if archive.testzip():  # torch stores checksums and does not compare them: a flipped bit would load
                 raise zipfile.BadZipFile
         file.seek(0)
     with torch.serialization.safe_globals([(ForeignObject, name) for name in BESIDE_WEIGHTS]):
@@ -173,27 +157,27 @@ def _parse(file: BinaryIO) -> Any:
 
 
 def weights_of(content: dict[str, Any]) -> dict[str, Any]:
-    """A model's weights by their own names, whatever script wrapped them; unchecked."""
+    """A model's state dict without the keys and prefixes of the script that wrote it; values unchecked."""
     state = next((content[key] for key in WRAPPERS if key in content), content)
     return {PREFIXES.sub("", str(key), 1): value for key, value in state.items()} if isinstance(state, dict) else {}
 
 
-def whole(value: Any, low: int, high: int) -> bool:
-    """Whether a value from a file is an integer (no bool, no float) in low..high."""
+def is_int(value: Any, low: int, high: int) -> bool:
+    """True if a value from a file is an integer (no bool, no float) in low..high."""
     return type(value) is int and low <= value <= high
 
 
 def check_dense(value: Any, dtypes: tuple[torch.dtype, ...], name: str, source: str) -> None:
-    """Raises FarError unless `value` is an ordinary tensor of one of these types."""
+    """Raises FarError unless `value` is a dense tensor of one of these types."""
     if not isinstance(value, Tensor):
         raise FarError(f"{source}: {name} is a {type(value).__name__}, not a tensor; save a state_dict of tensors")
-    if value.dtype not in dtypes or value.layout != torch.strided or value.is_nested or value.is_meta:
-        kind = ", ".join(str(k).removeprefix("torch.") for k in (value.dtype, value.layout, value.device))
+    if value.dtype not in dtypes or value.layout != torch.strided:
+        kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
         raise FarError(f"{source}: {name} is a tensor of another kind ({kind}); save it dense, as float32")
 
 
 def check_tensor(value: Any, like: Tensor, name: str, source: str) -> None:
-    """Raises FarError unless `value` can stand for `like`: of its shape and kind of number, finite in its precision."""
+    """Raises FarError unless `value` has the shape and kind of number of `like`, and is finite in its precision."""
     check_dense(value, FLOATS if like.is_floating_point() else (like.dtype,), name, source)
     if value.shape != like.shape:
         raise FarError(
@@ -202,30 +186,28 @@ def check_tensor(value: Any, like: Tensor, name: str, source: str) -> None:
         )
     value = value.detach().to(like.dtype)
     if not value.isfinite().all():
-        what = "NaN" if value.isnan().any() else "infinity"
-        raise FarError(f"{source}: {name} holds {what}; copy it again, or train again from an earlier checkpoint")
+        kind = "NaN" if value.isnan().any() else "infinity"
+        raise FarError(f"{source}: {name} holds {kind}; copy it again, or train again from an earlier checkpoint")
 
 
-def check_state(own: Mapping[str, Tensor], state: Any, source: str) -> None:
-    """Raises FarError unless `state` holds the tensors of `own` and no others, by name, shape and kind."""
-    if not isinstance(state, dict):
-        raise FarError(f"{source}: holds a {type(state).__name__} for weights; save a state_dict")
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
+    """Raises FarError unless `state` holds the tensors of `expected` and no others, by name, shape and kind."""
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys(), key=str)
     if missing or extra:
         first = f"lacks {missing[0]}" if missing else f"holds {extra[0]!s:.80} besides"
         raise FarError(f"{source}: weights of another architecture ({first}); name the model they belong to")
-    for name, tensor in own.items():
+    for name, tensor in expected.items():
         check_tensor(state[name], tensor, name, source)
 
 
 def load_into(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict`, strict, the first difference told in one line. A module on meta gets copies of its own."""
-    own = module.state_dict()
-    check_state(own, state, source)
-    assign = any(tensor.is_meta for tensor in own.values())
+    """`load_state_dict`, strict, with the first difference as one line. A module on meta takes copies."""
+    expected = module.state_dict()
+    check_state(expected, state, source)
+    assign = any(tensor.is_meta for tensor in expected.values())
     if assign:  # copies: a file's tensors may share memory with each other
         state = {
             name: state[name].detach().to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in own.items()
+            for name, tensor in expected.items()
         }
     module.load_state_dict(dict(state), assign=assign)

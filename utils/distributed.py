@@ -21,17 +21,18 @@ from utils.memory import keep_freed
 MINUTES = 30.0  # that processes wait for one another: a download on the first takes long
 
 
+# A gloo group of all processes, set by `start`: what they agree on and the files they share travel over it, from CPU
+# memory to CPU memory. The default group is NCCL's on CUDA and would move them through the GPU and wait for its stream.
+control_group: dist.ProcessGroup | None = None
+
+
 @dataclass(frozen=True)
 class Context:
-    """This process's place in the run. `world` processes; rank 0 alone reads and writes files and draws progress bars.
-
-    `control` is a gloo group: what the processes agree on travels over it and never waits for a CUDA stream.
-    """
+    """This process's rank among `world` processes. Rank 0 alone reads and writes files and draws progress bars."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    control: Any = None
 
     @property
     def main(self) -> bool:
@@ -49,65 +50,69 @@ class Context:
         if self.world == 1:
             return value
         shared = torch.tensor(value)
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=control_group)
         return int(shared)
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier(group=self.control)
+            dist.barrier(group=control_group)
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Rank 0 does the work; everyone gets its result (plain data), or raises its FarError."""
-        if self.world == 1:
-            return work()
-        if not self.main:
-            return _heard(self.control)
-        return _said(work, self.control)
+        """Rank 0 does the work; every process returns its result (plain data), or raises its FarError."""
+        return work() if self.world == 1 else broadcast(work)
 
 
-def _said(work: Callable[[], Any], group=None) -> Any:
-    """Rank 0's side: does the work and tells its result, or its FarError."""
-    try:
-        told = (work(), "")
-    except FarError as error:
-        dist.broadcast_object_list([(None, str(error))], 0, group=group)
-        raise
-    dist.broadcast_object_list([told], 0, group=group)
-    return told[0]
+def say(context: Context, text: str) -> None:
+    """Prints a line on rank 0."""
+    if context.main:
+        print(text, flush=True)
 
 
-def _heard(group=None) -> Any:
-    """The others' side of `_said`."""
-    heard: list[Any] = [None]
-    dist.broadcast_object_list(heard, 0, group=group)
-    value, error = heard[0]
+def broadcast(work: Callable[[], Any]) -> Any:
+    """Returns rank 0's `work()` on every process, or raises its FarError on every process."""
+    message: list[Any] = [None]
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            message = [(work(), "")]
+        except FarError as error:
+            failure, message = error, [(None, str(error))]
+    dist.broadcast_object_list(message, 0, group=control_group)
+    if failure:
+        raise failure
+    result, error = message[0]
     if error:
         raise Echo(error)
-    return value
+    return result
 
 
 def everywhere(load: Callable[[Path], Any], path: Path) -> Any:
-    """`load(path)` everywhere, of rank 0's file: the others may share no disk with it. Raises rank 0's FarError."""
+    """Returns `load(path)` of rank 0's file on every process: they may share no disk. Raises rank 0's FarError."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return load(path)
-    if dist.get_rank() == 0:
-        loaded = []
-        _said(lambda: loaded.append(load(path)) or path.read_bytes())
+    loaded = []
+
+    def read() -> bytes:
+        loaded.append(load(path))  # before the bytes go out: a damaged file is one error, on every process
+        return path.read_bytes()
+
+    content = broadcast(read)
+    if loaded:
         return loaded[0]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        copy.write_bytes(_heard())
+        copy.write_bytes(content)
         return load(copy)
 
 
 def cores() -> int:
-    """Of this machine's, as many as each of the run's processes on it may use."""
+    """CPU cores of this machine for each of the run's processes on it."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is one. Raises FarError where the named device is missing."""
+    """The device of a name; `auto` is CUDA where there is one. Raises FarError where the named device is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -123,7 +128,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def prepare(device: torch.device) -> torch.device:
-    """Makes a CUDA device this process's own, with float32 matrix products in TF32, as cuDNN has them by default."""
+    """Sets up a device for this process: on CUDA float32 matrix products run in TF32, as cuDNN's do by default."""
     if device.type == "cpu":
         keep_freed()
     if device.type == "cuda":
@@ -139,6 +144,7 @@ def start(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> 
         FarError: `--distributed` outside torchrun, or torchrun without `--distributed`.
         LostContact: another process did not come.
     """
+    global control_group
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if distributed and not launched:
         raise FarError("--distributed: not started by torchrun; use `torchrun --nproc_per_node=N ... --distributed`")
@@ -152,22 +158,22 @@ def start(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> 
     try:
         with signals.by_default():
             store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-            store = _fresh(store, rank, world, wait)
+            store = fresh_store(store, rank, world, wait)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-            control = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else dist.group.WORLD
+            control_group = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else dist.group.WORLD
     except dist.DistError as error:
         raise LostContact(
             f"the processes did not find one another within {wait} (--dist-timeout): {one_line(str(error))}"
         ) from error
-    return Context(rank, world, where, control)
+    return Context(rank, world, where)
 
 
-def _fresh(store: dist.Store, rank: int, world: int, wait: timedelta) -> dist.Store:
-    """A part of the store that no earlier attempt has written to, agreed on by all processes.
+def fresh_store(store: dist.Store, rank: int, world: int, wait: timedelta) -> dist.Store:
+    """A prefix of the store that no earlier attempt has written to, agreed on by all processes.
 
-    Under a static rendezvous (`--master-port`) torchrun keeps one store over its restarts: a process could read in
-    it the address of one that is gone. So each process says hello with a name that was never used before; the first one
-    answers to that name, again and again, until everyone has taken up its own name as the new part's.
+    Under a static rendezvous (`--master-port`) torchrun keeps one store over its restarts, so a process could read the
+    address of one that is gone. Every process announces a new random name; rank 0 answers each with its own name, again
+    and again, until all have taken that name as their prefix.
     """
     me = uuid.uuid4().hex
     if rank:
@@ -194,6 +200,7 @@ def joined(distributed: bool, device: str = "auto", minutes: float = MINUTES) ->
 
     Raises LostContact where another process is gone, FarError where memory is, besides `start`'s errors.
     """
+    global control_group
     try:
         yield start(distributed, device, minutes)
     except RuntimeError as error:
@@ -209,4 +216,5 @@ def joined(distributed: bool, device: str = "auto", minutes: float = MINUTES) ->
         raise
     finally:
         if dist.is_initialized():
+            control_group = None
             dist.destroy_process_group()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import whole
+from utils.checkpoint import is_int
 from utils.errors import FarError
 
 PLACE = ("stage_index", "epoch")  # what every line of a run's logs begins with
@@ -27,7 +27,7 @@ def read_lines(path: str | Path, place: Sequence[str] = PLACE) -> tuple[list[dic
     if not cut and rows and rows[-1] is None:
         rows, cut = rows[:-1], True
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(whole(row.get(key), 0, 10**9) for key in place):
+        if not isinstance(row, dict) or not all(is_int(row.get(key), 0, 10**9) for key in place):
             raise FarError(f"{path}: line {number} is damaged; mend or remove it, or name another --output-dir")
     return rows, cut
 

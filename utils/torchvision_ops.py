@@ -38,7 +38,7 @@ def ensure_loadable() -> bool:
     global _library
     if _library is not None:
         return True
-    if compiled_ops_load() or hasattr(torch.ops.torchvision, SCHEMAS[0]):  # by another copy of the suite (hubconf.py)
+    if compiled_ops_load() or hasattr(torch.ops.torchvision, SCHEMAS[0]):  # declared by others
         return False
     _library = torch.library.Library("torchvision", "DEF")
     for name in SCHEMAS:
