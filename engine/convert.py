@@ -66,9 +66,9 @@ def _come(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]
     content, source = load(asked.published, "--published"), f"--published {asked.published}"
     model, config, dropped = from_published(content, source, asked.asked, asked.rep_by, asked.tolerance)
     parts = [*replacements(model).values(), *mlps(model).values()]
-    zeroed = sum(int(mask.sum()) for part in parts for mask in part.silent().values())
+    zeroed = sum(int(mask.sum()) for part in parts for mask in part.dead_units().values())
     if asked.remove_zeroed:
-        remove_silent(parts)
+        remove_dead_units(parts)
     save(asked.output, pack(model, config))
     done = "removed" if asked.remove_zeroed or not zeroed else "kept (--remove-zeroed takes them out)"
     said = f"{zeroed} zeroed units {done}" + f", values up to {dropped:.3g} off the heads' blocks dropped" * (
@@ -93,10 +93,10 @@ def _check_output(asked: ConvertConfig) -> None:
     check_writable(asked.output.absolute().parent, "--output")
 
 
-def remove_silent(parts: Iterable[BlockPart]) -> None:
+def remove_dead_units(parts: Iterable[BlockPart]) -> None:
     """Takes units that are always zero out of the parts, but for one where a place would have none."""
     for part in parts:
-        silent = part.silent()
-        for mask in silent.values():
+        dead = part.dead_units()
+        for mask in dead.values():
             mask[0] &= not mask.all()
-        part.shrink({place: (~mask).nonzero().flatten() for place, mask in silent.items()})
+        part.shrink({place: (~mask).nonzero().flatten() for place, mask in dead.items()})
