@@ -8,15 +8,14 @@ import contextlib
 import json
 import sys
 import tempfile
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from deploy import gpu_speed, rivals, speed, timing
+from deploy import gpu_speed, rivals, speed
+from deploy.timing import Times, compare, peak_bytes
 from models.count import count_macs
 from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
@@ -27,22 +26,12 @@ from utils.distributed import pick_device
 from utils.errors import FarError
 from utils.files import check_writable
 from utils.script import run_script
-
-
-def show(title: str, times: speed.Times, against: str) -> None:
-    print(f"\n{title}")
-    for name, t in times.items():
-        low, high = t["quartiles_ms"]
-        ratio = times[against]["median_ms"] / t["median_ms"]
-        print(
-            f"  {name:<26}{t['median_ms']:>10.3f} ms  ({low:.3f} to {high:.3f}){ratio:>8.2f}x as fast as {against}",
-            flush=True,
-        )
+from utils.terminal import table
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the flags ask for; see `build_parser`."""
+    """The flags; see `build_parser`."""
 
     output_dir: Path
     seconds: float
@@ -56,103 +45,67 @@ class Config:
             raise FarError(f"--image-size {odd[0]}: {rivals.BASE} needs a multiple of 16 up to {LARGEST_INPUT}")
 
 
-def count_sizes() -> dict[str, dict[str, int]]:
-    """Parameters and MACs of whole models."""
-    models = {name: variant.build(224) for name, variant in rivals.VARIANTS.items()}
-    sizes = {name: {"parameters": count_parameters(m), "macs": count_macs(m)} for name, m in models.items()}
-    print(f"{'model, 224 px, random weights':<30}{'parameters':>12}{'million MACs':>14}")
-    for name, size in sizes.items():
-        print(f"  {name:<28}{size['parameters']:>12,}{size['macs'] / 1e6:>14,.0f}")
-    return sizes
+def show(title: str, times: Times, megabytes: dict[str, float] | None = None) -> None:
+    """Prints times beside attention's, which is among them."""
+    rows = [[title, "median ms", "quartiles", "times as fast as attention", *["peak MB"] * bool(megabytes)]]
+    for name, t in times.items():
+        low, high = t["quartiles_ms"]
+        ratio = times["attention"]["median_ms"] / t["median_ms"]
+        rows.append([name, f"{t['median_ms']:.3f}", f"{low:.3f} to {high:.3f}", f"{ratio:.2f}"])
+        rows[-1] += [f"{megabytes[name]:.1f}"] if megabytes else []
+    print(f"\n{table(rows)}", flush=True)
 
 
-def start_rivals(runtimes: list[str], setting: rivals.Setting) -> rivals.Rivals:
-    """Those that can run here; the others are named."""
-    found = rivals.programs(runtimes)
-    for program in found:
+def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], Times]:
+    """Times of whole models at (batch, size), each runtime in a process of its own, in turns."""
+    programs, results = rivals.programs(config.runtimes), {}
+    for program in programs:
         if reason := program.lacks():
-            print(f"  skipped: {program}: {reason}")
-    return rivals.Rivals([program for program in found if not program.lacks()], setting)
-
-
-def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], dict[str, dict]]:
-    """Whole models at (batch, size), each runtime in a process of its own, in turns."""
-    found: dict[tuple[int, int], dict[str, dict]] = {}
+            print(f"skipped: {program}: {reason}")
     shapes = [(batch, 224) for batch in config.batches] + [(1, size) for size in config.image_size if size != 224]
-    print(f"\nwhole models, {threads} threads, median ms; programs take turns")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.closing(start_rivals(config.runtimes, rivals.Setting(threads, folder))) as running,
-    ):
-        for batch, size in tqdm(shapes, desc="shapes", unit="shape", leave=False, disable=None):
-            asked = [program for program in running.programs if size == 224 or program.large]
-            found[batch, size] = running.compare(asked, batch, size, config.seconds / 5)
-            for program, complaint in running.failed.items():
-                print(f"  failed at batch {batch}, {size} px: {program}: {complaint}", flush=True)
-    print(f"  {'':<46}" + "".join(f"{f'{b} x {s} px':>13}" for b, s in shapes))
-    for name in dict.fromkeys(name for times in found.values() for name in times):
-        cells = [times.get(name, {}).get("median_ms") for times in found.values()]
-        print(f"  {name:<46}" + "".join(f"{ms:>13.2f}" if ms else f"{'':>13}" for ms in cells), flush=True)
-    return found
-
-
-def by_batch(kind: str, things: dict, shape: tuple[int, ...], config: Config, against: str) -> dict[str, speed.Times]:
-    """Times of all things at each batch size, `shape` being one sample's."""
-    found = {}
-    for batch in config.batches:
-        x = torch.randn(batch, *shape)
-        calls = {name: lambda m=m, x=x: m.eval()(x) for name, m in things.items()}
-        title = f"{kind}, batch {batch}, threads {torch.get_num_threads()}"
-        found[title] = timing.interleaved(calls, config.seconds, 3)
-        show(title, found[title], against)
-    return found
-
-
-def by_tokens(things: dict, config: Config) -> dict[str, list[dict]]:
-    """Time and extra memory of a layer over image sizes, batch 1."""
-    curve: dict[str, list[dict]] = {}
-    for size in config.image_size:
-        tokens = (size // 16) ** 2 + 1
-        x = torch.randn(1, tokens, rivals.DIM)
-        calls = {name: lambda m=things[name], x=x: m(x) for name in ("attention", "FAR fused", *speed.KEEP)}
-        times = timing.interleaved(calls, config.seconds / 2, 3)
-        show(f"layer, batch 1, {size} px, {tokens} tokens", times, "attention")
-        for name, call in calls.items():
-            curve.setdefault(name, []).append({"tokens": tokens, "peak_bytes": timing.peak_bytes(call), **times[name]})
-            print(f"  {name:<26}{curve[name][-1]['peak_bytes'] / 1e6:>10.1f} MB at most allocated besides")
-    return curve
+    with tempfile.TemporaryDirectory() as folder:
+        setting = rivals.Setting(threads, folder)
+        able = [program for program in programs if not program.lacks()]
+        with contextlib.closing(rivals.Processes(able, setting)) as processes:
+            for batch, size in tqdm(shapes, desc="shapes", unit="shape", leave=False, disable=None):
+                chosen = [program for program in able if size == 224 or program.large]
+                results[batch, size] = processes.compare(chosen, batch, size, config.seconds / 15)
+                for program, reason in processes.failed.items():
+                    print(f"failed at batch {batch}, {size} px: {program}: {reason}", flush=True)
+    rows = [[f"whole models, {threads} threads, median ms", *(f"{b} x {s} px" for b, s in shapes)]]
+    for name in dict.fromkeys(name for times in results.values() for name in times):
+        rows.append([name, *(f"{t[name]['median_ms']:.2f}" if name in t else "" for t in results.values())])
+    print(f"\n{table(rows)}", flush=True)
+    return results
 
 
 @torch.inference_mode()
-def layer_times(config: Config, layers: dict) -> dict[str, Any]:
-    """Layers by batch, and over the number of tokens."""
-    out = by_batch("layer", layers, (197, rivals.DIM), config, "attention")
-    return out | {"tokens": by_tokens(layers, config)}
+def compare_layers(config: Config, threads: int) -> dict[str, Times | dict[str, list[dict]]]:
+    """Times of layers by batch at 197 tokens, and time and memory by the number of tokens for one image."""
+    layers = {name: layer.eval() for name, layer in speed.layers(197).items()}
+    results, curve = {}, {}
+    for batch in config.batches:
+        x = torch.randn(batch, 197, rivals.DIM)
+        title = f"layer, batch {batch}, threads {threads}"
+        results[title] = compare({name: lambda m=m, x=x: m(x) for name, m in layers.items()}, config.seconds)
+        show(title, results[title])
+    for size in config.image_size:
+        tokens = (size // 16) ** 2 + 1
+        x = torch.randn(1, tokens, rivals.DIM)
+        calls = {name: lambda m=layers[name], x=x: m(x) for name in ("attention", "FAR fused", *speed.KEEP)}
+        times = compare(calls, config.seconds / 2)
+        for name, call in calls.items():
+            curve.setdefault(name, []).append({"tokens": tokens, "peak_bytes": peak_bytes(call), **times[name]})
+        megabytes = {name: points[-1]["peak_bytes"] / 1e6 for name, points in curve.items()}
+        show(f"layer, batch 1, {size} px, {tokens} tokens", times, megabytes)
+    return results | {"tokens": curve}
 
 
-def trained_models(config: Config) -> list[dict]:
-    """Accuracy beside time, of the demo's models; none where there is no demo."""
-    rows = speed.accuracy_and_latency(config.runs, config.seconds)
-    if not rows:
-        where = ", ".join(map(str, config.runs))
-        print(f"\nno trained models in {where}: run `make demo` first for accuracy against latency")
-        return []
-    print(f"\ntrained models, DIGITS, one image{'top-1 %':>10}{'ms':>9}{'parameters':>12}{'million MACs':>14}")
-    for row in rows:
-        print(
-            f"  {row['name']:<31}{row['acc1']:>10.2f}{row['median_ms']:>9.3f}"
-            f"{row['parameters']:>12,}{row['macs'] / 1e6:>14.1f}"
-        )
-    return rows
-
-
-def show_targets(rows: list[dict]) -> None:
-    """The ratios worth reaching, of what was measured."""
-    if rows:
-        print(f"\n{'how many times as fast':<86}{'at least':>9}{'aim':>6}{'reached':>9}")
-    for row in rows:
-        aim = f"{row['aim']:.2f}" if "aim" in row else ""
-        print(f"  {row['what']:<84}{row['at_least']:>9.2f}{aim:>6}{row['reached']:>9.2f}")
+def compare_training(config: Config) -> Times:
+    """Times of forward and backward of a layer, batch 8, 197 tokens."""
+    x, layers = torch.randn(8, 197, rivals.DIM, requires_grad=True), speed.layers(197)
+    names = ("attention", "dense BiLSTM", "FAR torch", "FAR")
+    return compare({name: lambda m=layers[name]: m(x).sum().backward() for name in names}, config.seconds)
 
 
 def build_parser() -> Parser:
@@ -187,37 +140,40 @@ def build_parser() -> Parser:
     return parser
 
 
-def on_gpu(parser: Parser, argv: list[str] | None, args: Namespace) -> int:
-    """--device cuda: its own defaults, unless the command line says otherwise."""
-    parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
-    given = {"output_dir", "seconds", "batches"} & parser.given(argv).keys()
-    asked = gpu_speed.Asked(**{name: vars(args)[name] for name in given})
-    return gpu_speed.run(asked, gpu_speed.machine(pick_device("cuda")))
-
-
 def benchmark(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.device == "cuda":
-        return on_gpu(parser, argv, args)
+    if args.device == "cuda":  # has defaults of its own
+        parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
+        given = {"output_dir", "seconds", "batches"} & parser.given(argv).keys()
+        return gpu_speed.run(gpu_speed.Config(**{name: vars(args)[name] for name in given}), pick_device("cuda"))
     check_writable(args.output_dir)
     config = pick(Config, args)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    cpu = torch.backends.cpu.get_cpu_capability()
-    out = {"torch": torch.__version__, "threads": threads, "cpu": cpu, "weights": "random"}
-    out["size"] = count_sizes()
+    models = {name: variant.build(224) for name, variant in rivals.VARIANTS.items()}
+    sizes = {name: {"parameters": count_parameters(m), "macs": count_macs(m)} for name, m in models.items()}
+    rows = [[name, f"{size['parameters']:,}", f"{size['macs'] / 1e6:,.0f}"] for name, size in sizes.items()]
+    print(table([["224 px, random weights", "parameters", "million MACs"], *rows]))
     programs = compare_programs(config, threads)
+    cpu = torch.backends.cpu.get_cpu_capability()
+    out = {"torch": torch.__version__, "threads": threads, "cpu": cpu, "weights": "random", "size": sizes}
     out["models"] = {f"batch {batch}, {size} px": times for (batch, size), times in programs.items()}
-    out |= layer_times(config, speed.layers(197))
-    out["training step"] = speed.training_steps(config.seconds)
-    show("training step of a layer (forward and backward), batch 8", out["training step"], "attention")
+    out |= compare_layers(config, threads)
+    out["training step"] = compare_training(config)
+    show("training step of a layer, batch 8", out["training step"])
     figures = {"tokens.png": latency_by_tokens(out["tokens"])}
-    if rows := trained_models(config):
-        out["accuracy"] = rows
-        figures["accuracy.png"] = accuracy_by_latency(rows)
-    out["reach"] = rivals.reached(programs) + speed.reached(out, threads)
-    show_targets(out["reach"])
+    if trained := speed.accuracy_and_latency(config.runs, config.seconds):
+        out["accuracy"], figures["accuracy.png"] = trained, accuracy_by_latency(trained)
+        heads = ["trained models, DIGITS, one image", "top-1 %", "ms", "parameters", "million MACs"]
+        rows = [
+            [r["name"], f"{r['acc1']:.2f}", f"{r['median_ms']:.3f}", f"{r['parameters']:,}", f"{r['macs'] / 1e6:.1f}"]
+            for r in trained
+        ]
+        print(f"\n{table([heads, *rows])}")
+    else:
+        where = ", ".join(map(str, config.runs))
+        print(f"\nno trained models in {where}: run `make demo` first for accuracy against latency")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(config.output_dir / "benchmark.json", lambda f: f.write(json.dumps(out, indent=2).encode()))
     for name, figure in figures.items():

@@ -27,8 +27,8 @@ from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
 from deploy.fuse import merge_blocks
 from deploy.predict import preprocessing_of
-from deploy.rivals import measure, open_onnx_runtime, open_openvino
-from deploy.timing import PAUSE_S
+from deploy.rivals import open_onnx_runtime, open_openvino
+from deploy.timing import PAUSE_S, measure
 from models.deit import find_teacher
 from models.replace import FarConfig, describe, load_model, set_backend
 from models.weights import ModelName, load_any

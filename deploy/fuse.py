@@ -56,7 +56,7 @@ def fuse(model: VisionTransformer, precision: torch.dtype = torch.float32) -> nn
     """
     reason = packed.why_not(model, precision)
     if not reason:
-        return packed.WholeModel(model, precision)
+        return packed.PackedModel(model, precision)
     if precision != torch.float32:
         raise FarError(f"--fuse {str(precision).removeprefix('torch.')}: {reason}; use --fuse float32")
     if not isinstance(model, VisionTransformer):

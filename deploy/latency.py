@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deploy.fuse import fuse
-from deploy.timing import interleaved
+from deploy.timing import compare
 from engine.hoyer import Norms, unit_norms
 from engine.shrink import Kept, relative
 from models.deit import create_teacher
@@ -154,7 +154,7 @@ def _times(models: Mapping[str, nn.Module], side: int, batch: int) -> dict[str, 
     """Milliseconds of each model fused on the CPU, taking turns; lower quartiles, as other work only adds time."""
     images = torch.randn(batch, 3, side, side)
     calls = {name: partial(fuse(model), images) for name, model in models.items()}
-    return {name: found["quartiles_ms"][0] for name, found in interleaved(calls, SECONDS).items()}
+    return {name: found["quartiles_ms"][0] for name, found in compare(calls, SECONDS, rounds=10).items()}
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ NONE = [0, 0, 0, 0]  # the record of a map that is not there
 
 
 class Packer:
-    """Lays matrices and vectors one behind the other, as kernels/cpp/product.h draws them; gives their places.
+    """Lays matrices and vectors one behind the other in kernels/cpp/product.h's layout; returns their offsets.
 
     All arithmetic before rounding is in the dtype of what comes in. v: floats in a vector of this CPU.
     """
@@ -159,9 +159,9 @@ def _plain_norm(norm: nn.Module) -> bool:
 
 
 def computes_as_timms(model: nn.Module) -> bool:
-    """Whether no heir of timm's class has changed the way from images to logits."""
-    way = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
-    return all(getattr(type(model), name, None) is getattr(VisionTransformer, name) for name in way)
+    """True if no subclass overrides timm's forward path."""
+    methods = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+    return all(getattr(type(model), name, None) is getattr(VisionTransformer, name) for name in methods)
 
 
 def _nothing(*modules: nn.Module) -> bool:
@@ -216,7 +216,7 @@ def _replacement_faults(attn: Replacement) -> Iterator[str]:
 
 
 def structure_faults(model: nn.Module) -> Iterator[str]:
-    """What of a model is neither as in timm's plain VisionTransformer nor a replacement: other forms know no more."""
+    """Why a model is not timm's plain VisionTransformer with replacements, which all fused forms assume."""
     if not computes_as_timms(model):
         yield f"{type(model).__name__} computes otherwise than timm's VisionTransformer"
         return
@@ -248,7 +248,7 @@ def _faults(model: nn.Module) -> Iterator[str]:
 
 
 def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
-    """Why `WholeModel` cannot serve this model, in words; empty where it can."""
+    """Why `PackedModel` cannot serve this model, in words; empty where it can."""
     if not cpu.available():
         return "the C++ kernel cannot be built here"
     if precision not in (torch.float32, torch.bfloat16):
@@ -257,7 +257,7 @@ def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
     return next(_faults(model), "bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
 
 
-class WholeModel(nn.Module):
+class PackedModel(nn.Module):
     """The function of a FAR model or a DeiT without gradients: images (B, C, S, S) to logits (B, classes).
 
     precision: of weights and activations in matrix products; sums, norms, gates and states stay float32. The model is
@@ -288,8 +288,8 @@ class WholeModel(nn.Module):
         if forward or torch.is_grad_enabled() and (images.requires_grad or self.products.requires_grad):
             raise FarError("a fused model has no gradients: take them before fuse(), or call it under torch.no_grad()")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape or not images.is_floating_point():
-            given = f"{tuple(images.shape)}, {images.dtype}"
-            raise FarError(f"this model reads images (B, {', '.join(map(str, self.shape))}) of floats, not {given}")
+            got = f"{tuple(images.shape)}, {images.dtype}"
+            raise FarError(f"this model reads images (B, {', '.join(map(str, self.shape))}) of floats, not {got}")
         if images.device != self.products.device:
             raise FarError(f"this model was fused for the CPU: images on {images.device} must be moved there")
         return torch.ops.far.model(images.float(), self.plan, self.vectors, self.products, self.num_classes)

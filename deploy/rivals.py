@@ -1,36 +1,33 @@
 """Whole models in the runtimes that people deploy them with, each runtime in a process of its own, timed in turns.
 
-Thread pools that spin spoil each other's numbers, so one program runs for a while, all rest, and the next one runs.
-`python -m deploy.rivals` is such a process: it reads questions, a JSON object a line, and answers with milliseconds.
+Thread pools that spin slow each other down, so one program runs for a while, all rest, and the next one runs.
 """
 
-import contextlib
+import functools
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import torch
 from torch import nn
 
 from deploy.fuse import fuse
-from deploy.timing import PAUSE_S, summary
+from deploy.timing import PAUSE_S, Times, in_turns, measure
 from models import kernels
 from models.replace import FarConfig, build, count_parameters
-from utils.errors import FarError
+from utils.errors import first_line
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 OPENVINO, OURS = "OpenVINO", "FAR engine"
-ROUNDS = 3
 ONNX_OPSET = 18
+Call = Callable[[torch.Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,10 @@ VARIANTS = {
     "FAR 0.25": Variant(0.25),
     "FAR 0.25, MLP 0.5": Variant(0.25, 0.5),
 }
-Call = Callable[[torch.Tensor], object]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all programs share. folder: where a model's ONNX file is left, for the next that needs it."""
+class Setting(NamedTuple):
+    """What all programs share. folder: where a model's ONNX file is kept for the next program that needs it."""
 
     threads: int
     folder: str
@@ -82,7 +77,7 @@ def compiled(model: nn.Module, precision: str, setting: Setting) -> Call:
 
 
 def export(model: nn.Module, setting: Setting) -> str:
-    """The model as an ONNX file, batch dynamic; the first process that asks for it makes it."""
+    """The model as an ONNX file, batch dynamic; the first process that needs it makes it."""
     side = model.patch_embed.img_size[0]
     file = Path(setting.folder) / f"{count_parameters(model)}-{side}.onnx"
     with filelock.FileLock(f"{file}.lock"):
@@ -132,8 +127,7 @@ def engine(model: nn.Module, precision: str, setting: Setting) -> Call:
     return fuse(model, getattr(torch, precision))
 
 
-@dataclass(frozen=True)
-class Runtime:
+class Runtime(NamedTuple):
     """make: (model, precision, setting) to a function of images. package: what must be installed for it."""
 
     make: Callable[[nn.Module, str, Setting], Call]
@@ -150,9 +144,8 @@ RUNTIMES = {
 }
 
 
-@dataclass(frozen=True)
-class Program:
-    """A model in a runtime. `large`: one of those that are timed on larger images too."""
+class Program(NamedTuple):
+    """A model in a runtime."""
 
     model: str
     runtime: str
@@ -163,10 +156,11 @@ class Program:
 
     @property
     def large(self) -> bool:
+        """True if it is one of those that are timed on larger images too."""
         return self.runtime in (OPENVINO, OURS) and self.model in (BASE, "FAR", "FAR 0.25")
 
     def lacks(self) -> str:
-        """Why it cannot run here; empty where it can."""
+        """Why it cannot run here; empty if it can."""
         package = RUNTIMES[self.runtime].package
         if not importlib.util.find_spec(package):
             return f"{package} is not installed"
@@ -181,155 +175,66 @@ def programs(runtimes: Collection[str]) -> list[Program]:
     return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].precisions]
 
 
-def answer(name: str, precision: str, setting: Setting) -> Iterator[None]:
-    """A process's life: questions on standard input (model, size, batch, seconds), times in ms on its first output."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    torch.set_num_threads(setting.threads)
-    calls: dict[tuple[str, int], Call] = {}
-    with torch.no_grad():
-        for line in sys.stdin:
-            model, size, batch, seconds = json.loads(line)
-            if (model, size) not in calls:
-                calls[model, size] = RUNTIMES[name].make(VARIANTS[model].build(size), precision, setting)
-            images = torch.randn(batch, 3, size, size)
-            times = measure(lambda: calls[model, size](images), seconds)  # noqa: B023  (called within the turn)
-            print(json.dumps(times), file=out, flush=True)
-            yield
+def _start_process(threads: int) -> None:
+    """What libraries print in a runtime's process is dropped; an error comes back as an exception."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+    torch.set_num_threads(threads)
 
 
-def measure(call: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of repeated calls, two at least. The first warms up; it counts only where calls are as long as that.
-
-    With 0 seconds it is called once.
-    """
-    times, end, least = [], time.perf_counter() + seconds, 2 if seconds else 1
-    while time.perf_counter() < end or len(times) < least:
-        started = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - started) * 1e3)
-    return times[1:] if len(times) > 2 else times
+@functools.cache
+def _load(program: Program, size: int, setting: Setting) -> Call:
+    return RUNTIMES[program.runtime].make(VARIANTS[program.model].build(size), program.precision, setting)
 
 
-# what, at least, aim, precision, (batch, size), the program it is compared with, ours: ratios of times
-TARGETS = (
-    ("FAR unpruned", 0.95, 1.1, "float32", (1, 224), (BASE, OPENVINO), "FAR"),
-    ("FAR 0.25", 1.4, 1.6, "float32", (1, 224), (BASE, OPENVINO), "FAR 0.25"),
-    ("FAR 0.25, half the MLPs", 2.1, 2.4, "float32", (1, 224), (BASE, OPENVINO), "FAR 0.25, MLP 0.5"),
-    ("FAR unpruned", 1.0, 1.2, "bfloat16", (1, 224), (BASE, OPENVINO), "FAR"),
-    ("FAR 0.25", 1.6, 1.9, "bfloat16", (1, 224), (BASE, OPENVINO), "FAR 0.25"),
-    ("FAR 0.25, half the MLPs", 2.2, 2.7, "bfloat16", (1, 224), (BASE, OPENVINO), "FAR 0.25, MLP 0.5"),
-    ("FAR 0.25", 1.5, 1.8, "float32", (8, 224), (BASE, OPENVINO), "FAR 0.25"),
-    ("FAR 0.25", 1.5, 1.8, "float32", (32, 224), (BASE, OPENVINO), "FAR 0.25"),
-    ("FAR 0.25", 1.5, 2.0, "bfloat16", (8, 224), (BASE, OPENVINO), "FAR 0.25"),
-    ("FAR 0.25", 1.5, 2.0, "bfloat16", (32, 224), (BASE, OPENVINO), "FAR 0.25"),
-    ("FAR unpruned", 1.5, 2.0, "float32", (1, 512), (BASE, OPENVINO), "FAR"),
-    ("FAR unpruned", 1.5, 2.0, "bfloat16", (1, 512), (BASE, OPENVINO), "FAR"),
-    ("FAR 0.25", 1.25, 1.45, "float32", (1, 224), (BASE, OURS), "FAR 0.25"),
-    ("FAR 0.25", 1.25, 1.45, "float32", (8, 224), (BASE, OURS), "FAR 0.25"),
-    ("FAR 0.25", 1.25, 1.45, "float32", (32, 224), (BASE, OURS), "FAR 0.25"),
-)
+@torch.no_grad()
+def _run(program: Program, batch: int, size: int, setting: Setting, seconds: float) -> list[float]:
+    """In a runtime's process: milliseconds of repeated calls; with 0 seconds the model is built and called once."""
+    images = torch.randn(batch, 3, size, size)
+    call = functools.partial(_load(program, size, setting), images)
+    call()
+    return measure(call, seconds) if seconds else []
 
 
-def reached(found: dict[tuple[int, int], dict[str, dict]]) -> list[dict]:
-    """The rows of TARGETS whose programs ran, by (batch, size) and program: what, at_least, aim, reached."""
-    rows = []
-    for what, least, aim, precision, shape, (model, runtime), ours in TARGETS:
-        times, (batch, size) = found.get(shape, {}), shape
-        slow, fast = (times.get(str(p)) for p in (Program(model, runtime, precision), Program(ours, OURS, precision)))
-        if slow and fast:
-            text = f"batch {batch}, {size} px, {precision}: {what} over {model} in {runtime}"
-            ratio = slow["median_ms"] / fast["median_ms"]
-            rows.append({"what": text, "at_least": least, "aim": aim, "reached": ratio})
-    return rows
-
-
-class Worker:
-    """A runtime at one precision, in a process of its own."""
-
-    def __init__(self, runtime: str, precision: str, setting: Setting):
-        self.runtime, self.precision, self.setting = runtime, precision, setting
-        self._start()
-
-    def _start(self) -> None:
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close)
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        what = json.dumps([self.runtime, self.precision, asdict(self.setting)])
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.setting.threads)}
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-m", "deploy.rivals", what]
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
-
-    def ask(self, model: str, batch: int, size: int, seconds: float) -> list[float]:
-        """Times in ms. Raises FarError where the program fails; a new process, with nothing built, then stands by."""
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps([model, size, batch, seconds]), file=self.process.stdin, flush=True)
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        complaint = self._complaint()
-        self.close()
-        self._start()
-        raise FarError(complaint)
-
-    def _complaint(self) -> str:
-        """Of a process that ends: its last line, or how it ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=10)
-        self.said.seek(0)
-        silent = f"it said nothing, its exit code is {self.process.poll()}"
-        return (self.said.read().strip().splitlines() or [silent])[-1]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.said.close()
-
-
-class Rivals:
-    """Programs, each with the worker that runs it; to be closed."""
+class Processes:
+    """One process for each runtime and precision among the programs; to be closed."""
 
     def __init__(self, programs: list[Program], setting: Setting):
-        kinds = dict.fromkeys((program.runtime, program.precision) for program in programs)
-        self.workers = {kind: Worker(*kind, setting) for kind in kinds}
-        self.programs = programs
-        self.failed: dict[Program, str] = {}  # of the last comparison: what it said
+        self.programs, self.setting = programs, setting
+        self.pools = {program[1:]: self._pool() for program in programs}
+        self.failed: dict[Program, str] = {}  # in the last comparison, and why
 
-    def compare(self, programs: list[Program], batch: int, size: int, seconds: float) -> dict[str, dict]:
-        """Median and quartiles of each program at one shape, in ROUNDS rounds of turns; without those that fail."""
-        times: dict[Program, list[float]] = {program: [] for program in programs}
+    def _pool(self) -> ProcessPoolExecutor:
+        context = get_context("spawn")
+        return ProcessPoolExecutor(1, context, initializer=_start_process, initargs=(self.setting.threads,))
+
+    def _times(self, program: Program, batch: int, size: int, seconds: float) -> list[float]:
+        """Milliseconds, none once the program failed. A process that ended is replaced."""
+        if program in self.failed:
+            return []
+        try:
+            return self.pools[program[1:]].submit(_run, program, batch, size, self.setting, seconds).result()
+        except BrokenProcessPool:
+            self.failed[program] = "its process ended"
+            self.pools[program[1:]] = self._pool()
+        except Exception as error:  # noqa: BLE001  (each runtime raises its own types)
+            self.failed[program] = first_line(error)
+        return []
+
+    def compare(self, programs: list[Program], batch: int, size: int, seconds: float) -> Times:
+        """Times by name of the programs that run at one shape, `seconds` for each and round."""
         self.failed = {}
 
-        def ask(program: Program, seconds: float) -> None:
-            if program not in self.failed:
-                try:
-                    worker = self.workers[program.runtime, program.precision]
-                    times[program] += worker.ask(program.model, batch, size, seconds)
-                except FarError as error:
-                    self.failed[program] = str(error)
-
-        def prepare(kind: tuple[str, str]) -> None:
+        def build(kind: tuple[str, str]) -> None:
             for program in programs:
-                if (program.runtime, program.precision) == kind:
-                    ask(program, 0)
+                if program[1:] == kind:
+                    self._times(program, batch, size, 0.0)
 
-        # All at once: what is built and warmed up now is not timed.
-        with ThreadPoolExecutor(max(1, len(self.workers))) as pool:
-            list(pool.map(prepare, self.workers))
-        for found in times.values():
-            found.clear()
-        for _ in range(ROUNDS):
-            for program in programs:
-                time.sleep(PAUSE_S)
-                ask(program, seconds / ROUNDS)
-        return {str(program): summary(found) for program, found in times.items() if program not in self.failed}
+        with ThreadPoolExecutor(max(1, len(self.pools))) as threads:  # all processes at once
+            list(threads.map(build, self.pools))
+        measures = {str(p): functools.partial(self._times, p, batch, size) for p in programs if p not in self.failed}
+        return in_turns(measures, seconds, pause=PAUSE_S)
 
     def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
-
-if __name__ == "__main__":
-    *kind, shared = json.loads(sys.argv[1])
-    for _ in answer(*kind, Setting(**shared)):
-        pass
+        for pool in self.pools.values():
+            pool.shutdown(cancel_futures=True)

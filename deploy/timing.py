@@ -1,35 +1,63 @@
-"""How times and memory are taken."""
+"""How time and memory are measured: repeated calls of one thing, and several things in turns."""
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-PAUSE_S = 0.2  # between programs: threads of one that still spin would spoil the other's times
+import torch
+from torch.utils.benchmark import Timer
+
+PAUSE_S = 0.2  # between programs: threads of one that still spin would slow the next
+ROUNDS = 3
+CPU = torch.device("cpu")
+Call = Callable[[], object]
 Times = dict[str, dict[str, float]]
 
 
-def summary(times: list[float]) -> dict:
+def measure(call: Call, seconds: float) -> list[float]:
+    """Milliseconds of repeated calls, after a warm-up, on torch's number of threads; on CUDA each is waited for."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return [1e3 * s for s in timer.blocked_autorange(min_run_time=seconds).times]
+
+
+def in_turns(
+    measures: Mapping[str, Callable[[float], list[float]]], seconds: float, rounds: int = ROUNDS, pause: float = 0.0
+) -> Times:
+    """Median and quartiles in milliseconds by name. Other work on the machine then slows all of them alike.
+
+    Args:
+        measures: by name, a function of seconds to measured milliseconds; one that gives none in a turn is left out.
+        seconds: for each name and round.
+        rounds: how often each has its turn, two at least.
+        pause: seconds of rest before each turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, run in measures.items():
+            time.sleep(pause)
+            times[name] += run(seconds)
+    return {name: summary(found) for name, found in times.items() if len(found) >= rounds}
+
+
+def compare(calls: Mapping[str, Call], seconds: float, rounds: int = ROUNDS) -> Times:
+    """`in_turns` of calls in this process, `seconds` for all of them together."""
+    each = seconds / len(calls) / rounds if calls else 0.0
+    return in_turns({name: lambda s, call=call: measure(call, s) for name, call in calls.items()}, each, rounds)
+
+
+def summary(times: list[float]) -> dict[str, float | list[float]]:
     low, median, high = statistics.quantiles(times, n=4)
     return {"median_ms": median, "quartiles_ms": [low, high], "repeats": len(times)}
 
 
-def interleaved(calls: dict[str, Callable], seconds: float, least: int = 5) -> Times:
-    """Times all calls in turn, again and again: median, and the spread between quartiles, in milliseconds."""
-    for call in calls.values():
+def peak_bytes(call: Call, device: torch.device = CPU) -> int:
+    """The most bytes that torch allocates during a call beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < least:
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: summary(found) for name, found in times.items()}
-
-
-def peak_bytes(call: Callable) -> int:
-    """Peak bytes allocated during a call, beyond what was there before it: the running sum of torch's allocations."""
+        return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's notices stand between the rows
     from torch.profiler import ProfilerActivity, profile
 

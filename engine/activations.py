@@ -16,7 +16,7 @@ from utils.distributed import Context
 BATCHES = 8  # of training images
 RIDGE = 1e-3  # of the units' mean square, so that units which hardly vary get no large weights
 
-# By the places of a bundle: (u + 1, u + 1), the sums over images and tokens of the products of its units, and of 1.
+# By places that are read together: (u + 1, u + 1), sums over images and tokens of the products of their units and 1.
 Grams = dict[tuple[Place, ...], Tensor]
 
 
@@ -26,12 +26,12 @@ def first_batches(data: Data, batch_size: int, context: Context) -> Iterator[Ten
         yield images.to(context.device)
 
 
-def _bundles(parts: Mapping[int, BlockPart]) -> Iterator[tuple[tuple[Place, ...], nn.Linear, list]]:
-    """`BlockPart.bundles` of parts by block, their places with the block in front."""
+def _consumers(parts: Mapping[int, BlockPart]) -> Iterator[tuple[tuple[Place, ...], nn.Linear, list]]:
+    """`BlockPart.consumers` of parts by block, their places with the block in front."""
     for i, part in parts.items():
-        for bundle in part.bundles():
-            readers = [(weight, bias, [(i, *place) for place in places]) for weight, bias, places in bundle.readers]
-            yield tuple((i, *place) for place in bundle.places), bundle.seen, readers
+        for consumers in part.consumers():
+            readers = [(weight, bias, [(i, *place) for place in places]) for weight, bias, places in consumers.readers]
+            yield tuple((i, *place) for place in consumers.places), consumers.seen, readers
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def unit_grams(
 
         handles.append(seen.register_forward_pre_hook(add))
 
-    for places, seen, _ in _bundles(parts):
+    for places, seen, _ in _consumers(parts):
         watch(places, seen)
     training = model.training
     model.eval()
@@ -76,10 +76,10 @@ def _covariance(gram: Tensor) -> tuple[Tensor, Tensor]:
     return mean, gram[:-1, :-1] / count - torch.outer(mean, mean)
 
 
-def carried(parts: Mapping[int, BlockPart], grams: Grams) -> Norms:
+def activation_score(parts: Mapping[int, BlockPart], grams: Grams) -> Norms:
     """By place, (u,): a unit's standard deviation times the norm of its column in the map behind it."""
     sizes, found = {place: len(s) for place, s in unit_norms(parts).items()}, {}
-    for places, seen, _ in _bundles(parts):
+    for places, seen, _ in _consumers(parts):
         deviation = _covariance(grams[places])[1].diagonal().clamp_min(0).sqrt()
         scores = (deviation * seen.weight.detach().norm(dim=0)).to(seen.weight)
         found |= zip(places, scores.split([sizes[place] for place in places]), strict=True)
@@ -94,7 +94,7 @@ def refit(parts: Mapping[int, BlockPart], kept: Kept, grams: Grams) -> None:
     is linear: it goes into their columns and the bias.
     """
     sizes = {place: len(s) for place, s in unit_norms(parts).items()}
-    for places, _, readers in _bundles(parts):
+    for places, _, readers in _consumers(parts):
         starts = dict(zip(places, torch.tensor([0, *(sizes[p] for p in places)]).cumsum(0).tolist(), strict=False))
         mean, covariance = _covariance(grams[places])
         for weight, bias, own in readers:

@@ -1,147 +1,108 @@
-"""--lstm-backend auto where several kernels could serve: each is checked against torch's LSTM and timed.
+"""--lstm-backend auto on CUDA: kernels are compared with torch's LSTM and timed, and the fastest right one is taken."""
 
-A run remembers in kernels.json what was taken, so that it goes on with the same. A kernel's name stands in there while
-it runs for the first time: one that ends the process is left out when the run starts again.
-"""
-
-import contextlib
 import json
-from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from engine.trial import Clock, Probe, Trial, milliseconds, pick, room, trial
 from models import kernels
-from models.kernels import Task
+from models.kernels.gpu import tf32_allowed
 from models.replace import replacements, set_backend
 from utils.checkpoint import write_atomic
 from utils.distributed import Context
-from utils.errors import FarError
+from utils.errors import first_line
 from utils.records import read_record
 from utils.run_folder import RunFolder
 
-FILE = "kernels.json"
-# By type of device; torch's is the measure of the others. Elsewhere `kernels.AUTO` decides without measuring.
-CANDIDATES = {"cuda": ("torch", "dense", "triton", "triton-lean", "flashrnn")}
-NUMBERS = ("units", "heads", "channels", "batch", "tokens")
-ROW = dict.fromkeys(("kind", "device", "dtype", "kernel"), str) | dict.fromkeys(NUMBERS, int)
-ROW |= {"learns": bool, "ms": dict, "left_out": dict}  # times, and reasons, by kernel
+FILE = "kernels.json"  # in a run's folder, so that a resumed run computes with the same kernels
+CANDIDATES = {"cuda": ("torch", "triton")}  # by type of device; elsewhere `kernels.AUTO` decides without measuring
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative
+TF32_TOLERANCE = 2e-2  # products of 8 to 11 bits, summed over hundreds of tokens; bfloat16's too
+SECONDS = 0.2  # each kernel is timed
 
 
-class Memory:
-    """What a run decided, as rows of plain data, and the kernels that ended its process; kept in its folder if any."""
-
-    def __init__(self, run: RunFolder | None):
-        self.path = run and run.path / FILE
-        self.rows: list[dict[str, Any]] = []
-        self.distrusted: list[str] = []
-        if self.path and self.path.exists():
-            self.rows, self.distrusted = read(self.path)
-
-    def write(self) -> None:
-        if self.path:
-            content = {"choice": {"rows": self.rows, "distrusted": self.distrusted}}
-            write_atomic(self.path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-    @contextlib.contextmanager
-    def trying(self, name: str) -> Iterator[None]:
-        """While a kernel runs for the first time, the file says that it has not come back; nor does it on an error."""
-        self.distrusted.append(name)
-        self.write()
-        yield
-        self.distrusted.remove(name)
-        self.write()
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.write()
+def compute(name: str, attn: nn.Module, p: Tensor, needs_grad: bool) -> list[Tensor]:
+    """Hidden states of a layer's cells for p (B, N, H, d); with needs_grad the gradients of p and the weights too."""
+    inputs = [t.detach().requires_grad_(needs_grad) for t in (p, *(w for cell in attn.cells() for w in cell))]
+    cells = [kernels.Cell(*inputs[i : i + 4]) for i in range(1, len(inputs), 4)]
+    with torch.set_grad_enabled(needs_grad):
+        hidden = kernels.KERNELS[name].run(attn.direction.kind, inputs[0], cells)
+    if not needs_grad:
+        return [hidden]
+    grad = torch.linspace(-1, 1, hidden.numel(), device=p.device, dtype=p.dtype).view_as(hidden)
+    return [hidden.detach(), *torch.autograd.grad(hidden, inputs, grad, materialize_grads=True)]
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and distrusted names that a run wrote. Raises FarError on anything else."""
-    record = read_record(path, "choice")["choice"]
-    rows, distrusted = record.get("rows"), record.get("distrusted")
-    right = isinstance(rows, list) and isinstance(distrusted, list) and all(isinstance(n, str) for n in distrusted)
-    right = right and all(isinstance(row, dict) and {k: type(v) for k, v in row.items()} == ROW for row in rows)
-    if not right:
-        raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
-    return rows, distrusted
+def relative_error(results: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest; a gradient that almost cancels is held to a thousandth of the hidden states' norm instead."""
+    floor = 1e-3 * expected[0].norm()
+    errors = [(a - b).norm() / torch.maximum(b.norm(), floor) for a, b in zip(results, expected, strict=True)]
+    return torch.stack(errors).max().item()  # NaN if any is
 
 
-def place(task: Task) -> dict[str, Any]:
-    """A task as plain data: what its row begins with."""
-    cuda = task.device.type == "cuda"
-    device = torch.cuda.get_device_name(task.device) if cuda else task.device.type
-    return {**task._asdict(), "kind": task.kind.name, "device": device, "dtype": str(task.dtype).removeprefix("torch.")}
+def fastest(attn: nn.Module, batch: int, tokens: int, needs_grad: bool, what: str) -> str:
+    """The name of the fastest kernel that gives torch's results for a layer; prints what was measured and left out."""
+    task = attn.task()
+    generator = torch.Generator(task.device).manual_seed(0)  # the run's own random state stays
+    shape = batch, tokens, attn.num_heads, attn.width
+    p = torch.randn(shape, generator=generator, device=task.device, dtype=task.dtype)
+    tf32 = task.dtype == torch.float32 and task.device.type == "cuda" and tf32_allowed()
+    tolerance = TF32_TOLERANCE if tf32 else TOLERANCE.get(task.dtype, TF32_TOLERANCE)
+    expected, times = compute("torch", attn, p, needs_grad), {}
+    for name in CANDIDATES[task.device.type]:
+        if kernels.KERNELS[name].refusal(task):
+            continue
+        try:
+            error = relative_error(compute(name, attn, p, needs_grad), expected)
+            if not error <= tolerance:
+                print(f"{what}: {name} is left out: off torch's by {error:.1e}, more than {tolerance:.0e}", flush=True)
+                continue
+            timer = Timer("compute(*args)", globals={"compute": compute, "args": (name, attn, p, needs_grad)})
+            times[name] = timer.blocked_autorange(min_run_time=SECONDS).median * 1e3
+        except Exception as reason:  # noqa: BLE001  (a compiler, a driver, memory: another kernel serves)
+            print(f"{what}: {name} is left out: {first_line(reason)}", flush=True)
+    choice = min(times, key=times.get, default="torch")
+    print(f"{what}: {choice} of {', '.join(f'{name} {ms:.3g} ms' for name, ms in times.items())}", flush=True)
+    return choice
 
 
-def attempt(name: str, probe: Probe, expected: list[torch.Tensor], memory: Memory, clock: Clock) -> Trial:
-    """`trial` of a kernel that has not ended this run's process before; torch's is beyond doubt."""
-    if name in memory.distrusted:
-        return Trial(0, 0, "it ended this run before")
-    with contextlib.nullcontext() if name == "torch" else memory.trying(name):
-        return trial(name, probe, expected, clock)
-
-
-def measure(task: Task, layers: int, memory: Memory, clock: Clock) -> dict[str, Any]:
-    """The row of a task in a model of so many layers. Says what is taken, and what is left out and why."""
-    what = f"{task.heads} heads of {task.units}, batch {task.batch}, {task.tokens} tokens"
-    what = f"LSTM kernel, {what}, {'training' if task.learns else 'evaluation'}:"
-    names = [name for name in CANDIDATES[task.device.type] if not kernels.KERNELS[name].refusal(task)]
-    with torch.set_grad_enabled(task.learns), torch.autocast(task.device.type, enabled=False):
-        probe = Probe.of(task)
-        expected = probe.run("torch")
-        trials = {name: attempt(name, probe, expected, memory, clock) for name in names}
-    left_out = {name: found.fault for name, found in trials.items() if found.fault}
-    for name, reason in left_out.items():
-        print(f"{what} {name} is left out: {reason}", flush=True)
-    right = {name: found for name, found in trials.items() if not found.fault} or {"torch": trials["torch"]}
-    times = {name: round(found.ms, 4) for name, found in sorted(right.items(), key=lambda item: item[1].ms)}
-    taken = pick(right, room(task.device) / layers)
-    print(f"{what} {taken} of {', '.join(f'{name} {ms:.3g} ms' for name, ms in times.items())}", flush=True)
-    return {**place(task), "kernel": taken, "ms": times, "left_out": left_out}
-
-
-def decide(tasks: Collection[Task], layers: int, run: RunFolder | None, clock: Clock) -> list[dict[str, Any]]:
-    """The rows of this device, those of `tasks` among them, in a model of so many layers."""
-    memory = Memory(run)
-
-    def usable(row: dict[str, Any], like: dict[str, Any]) -> bool:
-        known = row["kernel"] in kernels.KERNELS and row["kernel"] not in memory.distrusted
-        return known and like.items() <= row.items()
-
-    for task in tasks:
-        if not any(usable(row, place(task)) for row in memory.rows):
-            memory.add(measure(task, layers, memory, clock))
-    return [row for row in memory.rows if any(usable(row, {"device": place(task)["device"]}) for task in tasks)]
-
-
-def settle(
+def choose_kernels(
     model: VisionTransformer,
     backend: str,
     batch: int,
     context: Context,
     run: RunFolder | None = None,
-    learns: bool = True,
-    clock: Clock = milliseconds,
+    needs_grad: bool = True,
 ) -> None:
-    """Sets how the model's replacements are computed, at so many images a step and process.
+    """Sets the kernel of every replacement, for so many images a step; all processes call it at once.
 
-    `auto` on a device of CANDIDATES measures what this run has not: rank 0 does, and all take its choice. All processes
-    call it at once. learns: they will train, not only be evaluated.
+    Rank 0 measures what the run's folder does not name, and all take its choice. needs_grad: the model will train.
     """
     set_backend(model, backend)
     if backend != "auto" or context.device.type not in CANDIDATES:
         return
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    asked = [task for attn in replacements(model).values() if (task := attn.task(batch, tokens))]
-    tasks = dict.fromkeys(task._replace(learns=way) for task in asked for way in {False, learns})
-    rows = context.on_main(lambda: decide(tasks, len(model.blocks), run, clock)) if tasks else []
-    names: dict[kernels.Shape, dict[int, str]] = {}
-    for task in tasks:
-        same = {key: value for key, value in place(task).items() if key not in ("device", "batch")}
-        names[kernels.shape_of(task)] = {row["batch"]: row["kernel"] for row in rows if same.items() <= row.items()}
-    set_backend(model, kernels.Choice(names))
+    on = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
+    layers: dict[str, list[nn.Module]] = {}  # those that differ in nothing that decides the time
+    for attn in replacements(model).values():
+        if task := attn.task():
+            what = f"{task.kind.name} kernel on {on}, {task.dtype}, {attn.num_heads} heads of {task.units} units"
+            what += f", batch {batch}, {tokens} tokens, {'training' if needs_grad else 'evaluation'}"
+            layers.setdefault(what, []).append(attn)
+
+    def choices() -> dict[str, str]:
+        path = run.path / FILE if run else None
+        known = read_record(path, "kernels")["kernels"] if path and path.exists() else {}
+        for what, (attn, *_) in layers.items():
+            if known.get(what) not in CANDIDATES[context.device.type]:
+                known[what] = fastest(attn, batch, tokens, needs_grad, what)
+        if path:
+            content = json.dumps({"kernels": known}, indent=1).encode()
+            write_atomic(path, lambda file: file.write(content))
+        return {what: known[what] for what in layers}
+
+    for what, name in (context.on_main(choices) if layers else {}).items():
+        for attn in layers[what]:
+            attn.backend = name

@@ -44,9 +44,9 @@ def convert(args: ConvertConfig) -> str:
             weights = read(args.published, "--published")
             model, config, dropped = from_published(weights, args.explicit, args.rep_by, args.tolerance)
             parts = [*replacements(model).values(), *mlps(model).values()]
-            zeroed = sum(int(mask.sum()) for part in parts for mask in part.silent().values())
+            zeroed = sum(int(mask.sum()) for part in parts for mask in part.dead_units().values())
             if args.remove_zeroed:
-                remove_silent(parts)
+                remove_dead_units(parts)
             done = "removed" if args.remove_zeroed or not zeroed else "kept (--remove-zeroed takes them out)"
             said = f"{zeroed} zeroed units {done}"
             if dropped:
@@ -88,10 +88,10 @@ def check_output(args: ConvertConfig) -> None:
     check_writable(args.output.absolute().parent, "--output")
 
 
-def remove_silent(parts: Iterable[BlockPart]) -> None:
+def remove_dead_units(parts: Iterable[BlockPart]) -> None:
     """Removes units that are always zero, but for one where a head and direction would have none."""
     for part in parts:
-        silent = part.silent()
-        for mask in silent.values():
+        dead = part.dead_units()
+        for mask in dead.values():
             mask[0] &= not mask.all()
-        part.shrink({place: (~mask).nonzero().flatten() for place, mask in silent.items()})
+        part.shrink({place: (~mask).nonzero().flatten() for place, mask in dead.items()})

@@ -14,7 +14,7 @@ from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.predict import Prediction, as_text, picture_loader, write
 from deploy.predict import predict as predicted
-from engine.choosing import settle
+from engine.choosing import choose_kernels
 from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
@@ -257,7 +257,7 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     answer_by(reference, data, command.settings, context)
     parameters = count_parameters(model)
     model.to(context.device)
-    settle(model, command.settings.lstm_backend, command.rates.asked.batch_size, context, learns=False)
+    choose_kernels(model, command.settings.lstm_backend, command.rates.asked.batch_size, context, needs_grad=False)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
     loader, autocast = data.val_loader(command.rates.asked.batch_size), command.settings.autocast(context.device)

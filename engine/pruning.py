@@ -8,7 +8,7 @@ import torch
 
 from datasets.classes import check_classes
 from deploy import latency
-from engine.activations import Grams, carried, first_batches, refit, unit_grams
+from engine.activations import Grams, activation_score, first_batches, refit, unit_grams
 from engine.configs import Command, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
@@ -45,7 +45,7 @@ Parts = Mapping[int, BlockPart]  # by block
 # What ranks units, largest first: from parts, and from what is seen of them on images where that is asked for.
 SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
     "norm": lambda parts, seen: unit_norms(parts),
-    "carried": lambda parts, seen: carried(parts, seen()),
+    "carried": lambda parts, seen: activation_score(parts, seen()),
 }
 
 

@@ -74,7 +74,7 @@ def keep_within(model: VisionTransformer, norms: Norms, parameters: int, mlp: Ke
 def parameters_after(model: VisionTransformer, kept: Kept, mlp: Kept | None = None) -> int:
     """The model's parameters once only the kept units of its replacements, and of its MLPs, are left."""
     pairs = [*by_part(replacements(model), kept), *by_part(mlps(model), mlp or {})]
-    return count_parameters(model) - sum(part.saved(units) for part, units in pairs)
+    return count_parameters(model) - sum(part.params_removed(units) for part, units in pairs)
 
 
 def _first(s: Tensor) -> Tensor:

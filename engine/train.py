@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.loading import Data, Loader, naming_dead_workers
-from engine.choosing import settle
+from engine.choosing import choose_kernels
 from engine.compiling import compiled
 from engine.distill import find_loss
 from engine.evaluate import evaluate
@@ -237,7 +237,7 @@ class Trainer:
 
     def place(self, stage: Stage) -> None:
         self.model.to(self.context.device)
-        settle(self.model, self.settings.lstm_backend, stage.optim.batch_size, self.context, self.run)
+        choose_kernels(self.model, self.settings.lstm_backend, stage.optim.batch_size, self.context, self.run)
 
     def prepare(self, stage: Stage, steps: int) -> nn.Module:
         """Swaps and freezes as the stage says, and makes its optimizer; `steps` an epoch. Returns its task."""

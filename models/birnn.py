@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.merged import Merged, MergedBiRNN, merge, plain
-from models.parts import Bundle, Place, Replacement, safe_root, shrunk
+from models.parts import Consumers, Place, Replacement, safe_root, shrunk
 
 
 class Direction(nn.Module):
@@ -50,8 +50,8 @@ class Direction(nn.Module):
         """Chrono initialisation of the biases: time constants spread between 1 and `tokens` - 1."""
         raise NotImplementedError
 
-    def silent(self) -> Tensor:
-        """Units (u,) whose rows of all gates are zero, biases too: their value stays at the initial state's zero."""
+    def dead_units(self) -> Tensor:
+        """Mask (u,) of units whose rows of all gates are zero, biases too: they stay at the initial state's zero."""
         rows = [self.by_gate(w).reshape(self.kind.gates, self.units, -1) for w in self.cell()]
         return (torch.cat(rows, dim=2) == 0).all(2).all(0)
 
@@ -97,10 +97,9 @@ class MultiHeadBiRNN(Replacement):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         kernels.check(backend, device, cls.direction.kind)
 
-    def task(self, batch: int, tokens: int) -> kernels.Task:
-        weight, most = self.lstm[0][0].weight_hh, max(map(max, self.sizes))
-        shape = self.num_heads, self.width, batch, tokens
-        return kernels.Task(self.direction.kind, weight.device, weight.dtype, most, *shape)
+    def task(self) -> kernels.Task:
+        weight = self.post_proj.weight
+        return kernels.Task(self.direction.kind, weight.device, weight.dtype, max(map(max, self.sizes)))
 
     def cells(self) -> list[kernels.Cell]:
         """In the kernels' order."""
@@ -160,7 +159,7 @@ class MultiHeadBiRNN(Replacement):
         An entry of W_hh that joins a unit with itself lies in its row and its column, and counts once. Places of one
         size are stacked: on a GPU each operation costs its launch, and a DeiT-Base has 288 places.
         """
-        found: dict[Place, Tensor] = {}
+        norms: dict[Place, Tensor] = {}
         by_size: dict[int, list[tuple[Place, Direction, Tensor]]] = {}
         for entry in self._places():
             by_size.setdefault(entry[1].units, []).append(entry)
@@ -168,15 +167,15 @@ class MultiHeadBiRNN(Replacement):
             places, directions, readouts = zip(*entries, strict=True)
             cells = zip(*(direction.cell() for direction in directions), strict=True)
             w_ih, w_hh, b_ih, b_hh = (torch.stack(w).unflatten(1, (self.direction.kind.gates, -1)) for w in cells)
-            own = w_hh.square()  # (P, G, u, u)
+            square_hh = w_hh.square()  # (P, G, u, u)
             squares = w_ih.square().sum((1, 3)) + (b_ih.square() + b_hh.square()).sum(1)
             squares = squares + torch.stack(readouts).square().sum(1)
-            recurrent = own.sum((1, 3)) + own.sum((1, 2)) - own.diagonal(dim1=2, dim2=3).sum(1)
-            found.update(zip(places, safe_root(squares + recurrent).unbind(), strict=True))
-        return dict(sorted(found.items()))
+            recurrent = square_hh.sum((1, 3)) + square_hh.sum((1, 2)) - square_hh.diagonal(dim1=2, dim2=3).sum(1)
+            norms.update(zip(places, safe_root(squares + recurrent).unbind(), strict=True))
+        return dict(sorted(norms.items()))
 
-    def silent(self) -> dict[Place, Tensor]:
-        return {place: direction.silent() for place, direction, _ in self._places()}
+    def dead_units(self) -> dict[Place, Tensor]:
+        return {place: direction.dead_units() for place, direction, _ in self._places()}
 
     @torch.no_grad()
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
@@ -188,17 +187,18 @@ class MultiHeadBiRNN(Replacement):
             proj.weight = shrunk(proj.weight, torch.cat([readouts[h, 0], readouts[h, 1]], dim=1))
             proj.in_features = proj.weight.shape[1]
 
-    def bundles(self) -> list[Bundle]:
-        """A head's units: head_proj reads both directions, the gates their own, a step later."""
-        found = []
+    def consumers(self) -> list[Consumers]:
+        """head_proj reads both directions of a head, the gates read their own direction, a step later."""
+        consumers = []
         for h, (pair, proj) in enumerate(zip(self.lstm, self.head_proj, strict=True)):
             gates = [(cell.weight_hh, cell.bias_hh, [(h, r)]) for r, cell in enumerate(pair)]
-            found.append(Bundle([(h, 0), (h, 1)], proj, [(proj.weight, proj.bias, [(h, 0), (h, 1)]), *gates]))
-        return found
+            both = [(h, 0), (h, 1)]
+            consumers.append(Consumers(both, proj, [(proj.weight, proj.bias, both), *gates]))
+        return consumers
 
-    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+    def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
         def held(units: int) -> int:
-            """By W_ih, W_hh and two biases, and the units' columns of head_proj."""
+            """Parameters of W_ih, W_hh and two biases, and the units' columns of head_proj."""
             return self.direction.kind.gates * units * (self.width + units + 2) + self.width * units
 
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())

@@ -26,7 +26,7 @@ class Merged:
     """
 
     kind: kernels.CellKind
-    backend: str | kernels.Choice
+    backend: str
     num_heads: int
     pre: Map | None
     cells: list[kernels.Cell]
@@ -35,13 +35,13 @@ class Merged:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether anything but the modules themselves has a say in what they compute."""
+    """True if hooks or a replaced forward change what the modules compute."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any("forward" in vars(module) or any(getattr(module, kind) for kind in kinds) for module in modules)
 
 
 def plain(*modules: nn.Module) -> bool:
-    """Whether these are linear maps, and no heirs of them, which may compute something else."""
+    """True if all are nn.Linear themselves, no subclasses, which may compute something else."""
     return all(type(module) is nn.Linear for module in modules) and not hooked(*modules)
 
 

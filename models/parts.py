@@ -1,4 +1,4 @@
-"""What the suite asks of a block's parts: of whatever stands in attention's place, and of the MLP behind it."""
+"""The interface of a block's parts: of whatever replaces attention, and of the MLP."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from utils.errors import FarError
 Place = tuple[int, ...]
 
 
-class Bundle(NamedTuple):
-    """Hidden units whose values are seen together, and what reads them."""
+class Consumers(NamedTuple):
+    """The weights that read some hidden units."""
 
     places: list[Place]
-    seen: nn.Linear  # its inputs are the units of these places, in this order
-    readers: list[tuple[nn.Parameter, nn.Parameter, list[Place]]]  # weight, a column a unit of these places; bias
+    seen: nn.Linear  # a layer whose inputs are exactly the units of these places, in this order
+    readers: list[tuple[nn.Parameter, nn.Parameter, list[Place]]]  # weight (a column a unit), bias, places
 
 
 def safe_root(squares: Tensor) -> Tensor:
@@ -39,10 +39,10 @@ def count_sizes(sizes: Any) -> int:
 
 
 class BlockPart(abc.ABC):
-    """A part of a block that answers for its cost and for the hidden units that pruning may remove.
+    """A part of a block that knows its cost and its prunable hidden units.
 
-    A place is where units stand side by side: (head, direction) in a multi-head RNN, () in an MLP. A group is every
-    weight that dies with a unit. A part without prunable units has no places, and sizes of ().
+    A place is a set of units side by side: (head, direction) in a multi-head RNN, () in an MLP. A unit's group is
+    every weight that is removed with it. A part without prunable units has no places, and sizes of ().
     """
 
     @property
@@ -64,20 +64,20 @@ class BlockPart(abc.ABC):
         """s_j, the norm of the group of every unit j, (u,), by place; differentiable."""
 
     @abc.abstractmethod
-    def silent(self) -> dict[Place, Tensor]:
-        """Which units (u,), by place, are always zero because what makes them is: a mask's trace."""
+    def dead_units(self) -> dict[Place, Tensor]:
+        """Masks (u,), by place, of units that are always zero because their weights are, as masks leave them."""
 
     @abc.abstractmethod
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         """Keeps only the named units (ascending indices) of each place; tensors get smaller."""
 
     @abc.abstractmethod
-    def bundles(self) -> list[Bundle]:
-        """Every hidden unit, in one bundle each."""
+    def consumers(self) -> list[Consumers]:
+        """What reads the hidden units; each unit is in exactly one entry."""
 
     @abc.abstractmethod
-    def saved(self, kept: Mapping[Place, Tensor]) -> int:
-        """The parameters that `shrink(kept)` would take away."""
+    def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
+        """The number of parameters that `shrink(kept)` removes."""
 
 
 class Unprunable(BlockPart):
@@ -88,17 +88,17 @@ class Unprunable(BlockPart):
     def unit_norms(self) -> dict[Place, Tensor]:
         return {}
 
-    def silent(self) -> dict[Place, Tensor]:
+    def dead_units(self) -> dict[Place, Tensor]:
         return {}
 
     def shrink(self, kept: Mapping[Place, Tensor]) -> None:
         if kept:
             raise KeyError(next(iter(kept)))
 
-    def bundles(self) -> list[Bundle]:
+    def consumers(self) -> list[Consumers]:
         return []
 
-    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+    def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
         return 0
 
 
@@ -126,7 +126,7 @@ class Mlp(timm.layers.Mlp, BlockPart):
         squares = self.fc1.weight.square().sum(1) + self.fc1.bias.square() + self.fc2.weight.square().sum(0)
         return {(): safe_root(squares)}
 
-    def silent(self) -> dict[Place, Tensor]:
+    def dead_units(self) -> dict[Place, Tensor]:
         return {(): (self.fc1.weight == 0).all(1) & (self.fc1.bias == 0)}
 
     @torch.no_grad()
@@ -137,10 +137,10 @@ class Mlp(timm.layers.Mlp, BlockPart):
             self.fc2.weight = shrunk(self.fc2.weight, self.fc2.weight[:, index])
             self.fc1.out_features = self.fc2.in_features = len(index)
 
-    def bundles(self) -> list[Bundle]:
-        return [Bundle([()], self.fc2, [(self.fc2.weight, self.fc2.bias, [()])])]
+    def consumers(self) -> list[Consumers]:
+        return [Consumers([()], self.fc2, [(self.fc2.weight, self.fc2.bias, [()])])]
 
-    def saved(self, kept: Mapping[Place, Tensor]) -> int:
+    def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
         unit = self.fc1.in_features + 1 + self.fc2.out_features  # fc1's row and bias, fc2's column
         return unit * sum(self.sizes - len(index) for index in kept.values())
 
@@ -164,7 +164,7 @@ class Replacement(nn.Module, BlockPart):
     def __init__(self, dim: int, num_heads: int, num_tokens: int, units: Any = None):
         super().__init__()
         self.dim, self.num_heads, self.num_tokens = dim, num_heads, num_tokens
-        self.backend: str | kernels.Choice = "auto"
+        self.backend = "auto"
         self.post_proj = nn.Linear(dim, dim)
 
     @property
@@ -192,8 +192,8 @@ class Replacement(nn.Module, BlockPart):
         """Its weights between the two projections as the published code stores them. FarError where that has none."""
         raise FarError("the published code replaces attention by LSTMs alone; keep this model in FAR's own checkpoints")
 
-    def task(self, batch: int, tokens: int) -> kernels.Task | None:
-        """What a kernel is asked for at so many images and tokens, without gradients; None where there is none."""
+    def task(self) -> kernels.Task | None:
+        """What a kernel must be able to compute; None if it has no recurrent cells."""
         return None
 
     def check_tokens(self, tokens: int) -> None:

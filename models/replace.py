@@ -10,7 +10,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models import kernels
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
 from models.deit import check_size, create_teacher, find_teacher
@@ -130,8 +129,8 @@ def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
     )
 
 
-def set_backend(model: VisionTransformer, backend: str | kernels.Choice) -> None:
-    """Sets how the replacements are computed: a name of `--lstm-backend`, or what a run measured."""
+def set_backend(model: VisionTransformer, backend: str) -> None:
+    """Sets the kernel, a `--lstm-backend`, of every replacement."""
     for attn in replacements(model).values():
         attn.backend = backend
 

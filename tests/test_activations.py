@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.activations import RIDGE, carried, refit, unit_grams
+from engine.activations import RIDGE, activation_score, refit, unit_grams
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
 from engine.train import Settings
@@ -50,13 +50,13 @@ def written_out(model, images):
 def test_a_units_score_is_its_deviation_times_its_column(rep_by):
     model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
     heads, hidden = written_out(model, images)
-    found = carried(replacements(model), grams_of(model, replacements(model), images))
+    found = activation_score(replacements(model), grams_of(model, replacements(model), images))
     assert found.keys() == unit_norms(replacements(model)).keys()
     for (i, h), units in heads.items():
         columns = model.blocks[i].attn.head_proj[h].weight.detach().numpy()
         expected = [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]
         assert torch.cat([found[i, h, 0], found[i, h, 1]]).tolist() == pytest.approx(expected, rel=1e-6)
-    scores = carried(mlps(model), grams_of(model, mlps(model), images))
+    scores = activation_score(mlps(model), grams_of(model, mlps(model), images))
     for i, units in hidden.items():
         columns = model.blocks[i].mlp.fc2.weight.detach().numpy()
         expected = [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import demo
-from deploy import rivals
+from deploy.timing import ROUNDS
 from tests.conftest import ROOT, launch
 
 
@@ -92,7 +92,7 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
         "repeats"
     ] >= 3
     assert [p["tokens"] for p in out["tokens"]["FAR fused"]] == [5, 197]
-    assert out["models"]["batch 1, 224 px"]["DeiT-Tiny / timm eager float32"]["repeats"] >= 2 * rivals.ROUNDS
+    assert out["models"]["batch 1, 224 px"]["DeiT-Tiny / timm eager float32"]["repeats"] >= ROUNDS
     assert out["models"]["batch 1, 32 px"] == {}  # other sizes are for the fastest runtime and ours
     assert all(p["peak_bytes"] > 0 for points in out["tokens"].values() for p in points)
     for figure in ("tokens.png", "accuracy.png"):
@@ -105,6 +105,4 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
         out["size"]["DeiT-Tiny"]["parameters"] == 5_717_416
         and out["size"]["FAR 0.25"]["macs"] < out["size"]["FAR"]["macs"]
     )
-    ratio = layer["dense BiLSTM"]["median_ms"] / layer["FAR fused"]["median_ms"]
-    assert any(abs(row["reached"] - ratio) < 1e-9 for row in out["reach"]) and "reached" in done.stdout
     assert "USDT" not in done.stdout + done.stderr

@@ -1,8 +1,5 @@
 """fuse(): the function is kept, the arithmetic is counted as merged, and no fused model is ever wrong."""
 
-import copy
-import io
-
 import pytest
 import torch
 
@@ -17,13 +14,17 @@ from utils.errors import FarError
 needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 
 
+def micro(**kwargs):
+    return build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units={"1": [[5, 32], [1, 7]]}, **kwargs)).eval()
+
+
 def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
     with pytest.raises(FarError, match="--fuse float32"):
         fuse(micro(), torch.bfloat16)
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25, 0.05])
+@pytest.mark.parametrize("keep", [1.0, 0.05])
 def test_fuse_keeps_the_function_in_float64(keep):
     for units in ([[max(1, int(64 * keep))] * 2] * 3, [[max(1, int(u * keep)) for u in pair] for pair in UNITS[1]]):
         m = layer(units).double()
@@ -55,10 +56,7 @@ def test_a_fused_layers_macs_are_counted_as_merged(units):
 
 
 def test_a_fused_model_gives_the_models_logits():
-    units = {"1": [[5, 32], [1, 7]]}
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units=units)
-    model = build(config).eval()
-    x = torch.randn(3, 3, 32, 32)
+    model, x = micro(), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
     for fused in (fuse(model), merge_blocks(model)):
@@ -66,30 +64,14 @@ def test_a_fused_model_gives_the_models_logits():
     assert sum(isinstance(block.attn, MergedBiRNN) for block in fused.blocks) == 3
 
 
-@pytest.mark.parametrize("recurrent", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kept", [32, 3])  # pre_proj stays apart, or is merged
-def test_a_fused_model_takes_any_memory_format_and_an_empty_batch(kept, recurrent):
-    if recurrent == torch.bfloat16 and not cpu.has_bfloat16():
-        pytest.skip("no AVX512_BF16")
-    units = {str(i): [[kept, kept]] * 2 for i in range(4)} if kept < 32 else {}
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 2, 3), units=units)
-    model = fuse(build(config), recurrent)
-    x = torch.randn(3, 3, 32, 32)
-    expected = model(x)
-    assert model(x[:0]).shape == (0, 10)
-    model.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
+@pytest.mark.parametrize(("rep_by", "backend"), [("multi-lstm", "reference"), ("gru", "torch")])
 def test_a_model_fused_for_any_kernel_takes_an_empty_batch(rep_by, backend):
     model = build(FarConfig("DeiT-Micro", 10, 32, rep_by, replaced=(0, 3)))
     set_backend(model, backend)
     assert fuse(model)(torch.randn(0, 3, 32, 32)).shape == (0, 10)
 
 
-@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (3,), (0, 1)])
+@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (0, 1)])
 def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
     config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})
     model = build(config).double().eval()
@@ -116,10 +98,6 @@ def test_a_fused_model_takes_a_classifier_that_reads_other_tokens(pool):
     torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
 
 
-def micro(**kwargs):
-    return build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 1, 3), units={"1": [[5, 32], [1, 7]]}, **kwargs)).eval()
-
-
 @needs_kernel
 def test_nothing_written_elsewhere_reaches_a_fused_layer_and_all_of_its_own_does():
     m = layer([(64, 64)] * 12, dim=768)
@@ -133,19 +111,14 @@ def test_nothing_written_elsewhere_reaches_a_fused_layer_and_all_of_its_own_does
     assert (f(x) - before).norm() > 0.1 * before.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loading_into_a_fused_model_is_refused_before_anything_is_written(dtype):
-    model = micro().to(dtype)
+def test_loading_into_a_fused_model_is_refused_before_anything_is_written():
+    model = micro()
     content = {name: w + 1 for name, w in model.state_dict().items()}
     model = merge_blocks(model)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    for load in (
-        lambda: model.load_state_dict(content),
-        lambda: model.load_state_dict(content, strict=False),
-        lambda: model.blocks[0].attn.load_state_dict(model.blocks[0].attn.state_dict()),
-    ):
+    for strict in (True, False):
         with pytest.raises(FarError, match=r"before fuse\(\)"):
-            load()
+            model.load_state_dict(content, strict=strict)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
@@ -155,21 +128,9 @@ def test_a_fused_model_without_the_kernel_moves_freely():
     torch.testing.assert_close(m.merged().float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
 
 
-def test_a_fused_model_can_be_copied_and_pickled():
-    model, x, buffer = fuse(micro()), torch.randn(2, 3, 32, 32), io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    expected = model(x)
-    for again in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert torch.equal(again(x), expected)
-        with pytest.raises(FarError, match="load_state_dict"):
-            again.load_state_dict(model.state_dict())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_fused_layer_refuses_to_differentiate(dtype):
-    f = layer(UNITS[0]).to(dtype).merged()
-    x = torch.randn(1, 5, 192, dtype=dtype, requires_grad=True)
+def test_a_fused_layer_refuses_to_differentiate():
+    f = layer(UNITS[0]).merged()
+    x = torch.randn(1, 5, 192, requires_grad=True)
     with pytest.raises(FarError, match="no gradients"):
         f(x)
     with torch.no_grad():
@@ -180,21 +141,12 @@ def test_a_fused_layer_refuses_to_differentiate(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_fused_layer_keeps_its_precision_under_autocast(dtype, wide):
-    f = (layer([(64, 64)] * 12, dim=768) if wide else layer(UNITS[1])).merged()
-    x = torch.randn(2, 30, 768 if wide else 192)
+def test_a_fused_layer_keeps_its_precision_under_autocast(dtype):
+    f, x = layer(UNITS[1]).merged(), torch.randn(2, 30, 192)
     expected = f(x)
     with torch.autocast("cpu", dtype):
-        for given in (x, x.to(dtype)):
-            torch.testing.assert_close(f(given).float(), expected, rtol=0.05, atol=0.05)
-
-
-def test_a_fused_model_gives_nearly_its_logits_under_autocast():
-    model, x = fuse(micro()), torch.randn(3, 3, 32, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = model(x)
-    torch.testing.assert_close(got.float(), model(x), rtol=0.05, atol=0.05)
+        for same in (x, x.to(dtype)):
+            torch.testing.assert_close(f(same).float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_what_the_operator_does_not_cover_is_merged_with_one_log_line(caplog):

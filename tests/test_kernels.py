@@ -10,7 +10,7 @@ import torch
 from models import kernels
 from models.bigru import GRU
 from models.bilstm import MultiHeadBiLSTM
-from models.kernels import cpu, flash
+from models.kernels import cpu
 from tests.conftest import ROOT
 from utils.errors import FarError
 
@@ -64,91 +64,51 @@ def gradient_errors(x, m, compute):
     return [((a - b).norm() / b.norm().clamp(min=1e-3 * direction.norm())).item() for a, b in pairs]
 
 
-BUILDS = {
-    "tuned": cpu.TUNED,
-    "no AMX": (*cpu.TUNED, "-mno-amx-bf16"),
-    "avx2": ("-mavx2", "-mfma"),
-    "portable": cpu.PORTABLE,
-}
+BUILDS = {"tuned": cpu.TUNED, "portable": cpu.PORTABLE}
 
 
 @pytest.fixture(scope="module", params=BUILDS)
 def operators(request):
-    if request.param == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("no AVX2 here")
-    found = cpu.load(BUILDS[request.param])
-    if found is None:
-        pytest.skip("no C++ compiler here")
-    return found
+    return cpu.load(BUILDS[request.param]) or pytest.skip("no C++ compiler here")
 
 
 @pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 1), (197, 8), (197, 33), (1025, 2), (50, 7)])
-def test_the_cpu_kernel_matches_the_reference(operators, units, tokens, batch):
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 8), (50, 33)])
+def test_the_cpu_kernel_matches_the_reference_forward_and_backward(operators, units, tokens, batch):
     m = layer(units)
-    x = torch.randn(batch, tokens, 3, 64)
+    x = torch.randn(batch, 3, tokens, 64).transpose(1, 2)  # not contiguous
     assert error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-6
-
-
-@pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 8), (50, 33), (1025, 2)])
-def test_the_cpu_kernels_backward_matches_the_reference(operators, units, tokens, batch):
-    m = layer(units).requires_grad_()
-    x = torch.randn(batch, 3, tokens, 64).transpose(1, 2).requires_grad_()  # not contiguous
+    m.requires_grad_(), x.requires_grad_()
     assert max(gradient_errors(x, m, lambda: cpu.fused(kernels.LSTM, x, cells(m), operators))) < 1e-5
 
 
-def test_the_cpu_kernels_graph_can_be_walked_twice_and_frozen_parts_stay_without_gradients(operators):
-    m = layer(UNITS[1])
-    m.lstm[1][0].weight_hh.requires_grad_()
-    x = torch.randn(2, 7, 3, 64)
-    loss = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum()
-    first, second = (torch.autograd.grad(loss, m.lstm[1][0].weight_hh, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second) and first.norm() > 0
-    loss.backward()
-    assert m.lstm[0][0].weight_hh.grad is None and x.grad is None
-
-
-def test_the_cpu_kernel_reads_strided_input(operators):
-    m = layer(UNITS[1])
-    views = (
-        torch.randn(3, 20, 4, 64).transpose(0, 1)[:, :, :3],
-        torch.randn(64, 20, 2, 3).permute(2, 1, 3, 0),
-        torch.randn(2, 9, 1, 64).expand(2, 9, 3, 64),
-    )
-    for x in views:
-        assert error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-6
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: torch.randn(3, 20, 4, 64).transpose(0, 1)[:, :, :3],
+        lambda: torch.randn(64, 20, 2, 3).permute(2, 1, 3, 0),
+        lambda: torch.randn(2, 9, 1, 64).expand(2, 9, 3, 64),
+    ],
+)
+def test_the_cpu_kernel_reads_strided_input(operators, view):
+    m, x = layer(UNITS[1]), view()
+    assert error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-6
 
 
 def test_extreme_input_saturates_and_nan_passes_through(operators):
     m = layer(UNITS[0])
     x = torch.randn(2, 12, 3, 64) * 1e4
-    assert (
-        error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-3
-    )  # gates of 1e4 are rounded to 1e-3 in float32
+    got = cpu.fused(kernels.LSTM, x, cells(m), operators)
+    assert error_against_float64(x, m, got) < 1e-3  # gates of 1e4 are rounded to 1e-3 in float32
     x[0, 5, 1, 0] = float("nan")
     bad = cpu.fused(kernels.LSTM, x, cells(m), operators).isnan()  # (2, 12, 384)
     assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
     assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
 
 
-def assert_layer_is_current(m, x):
-    """The layer computes with the weights it has now, whoever wrote them and how."""
-    m.backend = "auto"
-    got = m(x).detach()
-    m.backend = "reference"
-    torch.testing.assert_close(got, m(x).detach(), rtol=1e-3, atol=1e-4)
-    return got
-
-
 def scale_by_data(m):
     for p in m.parameters():
         p.data *= 0.5
-
-
-def scale_by_copy(m):
-    for p in m.parameters():
-        p.data.copy_(p.data * 0.5)
 
 
 def scale_by_raw_memory(m):
@@ -161,11 +121,6 @@ def scale_by_loading(m):
     m.load_state_dict({name: w * 0.5 for name, w in m.state_dict().items()})
 
 
-def scale_in_inference(m):
-    with torch.inference_mode():
-        scale_by_copy(m)
-
-
 def scale_by_a_step(m):
     for p in m.requires_grad_().parameters():
         p.grad = p.detach() * 0.5
@@ -173,18 +128,14 @@ def scale_by_a_step(m):
     m.requires_grad_(False)
 
 
-CHANGES = (scale_by_data, scale_by_copy, scale_by_raw_memory, scale_by_loading, scale_in_inference, scale_by_a_step)
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [scale_by_data, scale_by_raw_memory, scale_by_loading, scale_by_a_step])
 def test_a_layer_computes_with_the_weights_it_has_now(change):
     m, x = layer(UNITS[1]), torch.randn(1, 30, 192)
-    before = assert_layer_is_current(m, x)
+    before = m(x)
     change(m)
-    after = assert_layer_is_current(m, x)
+    after, m.backend = m(x), "reference"
+    torch.testing.assert_close(after, m(x), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(before, after, atol=1e-3)
-    with torch.inference_mode():
-        assert_layer_is_current(m, x)
 
 
 def start(program, *argv, **env):
@@ -196,31 +147,6 @@ def start(program, *argv, **env):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-BROADCAST = """
-import sys
-import torch
-from torch import distributed as dist
-from models.bilstm import MultiHeadBiLSTM
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.manual_seed(rank)
-m, x = MultiHeadBiLSTM(64, 2, 9).requires_grad_(False), torch.ones(1, 9, 64)
-m(x)
-for p in m.parameters():
-    dist.broadcast(p, 0)
-got = m(x)
-m.backend = "reference"
-print((got - m(x)).abs().max().item() < 1e-5)
-"""
-
-
-def test_weights_that_another_process_sends_are_used(tmp_path):
-    both = [start(BROADCAST, str(rank), str(tmp_path / "store"), OMP_NUM_THREADS="1") for rank in (0, 1)]
-    for process in both:
-        said, error = process.communicate(timeout=300)
-        assert said.strip() == "True", error
 
 
 def test_auto_takes_the_cpu_kernel_only_where_it_fits():
@@ -252,44 +178,43 @@ def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
 
 
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", torch.bfloat16), ("torch", torch.float16), ("reference", torch.bfloat16)]
+)
 def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, monkeypatch):
-    seen, name = [], "cpu" if backend == "auto" else backend
-    watch(monkeypatch, name, lambda x: seen.append((x.dtype, torch.is_autocast_enabled("cpu"))))
+    seen = []
+    watch(monkeypatch, backend, lambda x: seen.append((x.dtype, torch.is_autocast_enabled("cpu"))))
     m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 30, 192)
     expected, m.backend = m(x), backend
     seen.clear()
     with torch.autocast("cpu", dtype):
         got = m(x)
-        got.float().square().mean().backward()  # inside: the way back keeps its precision too
+        got.float().square().mean().backward()  # inside: backward keeps its precision too
     assert seen == [(torch.float32, False)]
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
     assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in m.parameters())
 
 
 @pytest.mark.parametrize(
-    ("x_learns", "learning", "products"),
+    ("x_needs_grad", "weights", "products"),
     [
         (True, [], 6),
-        (False, ["weight_ih"], 6),
         (False, ["weight_hh"], 6),
         (False, ["bias_ih"], 0),
-        (False, ["bias_hh", "weight_hh"], 6),
         (True, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"], 18),
     ],
 )
-def test_backward_multiplies_only_for_the_gradients_asked_for(operators, x_learns, learning, products):
-    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_learns)
-    asked = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in learning]
+def test_backward_multiplies_only_for_the_gradients_it_needs(operators, x_needs_grad, weights, products):
+    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_needs_grad)
+    inputs = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in weights]
+    inputs = [x] * x_needs_grad + inputs
     loss = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum()
     with torch.autograd.profiler.profile() as record:
-        got = torch.autograd.grad(loss, [x] * x_learns + asked)
+        got = torch.autograd.grad(loss, inputs, retain_graph=True)
     assert sum(event.name == "aten::mm" for event in record.function_events) == products
-    asked = [x.requires_grad_()] * x_learns + asked
-    everything = cpu.fused(kernels.LSTM, x, cells(m.requires_grad_()), operators).square().sum()
-    for a, b in zip(got, torch.autograd.grad(everything, asked), strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(loss, inputs), strict=True))
+    everything = cpu.fused(kernels.LSTM, x.requires_grad_(), cells(m.requires_grad_()), operators).square().sum()
+    assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(everything, inputs), strict=True))
 
 
 def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
@@ -299,17 +224,17 @@ def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
         torch.autograd.grad(first.sum(), x)
 
 
-def test_the_operators_keep_what_torch_asks_of_operators(operators):
-    m, x = layer([(17, 1), (16, 3)], dim=32), torch.randn(2, 7, 2, 16, requires_grad=True)
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+def test_the_operators_keep_what_torch_asks_of_operators():
+    m, x, operators = layer([(17, 1), (16, 3)], dim=32), torch.randn(2, 7, 2, 16, requires_grad=True), torch.ops.far
     weights = [w.requires_grad_() for cell in cells(m) for w in cell]
     torch.library.opcheck(operators.train.default, (x, weights))
     with torch.no_grad():
         torch.library.opcheck(operators.forward.default, (x, weights))
         hidden, gates, states = operators.train(x, weights)
-        for wanted in ([True] * 13, [True] + [False] * 12, [False, True, False, True] + [False] * 9):
-            plain = [w.detach() for w in weights]
-            arguments = (torch.randn_like(hidden), x.detach(), plain, hidden, gates, states, wanted)
-            torch.library.opcheck(operators.backward.default, arguments)
+        wanted = [False, True, False, True] + [False] * 9
+        arguments = (torch.randn_like(hidden), x.detach(), [w.detach() for w in weights], hidden, gates, states, wanted)
+        torch.library.opcheck(operators.backward.default, arguments)
 
 
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
@@ -328,26 +253,10 @@ def test_a_layer_compiles_and_exports_as_one_graph(train):
     assert any(str(node.target).startswith("far.") for part in parts for node in part.graph.nodes)
 
 
-def test_a_way_back_inside_autocast_is_the_same(operators):
+def test_backward_inside_autocast_is_the_same(operators):
     m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 9, 3, 64, requires_grad=True)
-    loss, asked = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
-    expected = torch.autograd.grad(loss, asked, retain_graph=True)
+    loss, inputs = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        got = torch.autograd.grad(loss, asked)
+        got = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize("units", UNITS)
-def test_flashrnn_is_asked_for_what_the_cells_compute(units, monkeypatch):
-    """By its form in plain torch: that its kernels compute the same is for `auto` to find out where there is CUDA."""
-    pytest.importorskip("flashrnn")
-    task = kernels.Task(kernels.LSTM, torch.device("cpu"), torch.float32, 64)
-    assert "needs CUDA" in flash.refusal(task)
-    monkeypatch.setattr(flash, "BACKEND", "vanilla")
-    assert (
-        not flash.refusal(task) and flash.refusal(task._replace(kind=GRU)) and flash.refusal(task._replace(units=129))
-    )
-    m = layer(units, tokens=23).requires_grad_()
-    x = torch.randn(3, 23, 3, 64, requires_grad=True)
-    errors = gradient_errors(x, m, lambda: kernels.KERNELS["flashrnn"].run(kernels.LSTM, x, cells(m)))
-    assert max(errors) < 1e-5

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -77,28 +77,14 @@ def test_a_table_is_measured_at_full_vectors_and_read_back_as_it_was(tmp_path, m
     model, state = build(config), torch.get_rng_state()
     table = latency.measure(model, config, 3, 0.25)
     assert torch.equal(state, torch.get_rng_state())
-    assert {1, 16, 32} <= table.ms.keys() <= {1, 8, 16, 24, 32} and (table.batch, table.threads) == (
-        3,
-        torch.get_num_threads(),
-    )
+    assert {1, 16, 32} <= table.ms.keys() <= {1, 8, 16, 24, 32}
+    assert (table.batch, table.threads) == (3, torch.get_num_threads())
     times = list(table.ms.values())
     assert times == sorted(times) and times[0] > 0 and table.teacher_ms > 0
     file = tmp_path / latency.FILE
     file.write_text(json.dumps({"table": asdict(table)}))
     assert latency.read(file, 32) == table
-    ends = {"1": 1.0, "32": 2.0}
-    file.write_text(json.dumps({"table": {**asdict(table), "ms": ends}}))
-    assert latency.read(file, 32).ms == {1: 1.0, 32: 2.0}
-    steps = (
-        {},
-        {"1": 1.0},
-        {"32": 1.0},
-        {**ends, "x": 2.0},
-        {**ends, "1": -1.0},
-        {**ends, "9": 3.0},
-        {**ends, "9": "2"},
-    )
-    for damage in (*({"ms": ms} for ms in steps), {"ms": [1]}, {"teacher_ms": "1"}, {"batch": 0.5}):
+    for damage in ({"ms": {}}, {"teacher_ms": "1"}):
         file.write_text(json.dumps({"table": {**asdict(table), **damage}}))
         with pytest.raises(FarError, match="damaged"):
             latency.read(file, 32)
@@ -119,15 +105,6 @@ def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
     found = latency.check(small, config, TABLE_32, Latency(5.0, False))
     assert seen["model"] is not small and replacements(seen["model"])[3].sizes == replacements(small)[3].sizes
     assert found["predicted_ms"] == TABLE_32.predict(map(len, kept.values())) <= 5.0 == found["target_ms"]
-
-
-def test_the_threads_that_were_measured_are_told_beside_those_of_the_table(monkeypatch):
-    monkeypatch.setattr(latency, "_times", lambda models, *_: dict.fromkeys(models, 4.0))
-    config, threads = FarConfig("DeiT-Micro", 10, 32, replaced=(1,)), torch.get_num_threads()
-    for there, said in ((threads, "predicted)"), (99, "predicted for 99 threads)")):
-        table = replace(TABLE_32, threads=there)
-        line = latency.summary(latency.check(build(config), config, table, Latency(5.0, False)))
-        assert f"batch 1, {threads} threads: 4.00 ms of 5.00 asked (8.00 {said}" in line
 
 
 TABLE_32 = latency.Table(1, 1, 9.0, {1: 3.0, 16: 4.0, 32: 8.0})
@@ -162,12 +139,9 @@ def test_prune_meets_a_latency_and_a_resumed_run_decides_the_same(far, tmp_path,
     ("flags", "said"),
     [
         ("--target-latency 0.001", "--target-latency 0.001: is 0.00 ms, and one unit"),
-        ("--target-latency 1%", "--target-latency 1%: is"),
         ("--target-latency 5 --keep-ratio 0.5", "--keep-ratio and --target-latency"),
         ("--target-latency 5x", "--target-latency"),
-        ("--target-latency 0", "--target-latency"),
         ("--latency-batch 8", "--latency-batch"),
-        ("--target-latency 5 --latency-batch 0", "--latency-batch"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, failure, monkeypatch):

@@ -1,11 +1,13 @@
-"""Whole models in other runtimes: they compute the model, take turns, and a missing or failing one is told."""
+"""Whole models in other runtimes: they compute the model, take turns, and a missing or failing one is named."""
 
-import time
+import os
+import signal
 
 import pytest
 import torch
 
 from deploy import rivals
+from deploy.timing import ROUNDS, in_turns, measure
 
 PROGRAMS = [p for p in rivals.programs(rivals.RUNTIMES) if p.model == rivals.BASE and "compile" not in p.runtime]
 
@@ -23,45 +25,35 @@ def test_every_runtime_computes_the_model(program, tmp_path):
     assert error < {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.2}[program.precision], error
 
 
-def test_programs_take_turns_and_a_failing_one_is_told():
-    good = [rivals.Program(name, "timm eager", "float32") for name in (rivals.BASE, "FAR 0.25")]
-    bad = rivals.Program("no model", "timm eager", "float32")
-    running = rivals.Rivals([good[0], bad, good[1]], rivals.Setting(1, ""))
+def test_programs_take_turns_and_a_failing_one_is_named():
+    good, bad = (rivals.Program(name, "timm eager", "float32") for name in (rivals.BASE, "no model"))
+    processes = rivals.Processes([good, bad], rivals.Setting(1, ""))
     try:
-        found = running.compare(running.programs, 2, 32, 0.02)
-        assert list(found) == [str(program) for program in good] and "no model" in running.failed[bad]
-        assert found[str(good[0])]["repeats"] >= 2 * rivals.ROUNDS
-        running.workers["timm eager", "float32"].process.kill()  # as for want of memory
-        assert list(running.compare(good, 2, 32, 0.02)) == [str(good[1])]
-        assert "exit code is -9" in running.failed[good[0]]
-        assert len(running.compare(good, 1, 32, 0.02)) == 2 and not running.failed
+        times = processes.compare(processes.programs, 2, 32, 0.01)
+        assert list(times) == [str(good)] and "no model" in processes.failed[bad]
+        assert times[str(good)]["repeats"] >= ROUNDS
+        (pid,) = processes.pools["timm eager", "float32"]._processes
+        os.kill(pid, signal.SIGKILL)  # as for want of memory
+        assert not processes.compare([good], 2, 32, 0.01) and processes.failed[good] == "its process ended"
+        assert processes.compare([good], 1, 32, 0.01) and not processes.failed
     finally:
-        running.close()
+        processes.close()
 
 
-def test_where_no_program_can_run_nothing_is_compared():
-    assert rivals.Rivals([], rivals.Setting(1, "")).compare([], 1, 32, 0.02) == {}
+def test_turns_alternate_and_what_fails_in_one_is_left_out():
+    order = []
+    turns = {"a": lambda s: order.append("a") or [1.0, 3.0], "b": lambda s: order.append("b") or [s] * (len(order) < 5)}
+    assert in_turns(turns, 2.0) == {"a": {"median_ms": 2.0, "quartiles_ms": [1.0, 3.0], "repeats": 2 * ROUNDS}}
+    assert order == ["a", "b"] * ROUNDS and in_turns({}, 1.0) == {}
 
 
-def test_the_first_call_warms_up_unless_calls_are_as_long_as_the_time():
-    calls = []
-    assert len(rivals.measure(lambda: calls.append(1), 0)) == len(calls) == 1
-    calls.clear()
-    assert len(rivals.measure(lambda: calls.append(1), 0.01)) == len(calls) - 1 > 2
-    assert len(rivals.measure(lambda: time.sleep(0.02), 0.01)) == 2
+def test_a_measurement_is_in_milliseconds_and_keeps_the_number_of_threads():
+    before, seen = torch.get_num_threads(), set()
+    times = measure(lambda: seen.add(torch.get_num_threads()) or torch.randn(300, 300) @ torch.randn(300, 300), 0.01)
+    assert seen == {before} and 0.1 < min(times) < 1000
 
 
 def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
     program = rivals.Program(rivals.BASE, rivals.OPENVINO, "float32")
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
     assert program.lacks() == "openvino is not installed"
-
-
-def test_targets_are_ratios_of_the_medians():
-    slow = {"median_ms": 6.0}
-    found = {(1, 224): {f"{rivals.BASE} / OpenVINO float32": slow, "FAR 0.25 / FAR engine float32": {"median_ms": 4.0}}}
-    (row,) = rivals.reached(found)
-    assert row["reached"] == 1.5 and row["at_least"] == 1.4 and "FAR 0.25" in row["what"]
-    names = {str(p) for p in rivals.programs(rivals.RUNTIMES)}
-    for _, _, _, precision, _, (model, runtime), ours in rivals.TARGETS:
-        assert {f"{model} / {runtime} {precision}", f"{ours} / {rivals.OURS} {precision}"} <= names

@@ -10,7 +10,6 @@ import torch
 
 from models import kernels
 from models.bigru import GRU
-from models.bilstm import MultiHeadBiLSTM
 from models.kernels import gpu
 from tests.conftest import ROOT
 from tests.test_kernels import UNITS, cells, error_against_float64, gradient_errors, layer, watch
@@ -28,17 +27,16 @@ def without_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-WAYS = pytest.mark.parametrize("run", [gpu.fused, gpu.lean])
 SHAPES = [(1, 1, 4), (2, 33, 16), (9, 7, 4), (33, 3, 8)]  # tokens, batch, rows a program
 
 
-@pytest.mark.parametrize(("run", "units"), [*((gpu.fused, units) for units in UNITS), (gpu.lean, UNITS[1])])
+@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize(("tokens", "batch", "rows"), SHAPES)
-def test_triton_matches_the_reference_forward_and_backward(run, units, tokens, batch, rows, monkeypatch):
+def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch, rows, monkeypatch):
     monkeypatch.setattr(gpu, "rows_for", lambda *_: rows)
     m = layer(units).to(DEVICE).requires_grad_()
     x = torch.randn(batch, 3, tokens, 64, device=DEVICE).transpose(1, 2).requires_grad_()  # not contiguous
-    assert max(gradient_errors(x, m, lambda: run(kernels.LSTM, x, cells(m)))) < 1e-5
+    assert max(gradient_errors(x, m, lambda: gpu.fused(kernels.LSTM, x, cells(m)))) < 1e-5
 
 
 def test_a_program_takes_the_fewest_rows_that_leave_it_a_multiprocessor():
@@ -50,42 +48,23 @@ def test_a_program_takes_the_fewest_rows_that_leave_it_a_multiprocessor():
         assert rows == 16 or count * -(-batch // rows) <= chip
 
 
-@WAYS
-def test_a_way_back_inside_autocast_is_the_same(run):
+def test_backward_inside_autocast_is_the_same():
     m, x = layer(UNITS[1]).to(DEVICE).requires_grad_(), torch.randn(2, 5, 3, 64, device=DEVICE, requires_grad=True)
-    loss, asked = run(kernels.LSTM, x, cells(m)).square().sum(), [x, *m.lstm.parameters()]
-    expected = torch.autograd.grad(loss, asked, retain_graph=True)
+    loss, inputs = gpu.fused(kernels.LSTM, x, cells(m)).square().sum(), [x, *m.lstm.parameters()]
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
     with torch.autocast(DEVICE, torch.bfloat16):
-        got = torch.autograd.grad(loss, asked)
+        got = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@WAYS
 @pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_hh"])
-def test_only_what_learns_gets_a_gradient(run, name):
+def test_only_what_needs_a_gradient_gets_one(name):
     m, x = layer(UNITS[1]).to(DEVICE), torch.randn(2, 5, 3, 64, device=DEVICE)
-    asked = [p.requires_grad_() for key, p in m.lstm.named_parameters() if key.endswith(name)]
-    got = torch.autograd.grad(run(kernels.LSTM, x, cells(m)).square().sum(), asked)
-    expected = torch.autograd.grad(kernels.KERNELS["torch"].run(kernels.LSTM, x, cells(m)).square().sum(), asked)
+    weights = [p.requires_grad_() for key, p in m.lstm.named_parameters() if key.endswith(name)]
+    got = torch.autograd.grad(gpu.fused(kernels.LSTM, x, cells(m)).square().sum(), weights)
+    expected = torch.autograd.grad(kernels.KERNELS["torch"].run(kernels.LSTM, x, cells(m)).square().sum(), weights)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_the_lean_way_keeps_no_gates():
-    m, x = layer(UNITS[0]).to(DEVICE).requires_grad_(), torch.randn(2, 9, 3, 64, device=DEVICE, requires_grad=True)
-    kept = {}
-
-    def keep(tensor):
-        kept[run].add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
-        return tensor
-
-    for run in (gpu.fused, gpu.lean):
-        kept[run] = set()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            run(kernels.LSTM, x, cells(m))
-    bytes_kept = {run: sum(size for _, size in found) for run, found in kept.items()}
-    gates = 4 * 2 * x.numel() * 4  # four a unit and direction, of four bytes
-    assert bytes_kept[gpu.fused] == bytes_kept[gpu.lean] + gates
 
 
 def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients():
@@ -105,23 +84,21 @@ def test_nan_passes_through_triton():
 
 def test_the_triton_operators_keep_what_torch_asks_of_operators():
     shapes = (1, 2, 3, 5), (1, 128, 5), (1, 1, 128), (1, 2, 4, 16, 16)
-    given = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
-    for keep in (gpu.ALL, gpu.STATES):
-        torch.library.opcheck(gpu.recurrence, (*given, keep))
+    inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    torch.library.opcheck(gpu.recurrence, (*inputs, True))
     with torch.no_grad():
-        torch.library.opcheck(gpu.recurrence, (*given, gpu.NOTHING))
-        hidden, gates, states = gpu.recurrence(*given, gpu.ALL)
-        torch.library.opcheck(gpu.recurrence_backward, (torch.randn_like(hidden), given[-1], gates, states))
+        torch.library.opcheck(gpu.recurrence, (*inputs, False))
+        hidden, gates, states = gpu.recurrence(*inputs, True)
+        torch.library.opcheck(gpu.recurrence_backward, (torch.randn_like(hidden), inputs[-1], gates, states))
 
 
-@pytest.mark.parametrize("name", ["triton", "triton-lean"])
-def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(name, monkeypatch):
+def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(monkeypatch):
     called = []
-    watch(monkeypatch, name, lambda x: called.append(1))
+    watch(monkeypatch, "triton", lambda x: called.append(1))
     m = layer(UNITS[2]).to(DEVICE)
     x = torch.randn(2, 9, 192, device=DEVICE)
     expected = m(x)
-    m.backend = name
+    m.backend = "triton"
     for got in (m(x), m.merged()(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert len(called) == 3
@@ -151,7 +128,7 @@ for capability, name, units, rows, precision in (
     *((c, n, u, r, "tf32") for c in (80, 90) for n in tensors for u, r in ((16, 16), (64, 4), (64, 16))),
     *((c, n, 64, gpu.ROWS[-1], "tf32x3") for c in (80, 90) for n in tensors),
 ):
-    keep = {"KEEP": gpu.ALL} if name == "forward" else {}
+    keep = {"NEEDS_GRAD": True} if name == "forward" else {}
     constants = {"U": units, "BT": rows, "PRECISION": precision, **keep}
     types = {**dict.fromkeys(tensors[name], "*fp32"), "B": "i32", "N": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(getattr(lstm_triton, name), types, constexprs=constants,
@@ -173,9 +150,3 @@ def test_triton_compiles_for_gpus_that_are_not_here(tmp_path):
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(compiled) == 16
     assert all(c["fits"] and c["tensor_cores"] and c["binary"] for c in compiled), compiled
-
-
-def test_the_wide_single_lstm_trains_without_triton():
-    m = MultiHeadBiLSTM(192, 1, 9)
-    m.mix(torch.randn(2, 9, 192)).sum().backward()
-    assert all(p.grad is not None for p in m.lstm.parameters())

@@ -3,8 +3,7 @@
 MODELS = ("DeiT-Tiny", "DeiT-Small", "DeiT-Base", "DeiT-Micro")  # models.deit.TEACHERS
 SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
 REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
-# models.kernels.BACKENDS
-BACKENDS = ("auto", "reference", "torch", "dense", "cpu", "triton", "triton-lean", "flashrnn")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = (
     *("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES"),

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import cpu, flash, gpu
-from models.kernels.cells import LSTM, Cell, CellKind, Choice, Shape, Task, shape_of
+from models.kernels import cpu, gpu
+from models.kernels.cells import LSTM, Cell, CellKind, Task
 from models.kernels.reference import reference
-from models.kernels.stock import dense, stock
+from models.kernels.stock import stock
 from utils.errors import FarError
 
 
@@ -39,13 +39,10 @@ def _anything(task: Task) -> str:
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(reference, _anything),
     "torch": Kernel(stock, _anything),
-    "dense": Kernel(dense, _anything),
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
-    "triton-lean": Kernel(gpu.lean, gpu.refusal),
-    "flashrnn": Kernel(flash.fused, flash.refusal),
 }
-AUTO = ("cpu", "torch")  # the first that can; a run on CUDA measures instead (engine.choosing)
+AUTO = ("cpu", "torch")  # auto: the first that can; a run on CUDA times them instead (engine.choosing)
 BACKENDS = ("auto", *KERNELS)
 
 
@@ -66,33 +63,15 @@ def check(backend: str, device: torch.device, kind: CellKind = LSTM) -> None:
         choose(backend, Task(kind, device, torch.float32, 1))
 
 
-def compute(backend: str | Choice, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
-    """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend`, or what a run measured, chooses.
+def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+    """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend` names.
 
     In the weights' own precision whatever autocast says: the state sums over N tokens.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(cells[0].weight_hh.dtype)
-        batch, tokens, heads, channels = x.shape
-        learns = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for cell in cells for w in cell))
-        units = max(cell.units for cell in cells)
-        task = Task(kind, x.device, x.dtype, units, heads, channels, batch, tokens, learns)
-        name = backend.name(task) if isinstance(backend, Choice) else backend
-        return KERNELS[choose(name, task)].run(kind, x, cells)
+        task = Task(kind, x.device, x.dtype, max(cell.units for cell in cells))
+        return KERNELS[choose(backend, task)].run(kind, x, cells)
 
 
-__all__ = [
-    "BACKENDS",
-    "KERNELS",
-    "LSTM",
-    "Cell",
-    "CellKind",
-    "Choice",
-    "Kernel",
-    "Shape",
-    "Task",
-    "check",
-    "choose",
-    "compute",
-    "shape_of",
-]
+__all__ = ["BACKENDS", "KERNELS", "LSTM", "Cell", "CellKind", "Kernel", "Task", "check", "choose", "compute"]

@@ -1,6 +1,6 @@
 """What a kernel computes: the weights of recurrent cells, and the equations of one kind of cell."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,43 +53,9 @@ LSTM = CellKind("lstm", 4, 2, _lstm_step, _lstm_stock)
 
 
 class Task(NamedTuple):
-    """What a kernel is asked for; `units`: the most hidden units a cell; `learns`: a way back follows.
-
-    What stands behind `units` is 0 where a kernel is asked before there is an input.
-    """
+    """What a kernel is asked for; `units`: the most hidden units a cell."""
 
     kind: CellKind
     device: torch.device
     dtype: torch.dtype
     units: int
-    heads: int = 0
-    channels: int = 0  # d
-    batch: int = 0
-    tokens: int = 0
-    learns: bool = False
-
-
-Shape = tuple[str, torch.dtype, int, int, int, int, bool]  # a task but for its device and batch
-
-
-def shape_of(task: Task) -> Shape:
-    return task.kind.name, task.dtype, task.units, task.heads, task.channels, task.tokens, task.learns
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which kernel computes what, decided once for a run (engine.choosing) and looked up at every call.
-
-    names: by shape, then by batch. Nothing is decided at a call: processes may meet different last batches.
-    """
-
-    names: Mapping[Shape, Mapping[int, str]]
-
-    def name(self, task: Task) -> str:
-        """Of the batch itself, else of the next larger one (an epoch's last batch is smaller), else of the largest.
-
-        `auto` where nothing is known of the shape.
-        """
-        known = self.names.get(shape_of(task), {})
-        larger = [batch for batch in known if batch >= task.batch]
-        return known[min(larger) if larger else max(known)] if known else "auto"

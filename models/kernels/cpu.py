@@ -62,16 +62,16 @@ def _digest(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
-def _whole(library: Path) -> bool:
-    """Whether a cached library is what was built: loading half a file would end the process."""
+def _intact(library: Path) -> bool:
+    """True if the cached library's checksum matches: a truncated .so crashes the process."""
     try:
         return _digest(library) == library.with_name("sha256").read_text()
     except OSError:
         return False
 
 
-def _workplace(name: str) -> Path:
-    """A new folder beside where the build will stand, in the first cache folder that can be written."""
+def _new_folder(name: str) -> Path:
+    """A new temporary folder in the first cache folder that can be written."""
     for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     """The library for these sources, torch, compiler and CPU, out of a cache folder or compiled.
 
     The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled
-    in a folder of its own and moved into place: processes that build at once do not meet.
+    in a folder of its own and moved into place: concurrent builds do not collide.
     """
     compiler = [
         *shlex.split(os.environ.get("CXX") or "c++"),
@@ -101,14 +101,14 @@ def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     parts = [*texts, torch.__version__, namespace, *compiler, macros]
     name = f"far_lstm_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
     for folder in cache_folders():
-        if _whole(library := folder / name / "lstm.so"):
+        if _intact(library := folder / name / "lstm.so"):
             return library
-    work = _workplace(name)
+    work = _new_folder(name)
     try:
         _compile(work, compiler, openmp, namespace)
         (work / "sha256").write_text(_digest(work / "lstm.so"))
         final = work.with_name(name)
-        if not _whole(final / "lstm.so"):
+        if not _intact(final / "lstm.so"):
             shutil.rmtree(final, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was faster
                 work.rename(final)
@@ -155,12 +155,12 @@ def load(flags: tuple[str, ...]):
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether `fused` can run here. Builds the operators if need be; torch.compile asks once, outside its graph."""
+    """True if `fused` can run here. Builds the operators if need be; torch.compile asks once, outside its graph."""
     return load(TUNED) is not None
 
 
 def has_bfloat16() -> bool:
-    """Whether products may be in bfloat16 here (AVX512_BF16)."""
+    """True if this CPU has products of bfloat16 (AVX512_BF16)."""
     return available() and load(TUNED).has_bfloat16()
 
 

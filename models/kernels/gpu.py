@@ -1,6 +1,5 @@
 """The fused CUDA kernel: lstm_triton.py between torch's batched matrix products. Float32, forward and backward."""
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -13,16 +12,14 @@ from models.kernels.stock import padded_cell, unpad
 
 LEAST, MOST = 16, 64  # hidden units a cell: tl.dot starts at 16; more than 64 do not stay on chip
 ROWS = (4, 8, 16)  # of the batch in one program; more do not fit beside the weights on every chip
-# Of the operators: torch.hub may bring a second copy of this module, whose operators must not take the place of ours.
+# The operators' namespace: torch.hub may import a second copy of this module, which must not redefine them.
 SPACE = __name__.replace(".", "_")
-NOTHING, STATES, ALL = 0, 1, 2  # what is kept for the way back: cell states, or activated gates as well
 
-
-INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
+INSTALLED = importlib.util.find_spec("triton") is not None  # at import: torch.compile cannot trace find_spec
 
 
 def interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 makes Triton run on the CPU, slowly: for tests."""
+    """True if TRITON_INTERPRET=1 makes Triton run on the CPU, slowly, for tests."""
     return INSTALLED and importlib.import_module("triton").knobs.runtime.interpret
 
 
@@ -36,28 +33,28 @@ def refusal(task: Task) -> str:
 
 
 @torch.library.custom_op(f"{SPACE}::recurrence", mutates_args=())
-def recurrence(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+def recurrence(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Heads' tokens (H, B, N, d) to hidden (B, N, 2 H, U), activated gates (H, B, N, 2, 4, U), states as hidden.
 
-    w_ih, bias: (H, 8 U, d), (H, 1, 8 U), rows by direction, then gate; w_hh: (H, 2, 4, U, U). keep: NOTHING, STATES or
-    ALL; what is not kept is empty.
+    w_ih, bias: (H, 8 U, d), (H, 1, 8 U), rows by direction, then gate; w_hh: (H, 2, 4, U, U).
+    Gates and states are for the backward pass and empty without needs_grad.
     """
     kernel = importlib.import_module("models.kernels.lstm_triton")
-    inputs = _inputs(x, w_ih, bias)
-    hidden, gates, states = _outputs(x, w_ih, bias, w_hh, keep)
-    kept = (gates if keep == ALL else hidden, states if keep else hidden)  # what is not kept is never touched
+    inputs = torch.baddbmm(bias, x.flatten(1, 2), w_ih.transpose(1, 2)).view(*x.shape[:3], 2, 4, -1)  # of the gates
+    hidden, gates, states = _outputs(x, w_ih, bias, w_hh, needs_grad)
+    stored = (gates, states) if needs_grad else (hidden, hidden)  # without NEEDS_GRAD the kernel writes neither
     grid, options = _launch(inputs)
     with torch.cuda.device_of(inputs):
-        kernel.forward[grid](inputs, w_hh, hidden, *kept, *hidden.shape[:2], KEEP=keep, **options)
+        kernel.forward[grid](inputs, w_hh, hidden, *stored, *hidden.shape[:2], NEEDS_GRAD=needs_grad, **options)
     return hidden, gates, states
 
 
 @recurrence.register_fake
-def _outputs(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     heads, batch, tokens, _ = x.shape
     hidden = x.new_empty(batch, tokens, 2 * heads, w_hh.shape[-1])
-    gates = x.new_empty((heads, batch, tokens, 2, 4, w_hh.shape[-1]) if keep == ALL else 0)
-    return hidden, gates, torch.empty_like(hidden) if keep else x.new_empty(0)
+    gates = x.new_empty((heads, batch, tokens, 2, 4, w_hh.shape[-1]) if needs_grad else 0)
+    return hidden, gates, torch.empty_like(hidden) if needs_grad else x.new_empty(0)
 
 
 @torch.library.custom_op(f"{SPACE}::recurrence_backward", mutates_args=())
@@ -76,39 +73,16 @@ def _gradient(grad: Tensor, w_hh: Tensor, gates: Tensor, states: Tensor) -> Tens
     return torch.empty_like(gates)
 
 
-def _inputs(x: Tensor, w_ih: Tensor, bias: Tensor) -> Tensor:
-    """The gates' inputs (H, B, N, 2, 4, U), from the tokens alone."""
-    return torch.baddbmm(bias, x.flatten(1, 2), w_ih.transpose(1, 2)).view(*x.shape[:3], 2, 4, -1)
-
-
-def _met(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states (B, N - 1, H, U) that tokens met: forward all but the first, backward all but the last."""
-    by_head = hidden.unflatten(2, (-1, 2))
-    return by_head[:, :-1, :, 0], by_head[:, 1:, :, 1]
-
-
-def _gates(x: Tensor, w_ih: Tensor, bias: Tensor, w_hh: Tensor, hidden: Tensor) -> Tensor:
-    """Activated gates where hidden states are known: one product of all tokens, no recurrence."""
-    gates, (forward, reverse) = _inputs(x, w_ih, bias), _met(hidden)
-    gates[:, :, 1:, 0] += torch.einsum("bnhk,hgjk->hbngj", forward, w_hh[:, 0])
-    gates[:, :, :-1, 1] += torch.einsum("bnhk,hgjk->hbngj", reverse, w_hh[:, 1])
-    gates[..., :2, :].sigmoid_()
-    gates[..., 2, :].tanh_()
-    gates[..., 3, :].sigmoid_()
-    return gates
-
-
-def _keep(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # nobody differentiates gates and states
-    *tensors, ctx.keep = inputs
-    ctx.save_for_backward(*tensors, *output)
+    x, w_ih, _, w_hh, _ = inputs
+    ctx.save_for_backward(x, w_ih, w_hh, *output)
 
 
 def _backward(ctx, grad: Tensor, *_):
-    x, w_ih, bias, w_hh, hidden, gates, states = ctx.saved_tensors
+    x, w_ih, w_hh, hidden, gates, states = ctx.saved_tensors
     needs_x, needs_w, needs_bias, needs_hh, _ = ctx.needs_input_grad
-    with torch.autocast(grad.device.type, enabled=False):  # alike where it is called inside autocast
-        gates = gates if ctx.keep == ALL else _gates(x, w_ih, bias, w_hh, hidden)
+    with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside autocast
         d_inputs = recurrence_backward(grad, w_hh, gates, states)
         flat = d_inputs.flatten(3).flatten(1, 2)  # (H, B N, 8 U)
         return (
@@ -121,15 +95,13 @@ def _backward(ctx, grad: Tensor, *_):
 
 
 def _w_hh_gradient(d_inputs: Tensor, hidden: Tensor) -> Tensor:
-    forward, reverse = _met(hidden)
-    found = (
-        torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, 1:, 0], forward),
-        torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, :-1, 1], reverse),
-    )
-    return torch.stack(found, dim=1)
+    by_head = hidden.unflatten(2, (-1, 2))  # each token meets the hidden state of the token before it in its direction
+    forward = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, 1:, 0], by_head[:, :-1, :, 0])
+    reverse = torch.einsum("hbngj,bnhk->hgjk", d_inputs[:, :, :-1, 1], by_head[:, 1:, :, 1])
+    return torch.stack([forward, reverse], dim=1)
 
 
-recurrence.register_autograd(_backward, setup_context=_keep)
+recurrence.register_autograd(_backward, setup_context=_setup)
 
 
 def _launch(inputs: Tensor) -> tuple[tuple[int, int], dict]:
@@ -141,7 +113,7 @@ def _launch(inputs: Tensor) -> tuple[tuple[int, int], dict]:
 
 
 def processors(device: torch.device) -> int:
-    """That run programs side by side."""
+    """Multiprocessors of the GPU, each of which runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -159,7 +131,7 @@ def launch_options(u: int) -> dict[str, int]:
 
 
 def tf32_allowed() -> bool:
-    """To cuDNN's recurrent layers, and so to what takes their place."""
+    """True if torch lets cuDNN's recurrent layers, and so this kernel, use TF32."""
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
@@ -177,21 +149,14 @@ def precision_on(device: torch.device) -> str:
     return "tf32x3" if large else "ieee"
 
 
-def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell], keep: int = ALL) -> Tensor:
-    """See `models.kernels`. Cells are padded to one power of two; a padded unit has zero weights and stays zero.
-
-    keep: for the way back, beside hidden. ALL: 5 numbers a hidden unit and token. STATES: 1, and the gates are computed
-    again, which takes less memory than all of it in bfloat16 and rounds nothing more.
-    """
+def fused(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+    """See `models.kernels`. Cells are padded to one power of two; a padded unit has zero weights and stays zero."""
     u = max(LEAST, 1 << (max(cell.units for cell in cells) - 1).bit_length())
     heads = x.shape[2]
     wide = [padded_cell(cell, u) for cell in cells]
     w_ih, w_hh = (torch.stack(weights) for weights in list(zip(*wide, strict=True))[:2])
     bias = torch.stack([cell.bias_ih for cell in wide]) + torch.stack([cell.bias_hh for cell in wide])
     weights = w_ih.view(heads, 8 * u, -1), bias.view(heads, 1, 8 * u), w_hh.view(heads, 2, 4, u, u)
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    hidden, _, _ = recurrence(x.permute(2, 0, 1, 3).contiguous(), *weights, keep if learns else NOTHING)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    hidden, _, _ = recurrence(x.permute(2, 0, 1, 3).contiguous(), *weights, needs_grad)
     return unpad(hidden, [cell.units for cell in cells])
-
-
-lean = functools.partial(fused, keep=STATES)

@@ -60,10 +60,10 @@ def forward(
     N,
     U: tl.constexpr,
     BT: tl.constexpr,
-    KEEP: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """hidden of all tokens; for the way back, KEEP 1: cell states too, 2: and activated gates."""
+    """hidden of all tokens; with NEEDS_GRAD cell states and activated gates too, for `backward`."""
     wide, narrow, mask = _rows(B, N, U, BT)
     step_wide, step_narrow = 8 * U, tl.num_programs(0) * U
     from_unit, to_unit = tl.arange(0, U)[:, None], tl.arange(0, U)[None, :]
@@ -82,9 +82,8 @@ def forward(
         c = f * c + i * g
         h = o * _tanh(c)
         tl.store(hidden + narrow + _token(s, N) * step_narrow, h, mask)
-        if KEEP >= 1:
+        if NEEDS_GRAD:
             tl.store(states + narrow + _token(s, N) * step_narrow, c, mask)
-        if KEEP == 2:
             _store_gates(gates + wide + _token(s, N) * step_wide, mask, i, f, g, o, U)
         i, f, g, o = next_i, next_f, next_g, next_o
 

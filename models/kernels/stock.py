@@ -1,8 +1,4 @@
-"""What stock torch can do, with gradients: its own LSTM or GRU (CUDA: cuDNN, CPU: oneDNN), by head or all at once.
-
-A scan written in Python over all heads and directions at once, with a written backward pass, measured three times
-slower on two cores at 65 and at 197 tokens, and was dropped.
-"""
+"""What stock torch can do, with gradients: its own LSTM or GRU (CUDA: cuDNN, CPU: oneDNN), head by head."""
 
 from collections.abc import Sequence
 
@@ -46,26 +42,3 @@ def stock(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
         y = kind.stock(tokens, tokens.new_zeros(2, x.shape[0], max(units)), weights)
         outputs.append(unpad(y.unflatten(2, (2, -1)), units))
     return torch.cat(outputs, dim=2)
-
-
-def dense(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
-    """See `models.kernels`. All heads as one of torch's layers, their weights the blocks on its diagonal.
-
-    H times the arithmetic in one call instead of H, which pays where calls cost more than products: on a GPU. The zeros
-    between blocks are made anew at each call and have no gradient. A NaN of one head reaches the others through them.
-    """
-    batch, _, heads, _ = x.shape
-    units = [cell.units for cell in cells]
-    u = max(units)
-    wide = [padded_cell(cell, u) for cell in cells]
-    weights = [_diagonal([cell[k] for cell in wide[r::2]], u) for r in (0, 1) for k in range(len(Cell._fields))]
-    y = kind.stock(x.flatten(2), x.new_zeros(2, batch, heads * u), weights)
-    return unpad(y.unflatten(2, (2, heads, u)).transpose(2, 3).flatten(2, 3), units)
-
-
-def _diagonal(blocks: Sequence[Tensor], u: int) -> Tensor:
-    """H weights (G u, m) as one (G H u, H m), gates outermost; biases (G u,) as (G H u,)."""
-    stacked = torch.stack([block.unflatten(0, (-1, u)) for block in blocks], dim=1)  # (G, H, u, m) or (G, H, u)
-    if stacked.dim() > 3:
-        stacked = torch.diag_embed(stacked.movedim(1, -1), dim1=1, dim2=3).flatten(3)  # (G, H, u, H m)
-    return stacked.flatten(0, 2)
