@@ -265,10 +265,9 @@ def idle() -> Iterator[None]:
             (jobs.Trainer, "fit"),
             (jobs, "evaluate"),
             (pruning.Pruning, "run"),
-            (pictures.Pictures, "importance"),
+            (pictures.Gallery, "importance"),
             (benchmark, "compare_programs"),
-            (demo.Demo, "run"),
-            (demo.Demo, "stage"),
+            (demo.Recipe, "run"),
         ):
             patch.setattr(owner, name, begin)
         for owner in (jobs, steps):
