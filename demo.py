@@ -5,20 +5,16 @@ python3 demo.py --seeds 0 1 2        the accuracies of several seeds
 python3 demo.py --ablation           the choices behind the defaults, tuned on held-out training images
 """
 
-import json
 import os
-import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
 # A demo has the machine to itself: its idle threads may wait longer than utils lets them, which is a twentieth faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import main
-import prune
+import torch
+
 from datasets.loading import Data, DataConfig
 from datasets.registry import Digits
 from deploy.speed import ENGINE, ONNX_RUNTIME, one_image
@@ -29,11 +25,11 @@ from plots.figures import fidelity_by_block, save_figure
 from plots.page import Section, write_page
 from plots.pictures import PictureConfig, visualize
 from utils.arguments import PART, SEED, SIZE, Parser, path
-from utils.checkpoint import write_atomic
 from utils.distributed import Context
-from utils.errors import FarError
 from utils.files import check_writable
+from utils.recipe import Recipe, write_json
 from utils.script import run_script
+from utils.terminal import table
 
 COMMON = """--scale Micro --num-workers 0 --unscale-lr --aa none --reprob 0 --color-jitter 0 --smoothing 0 --drop-path 0
 --select last --eval-every 4 --save-every 4""".split()
@@ -52,21 +48,6 @@ PRUNE = [
 --ft-warmup-epochs 1 --ft-batch-size 64 --ft-clip-grad 1""".split(),
 ]
 DOWNSTREAM = ["--mode", "downstream", *OPTIM, *"--dataset FOLDER --epochs 5 --lr 1e-3 --warmup-epochs 1".split()]
-MARK = ".far-demo"  # in a folder that the demo made or found empty: what is below is its own
-OWN = (
-    "teacher",
-    "attn",
-    "far",
-    "downstream",
-    "prune",
-    "figures",
-    "data/parity",
-    "fidelity.png",
-    "index.html",
-    "summary.json",
-    "*.seconds",
-    "seed*",
-)
 
 
 def write_parity(root: Path) -> None:
@@ -79,209 +60,112 @@ def write_parity(root: Path) -> None:
             image.save(path)
 
 
-def claim(root: Path) -> None:
-    """Makes the demo's folder; a finished demo in it is removed, to start afresh, and nothing else ever is."""
-    check_writable(root)
-    if not (root / MARK).exists() and root.exists() and any(root.iterdir()):
-        raise FarError(f"--output-dir {root}: holds files that no demo made; name a new or an empty folder")
-    if (root / "summary.json").exists():
-        for made in (path for pattern in OWN for path in root.glob(pattern)):
-            shutil.rmtree(made) if made.is_dir() else made.unlink()
-    root.mkdir(parents=True, exist_ok=True)
-    (root / MARK).touch()
+def untrained(weights: str, seed: int) -> dict:
+    """How the teacher with fresh modules in attention's place compares with the teacher, on the evaluation split."""
+    (teacher, config), (student, _) = load_model(weights), load_model(weights)
+    torch.manual_seed(seed)
+    swap_attention(student, range(len(student.blocks)), "multi-lstm")
+    loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(64)
+    return fidelity(student, teacher, loader, Context(), Settings().autocast(Context().device))
 
 
-SHOWN = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": "prune"}  # what is drawn and timed
-CURVES = {
-    "teacher": "The teacher's training",
-    "attn": "Stage attn: LSTMs in attention's place learn from it",
-    "far": "Stage block: the blocks train whole",
-    "downstream": "Downstream: even or odd",
-    "prune/regularize": "Before pruning: regularized training",
-    "prune": "After pruning: fine-tuning",
-}
-READING = (
-    "Agrees: the share of evaluation images on which a model names its teacher's class. ms: milliseconds for one image "
-    "on this CPU."
-)
-INSIDE = ("agreement", "kl", "z_similarity", "output_error")
+def run_demo(root: Path, seed: int, subset: float, epochs: int | None) -> dict:
+    """Every step for one seed; returns what summary.json holds."""
+    recipe = Recipe(root, [*COMMON, "--seed", str(seed)], epochs)
+    data = [*DIGITS, "--train-subset", f"{subset:g}"]
+    teacher = recipe.run("main.py", "teacher", *TEACHER, *data)
+    base = ["--base-weight", recipe.best("teacher"), *data]
+    attn = recipe.run("main.py", "attn", *ATTN, *base)
+    far = recipe.run("main.py", "far", *BLOCK, *base, "--attn-weight", recipe.best("attn"))
+    parity = root / "data/parity"
+    write_parity(parity)
+    moved = ["--data-path", str(parity), "--far-weight", recipe.best("far")]
+    downstream = recipe.run("main.py", "downstream", *DOWNSTREAM, *moved)
+    pruned = recipe.run("prune.py", "prune", *PRUNE, *base, "--model-path", recipe.best("far"))["rows"][-1]
 
-
-SCRIPTS = {"main.py": main.main, "prune.py": prune.main}
-
-
-def in_this_process(script: str, argv: list[str]) -> None:
-    SCRIPTS[script](argv)
-
-
-class Demo:
-    """Runs the scripts one after the other in a folder; an interrupted demo goes on where it stopped.
-
-    common: flags of every command. call: what runs one, given its script and flags.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        seed: int,
-        data: list[str],
-        epochs: str = "",
-        common: Sequence[str] = COMMON,
-        call: Callable[[str, list[str]], None] = in_this_process,
+    before = untrained(recipe.best("teacher"), seed)
+    stages = {"before training": before, "after stage attn": attn, "after stage block": far, "pruned": pruned}
+    save_figure(fidelity_by_block(stages), root / "fidelity.png")
+    ms = one_image({name: load_model(recipe.best(name))[0] for name in ("teacher", "far", "prune")})
+    rows = {}
+    for label, name, report in (
+        ("teacher (attention)", "teacher", teacher),
+        ("FAR after stage attn", "attn", attn),
+        ("FAR after stage block", "far", far),
+        ("FAR pruned to half its units", "prune", pruned),
+        ("FAR downstream (even/odd)", "downstream", downstream),
     ):
-        self.root, self.seed, self.data, self.epochs, self.common, self.call = root, seed, data, epochs, common, call
-        self.seconds: dict[str, float] = {}
-
-    def stage(self, name: str, *argv: str) -> dict:
-        """One call of main.py into root/name; returns its result.json."""
-        return self._run(name, "main.py", self._shrunk(argv), "result.json")
-
-    def prune(self, *argv: str, name: str = "prune") -> dict:
-        """One call of prune.py into root/name; returns its report."""
-        return self._run(name, "prune.py", self._shrunk(argv), "prune_report.json")
-
-    def _run(self, name: str, script: str, argv: list[str], result: str) -> dict:
-        run, started = self.root / name, time.perf_counter()
-        timing = self.root / f"{name}.seconds"
-        finished = (run / result).exists()
-        argv = [*self.common, *argv, "--seed", str(self.seed), "--output-dir", str(run), "--resume", "auto"]
-        print(f"\n== {name}: python3 {script} {' '.join(argv)}", flush=True)
-        self.call(script, argv)  # a finished one too: one of other flags is refused
-        if not finished:
-            timing.write_text(f"{time.perf_counter() - started:.1f}")
-        self.seconds[name] = float(timing.read_text()) if timing.exists() else 0.0  # killed right after its result
-        return json.loads((run / result).read_text())
-
-    def _shrunk(self, argv: tuple[str, ...]) -> list[str]:
-        """Epochs cut down where `--epochs` asks for it; a stage left out with 0 epochs stays out."""
-        cut = list(argv)
-        for flag in ("--epochs", "--block-ft-epochs", "--ft-epochs"):
-            if self.epochs and flag in cut and cut[cut.index(flag) + 1] != "0":
-                cut[cut.index(flag) + 1] = self.epochs
-        return cut
-
-    def best(self, name: str) -> str:
-        return str(self.root / name / "best.pth")
-
-    def run(self) -> dict:
-        teacher = self.stage("teacher", *TEACHER, *self.data)
-        weight = ["--base-weight", self.best("teacher"), *self.data]
-        attn = self.stage("attn", *ATTN, *weight)
-        far = self.stage("far", *BLOCK, *weight, "--attn-weight", self.best("attn"))
-        write_parity(self.root / "data" / "parity")
-        moved = ["--data-path", str(self.root / "data" / "parity"), "--far-weight", self.best("far")]
-        downstream = self.stage("downstream", *DOWNSTREAM, *moved)
-        pruned = self.prune(*PRUNE, *weight, "--model-path", self.best("far"))
-        last = pruned["rows"][-1]
-        inside = {"before training": self.before(), "after stage attn": attn, "after stage block": far, "pruned": last}
-        save_figure(fidelity_by_block(inside), self.root / "fidelity.png")
-        models = {name: load_model(self.best(name))[0] for name in SHOWN.values()}
-        return {
-            "seed": self.seed,
-            "teacher_acc1": teacher["acc1"],
-            "attn_acc1": attn["acc1"],
-            "far_acc1": far["acc1"],
-            "downstream_acc1": downstream["acc1"],
-            "teacher_params": teacher["parameters"],
-            "far_params": far["parameters"],
-            "pruned_acc1": last["acc1"],
-            "pruned_params": last["parameters"],
-            "kept_units": last["units"],
-            "attn_agreement": attn["agreement"],
-            "far_agreement": far["agreement"],
-            "pruned_agreement": last["agreement"],
-            "fidelity": {when: {key: report[key] for key in INSIDE} for when, report in inside.items()},
-            "milliseconds": one_image(models),
-            "seconds": self.seconds,
-            "total_seconds": sum(self.seconds.values()),
-        }
-
-    def before(self) -> dict:
-        """How the teacher with fresh modules compares with the teacher, on the evaluation split."""
-        teacher, config = load_model(self.best("teacher"), "--base-weight")
-        student, _ = load_model(self.best("teacher"), "--base-weight")
-        import torch  # after main.py, which asks its threads not to spin
-
-        torch.manual_seed(self.seed)
-        swap_attention(student, range(len(student.blocks)), "multi-lstm")
-        loader = Data(DataConfig("DIGITS", Path(), config.img_size, num_workers=0), Context()).val_loader(64)
-        return fidelity(student, teacher, loader, Context(), Settings().autocast(Context().device))
+        rows[label] = {key: report.get(key) for key in ("acc1", "agreement", "parameters")}
+        rows[label] |= {runtime: times[name] for runtime, times in ms.items() if name in times}
+        rows[label]["seconds"] = recipe.seconds[name]
+    keys = ("agreement", "kl", "z_similarity", "output_error")
+    kept = {when: {key: report[key] for key in keys} for when, report in stages.items()}
+    return {"seed": seed, "rows": rows, "fidelity": kept, "kept_units": pruned["units"]}
 
 
-def rows(summary: dict) -> list[list[str]]:
-    """The final table, its heads first."""
-    found = [["model", "top-1 %", "agrees %", "parameters", "ms, our engine", "ms, ONNX Runtime", "trained for s"]]
-    for label, model, params, when, timed in (
-        ("teacher (attention)", "teacher", "teacher_params", "teacher", "teacher"),
-        ("FAR after stage attn", "attn", "far_params", "attn", ""),
-        ("FAR after stage block", "far", "far_params", "far", "far"),
-        ("FAR pruned to half its units", "pruned", "pruned_params", "prune", "prune"),
-        ("FAR downstream (even/odd)", "downstream", "far_params", "downstream", ""),
-    ):
-        agreement = summary.get(f"{model}_agreement")
-        times = [summary["milliseconds"][runtime][timed] if timed else "" for runtime in (ENGINE, ONNX_RUNTIME)]
-        numbers = [
-            f"{summary[f'{model}_acc1']:.2f}",
-            "" if agreement is None else f"{agreement:.2f}",
-            f"{summary[params]:,}",
-            *("-" if ms is None else ms and f"{ms:.2f}" for ms in times),
-            f"{summary['seconds'][when]:.1f}",
-        ]
-        found.append([label, *numbers])
-    return found
+HEADS = ["model", "top-1 %", "agrees %", "parameters", f"ms, {ENGINE}", f"ms, {ONNX_RUNTIME}", "trained for s"]
+COLUMNS = {"acc1": ".2f", "agreement": ".2f", "parameters": ",", ENGINE: ".2f", ONNX_RUNTIME: ".2f", "seconds": ".1f"}
 
 
-def table(summary: dict) -> str:
-    """The same as text."""
-    return text_table(rows(summary))
-
-
-def text_table(found: list[list[str]]) -> str:
-    """Rows of cells, the first one its heads, in columns."""
-    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
-    return "\n".join(
-        f"{label:<{widths[0]}}" + "".join(f"{cell:>{w + 2}}" for cell, w in zip(cells, widths[1:], strict=True))
-        for label, *cells in found
-    )
-
-
-def gallery(root: Path, summary: dict) -> Path:
-    """Draws what the models look at, and one page of all that the demo found and drew; returns its path."""
-    weights = {flag: root / folder / "best.pth" for flag, folder in SHOWN.items()}
-    _, looks = visualize(PictureConfig(**weights, output_dir=root / "figures", count=2))
-    blocks = [
-        [when, *(f"{v:.2f}" for v in report["z_similarity"].values())] for when, report in summary["fidelity"].items()
+def cells(summary: dict) -> list[list[str]]:
+    """The final table, its heads first; what was not measured stays empty."""
+    rows = [
+        [label, *("" if row.get(key) is None else f"{row[key]:{form}}" for key, form in COLUMNS.items())]
+        for label, row in summary["rows"].items()
     ]
-    curves = [(root / name / "curves.png", what) for name, what in CURVES.items()]
-    units = (root / "prune/units.png", "Units that pruning kept, by block, head and direction")
+    return [HEADS, *rows]
+
+
+def write_gallery(root: Path, summary: dict) -> Path:
+    """One page of all that the demo measured and drew, and what its models look at; returns its path."""
+    flags = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": "prune"}
+    weights = {flag: root / name / "best.pth" for flag, name in flags.items()}
+    _, looks = visualize(PictureConfig(**weights, output_dir=root / "figures", count=2))
+    cosines = {when: report["z_similarity"] for when, report in summary["fidelity"].items()}
+    heads = ["cosine of z", *(f"block {block}" for block in cosines["pruned"])]
+    preserved = [heads, *([when, *(f"{v:.2f}" for v in blocks.values())] for when, blocks in cosines.items())]
+    curves = {
+        "teacher/curves.png": "The teacher's training",
+        "attn/curves.png": "Stage attn: LSTMs in attention's place learn from it",
+        "far/curves.png": "Stage block: the blocks train whole",
+        "downstream/curves.png": "Downstream: even or odd",
+        "prune/regularize/curves.png": "Before pruning: regularized training",
+        "prune/curves.png": "After pruning: fine-tuning",
+        "prune/units.png": "Units that pruning kept, by block, head and direction",
+    }
     sections = [
-        Section("What came out", READING, rows(summary)),
+        Section(
+            "What came out",
+            "Agrees: the share of evaluation images on which a model names its teacher's class. ms: milliseconds for "
+            "one image on this CPU.",
+            cells(summary),
+        ),
         Section(
             "What is preserved",
             "Each block's z (the joined outputs of its heads) beside the teacher's: cosine similarity, 1 is the same.",
-            [["cosine of z", *(f"block {i}" for i in range(len(blocks[0]) - 1))], *blocks],
+            preserved,
             [(root / "fidelity.png", "z and the blocks' outputs beside the teacher's")],
         ),
-        Section("How it was trained and pruned", "", (), [*curves, units]),
+        Section("How it was trained and pruned", "", (), [(root / name, shown) for name, shown in curves.items()]),
         *looks,
     ]
     write_page(root / "index.html", "FAR: the demo", sections)
     return root / "index.html"
 
 
-ABLATION = {
-    "default (student input, chrono, attn then block)": ([], [], True),
-    "--distill-input teacher": (["--distill-input", "teacher"], ["--distill-input", "teacher"], True),
-    "--rep-by gru": (["--rep-by", "gru"], ["--rep-by", "gru"], True),
-    "--rep-by mixer": (["--rep-by", "mixer"], ["--rep-by", "mixer"], True),
-    "--rep-init value": (["--rep-init", "value"], [], True),
-    "--rep-init random": (["--rep-init", "random"], [], True),
+# By name: flags of stage attn (None leaves it out) and of stage block (None leaves it out), besides the compared ones.
+ABLATION: dict[str, tuple[list[str] | None, list[str] | None]] = {
+    "default (student input, chrono, attn then block)": ([], []),
+    "--distill-input teacher": (["--distill-input", "teacher"], ["--distill-input", "teacher"]),
+    "--rep-by gru": (["--rep-by", "gru"], ["--rep-by", "gru"]),
+    "--rep-by mixer": (["--rep-by", "mixer"], ["--rep-by", "mixer"]),
+    "--rep-init value": (["--rep-init", "value"], []),
+    "--rep-init random": (["--rep-init", "random"], []),
     "stage block alone, same epochs": (
-        [],
+        None,
         ["--block-ft-epochs", "32", "--block-ft-lr", "3e-3", "--block-ft-warmup-epochs", "3"],
-        False,
     ),
-    "stage attn alone, same epochs": (["--epochs", "32"], None, True),
+    "stage attn alone, same epochs": (["--epochs", "32"], None),
 }
 
 
@@ -289,25 +173,21 @@ def ablation(root: Path, seeds: list[int]) -> None:
     """Same budget of 32 epochs for each row, evaluated on a fifth of the training images, kept out of training."""
     rows: dict[str, list[float]] = {name: [] for name in ["teacher", *ABLATION]}
     for seed in seeds:
-        demo = Demo(root / str(seed), seed, [*DIGITS, "--holdout", "0.2"])
-        rows["teacher"].append(demo.stage("teacher", *TEACHER, *demo.data)["acc1"])
-        weight = ["--base-weight", demo.best("teacher"), *demo.data]
-        for k, (name, (attn, block, with_attn)) in enumerate(ABLATION.items()):
+        recipe = Recipe(root / str(seed), [*COMMON, "--seed", str(seed)])
+        data = [*DIGITS, "--holdout", "0.2"]
+        rows["teacher"].append(recipe.run("main.py", "teacher", *TEACHER, *data)["acc1"])
+        base = ["--base-weight", recipe.best("teacher"), *data]
+        for k, (name, (attn, block)) in enumerate(ABLATION.items()):
             start = []
-            if with_attn:
-                result = demo.stage(f"attn{k}", *COMPARED, *weight, *attn)
-                start = ["--attn-weight", demo.best(f"attn{k}")]
+            if attn is not None:
+                result = recipe.run("main.py", f"attn{k}", *COMPARED, *base, *attn)
+                start = ["--attn-weight", recipe.best(f"attn{k}")]
             if block is not None:
-                result = demo.stage(f"far{k}", *COMPARED_BLOCK, *weight, *start, *block)
+                result = recipe.run("main.py", f"far{k}", *COMPARED_BLOCK, *base, *start, *block)
             rows[name].append(result["acc1"])
             write_json(root / "ablation.json", rows)
-    print(f"\n{'top-1 % on held-out training images':<52}{'seeds ' + ' '.join(map(str, seeds)):>24}{'mean':>8}")
-    for name, values in rows.items():
-        print(f"{name:<52}{' '.join(f'{v:.2f}' for v in values):>24}{mean(values):>8.2f}")
-
-
-def write_json(path: Path, content) -> None:
-    write_atomic(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+    heads = ["top-1 % on held-out training images", *(f"seed {seed}" for seed in seeds), "mean"]
+    print("\n" + table([heads, *([name, *(f"{v:.2f}" for v in (*vs, mean(vs)))] for name, vs in rows.items())]))
 
 
 def demo(argv: list[str] | None = None) -> int:
@@ -321,23 +201,21 @@ def demo(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     root = args.output_dir
-    claim(root)
+    check_writable(root)
     if args.ablation:
         ablation(root, args.seeds)
         return 0
-    epochs = str(args.epochs or "")
+    alone = len(args.seeds) == 1
     summaries = []
     for seed in args.seeds:
-        folder = root if len(args.seeds) == 1 else root / f"seed{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        summaries.append(Demo(folder, seed, [*DIGITS, "--train-subset", f"{args.train_subset:g}"], epochs).run())
-        if len(args.seeds) > 1:
-            print(f"\nseed {seed}\n{table(summaries[-1])}", flush=True)
-    page = gallery(root, summaries[0]) if len(summaries) == 1 else None
-    write_json(root / "summary.json", summaries if page is None else summaries[0])  # the last: the demo is finished
+        summaries.append(run_demo(root if alone else root / f"seed{seed}", seed, args.train_subset, args.epochs))
+        if not alone:
+            print(f"\nseed {seed}\n{table(cells(summaries[-1]))}", flush=True)
+    page = write_gallery(root, summaries[0]) if alone else None
+    write_json(root / "summary.json", summaries[0] if alone else summaries)  # the last: the demo is finished
     print(f"\nwritten to {root}: summary.json, and a folder of curves and weights for each stage")
     if page:
-        print(f"\n{table(summaries[0])}\n\nopen {page}")
+        print(f"\n{table(cells(summaries[0]))}\n\nopen {page}")
     return 0
 
 

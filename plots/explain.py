@@ -34,32 +34,6 @@ def integrated_gradients(model: VisionTransformer, images: Tensor, classes: Tens
     return ((images - baseline) * gradient).sum(1)
 
 
-def token_importance(
-    model: VisionTransformer, images: Tensor, blocks: Iterable[int]
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Gradient of the predicted class's logit times the token that a block's mixer reads, summed over channels.
-
-    The token is taken behind norm1: before it the product vanishes wherever a token is read through norm1 alone
-    (as in the last block), because a LayerNorm does not change when its input is scaled.
-
-    images (B, 3, S, S). Returns ({block: (B, N)}, logits (B, classes)). Signed: positive speaks for the class.
-    """
-    read: dict[int, Tensor] = {}
-    handles = [
-        model.blocks[i].attn.register_forward_pre_hook(lambda _, args, i=i: read.__setitem__(i, args[0]))
-        for i in blocks
-    ]
-    try:
-        with torch.enable_grad():
-            logits = model(images.detach().requires_grad_())
-            said = logits.gather(1, logits.argmax(1, keepdim=True))
-            gradients = torch.autograd.grad(said.sum(), list(read.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {i: (g * x).sum(2).detach() for (i, x), g in zip(read.items(), gradients, strict=True)}, logits.detach()
-
-
 def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
     """What enters each block's attention (or its replacement): norm1 of the running state, (B, N, D)."""
     with torch.no_grad():
@@ -74,22 +48,6 @@ def attention_weights(attn: nn.Module, x: Tensor) -> Tensor:
     return (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(-1)
 
 
-@torch.no_grad()
-def attention_rollout(teacher: VisionTransformer, images: Tensor) -> Tensor:
-    """How much of each input token reaches the class token: product over blocks of (A + I) / 2, A the mean over heads.
-
-    Abnar & Zuidema, arXiv 2005.00928. Returns (B, N).
-    """
-    blocks = range(len(teacher.blocks))
-    inputs = attention_inputs(teacher, images, blocks)
-    rolled: Tensor | None = None
-    for i in blocks:
-        a = attention_weights(teacher.blocks[i].attn, inputs[i]).mean(1)  # (B, N, N)
-        a = (a + torch.eye(a.shape[1], device=a.device)) / 2
-        rolled = a if rolled is None else a @ rolled
-    return rolled[:, 0]
-
-
 def token_similarity(z: Tensor) -> Tensor:
     """Cosine between every two tokens of z (B, N, D): (B, N, N)."""
     z = F.normalize(z.float(), dim=2)
@@ -98,13 +56,13 @@ def token_similarity(z: Tensor) -> Tensor:
 
 def z_of(attn: nn.Module, x: Tensor) -> Tensor:
     """z (B, N, D) of attention or replacement: what enters its output projection."""
-    kept: list[Tensor] = []
-    handle = attn.proj.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    z: list[Tensor] = []
+    handle = attn.proj.register_forward_pre_hook(lambda _, args: z.append(args[0]))
     try:
         attn(x)
     finally:
         handle.remove()
-    return kept[0]
+    return z[0]
 
 
 def influence(

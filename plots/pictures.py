@@ -1,8 +1,8 @@
-"""What visualization.py does: find the models and images, measure, draw, save."""
+"""What visualization.py does: finds the models and images, measures, draws, saves."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -23,16 +23,14 @@ from models.replace import FarConfig, count_parameters, replaced_blocks, replace
 from models.weights import ModelName, load_any
 from plots.explain import (
     attention_inputs,
-    attention_rollout,
     attention_weights,
     influence,
     integrated_gradients,
     rank_correlation,
-    token_importance,
     token_similarity,
 )
 from plots.figures import save_figure
-from plots.map_figures import Row, block_maps, importance_maps, signed, token_matrices
+from plots.map_figures import Row, importance_maps, signed, token_matrices
 from plots.page import Section, write_page
 from utils.checkpoint import write_atomic
 from utils.distributed import Context, pick_device
@@ -83,47 +81,38 @@ class PictureConfig(ModelName):
             raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
 
 
-def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], FarConfig, Path]:
-    """{name: model} in the order teacher, FAR, pruned FAR; how they read pictures; the folder the figures go to."""
-    named = dict(zip(FLAGS, (asked.base_weight, asked.far_weight, asked.pruned_weight), strict=True))
-    named = {name: path for name, path in named.items() if path}
-    if named:
-        folder = list(named.values())[-1].parent / "figures"
+def find_models(args: PictureConfig) -> tuple[dict[str, VisionTransformer], FarConfig, Path]:
+    """{name: model} in the order teacher, FAR, pruned FAR; how they read images; the folder the figures go to."""
+    files = dict(zip(FLAGS, (args.base_weight, args.far_weight, args.pruned_weight), strict=True))
+    files = {name: path for name, path in files.items() if path}
+    if files:
+        folder = list(files.values())[-1].parent / "figures"
     else:
         demo = newest_demo()
-        found = {name: demo / part / "best.pth" for name, part in zip(FLAGS, ("teacher", "far", "prune"), strict=True)}
-        named, folder = {name: path for name, path in found.items() if path.exists()}, demo / "figures"
-    check_writable(asked.output_dir or folder)
-    loaded = {name: _load(asked, path, FLAGS[name], name == "teacher") for name, path in named.items()}
-    models = {name: model for name, (model, _) in loaded.items()}
-    _check(models)
-    configs = [config for _, config in loaded.values()]
-    most = max(configs, key=lambda config: (bool(config.classes), config.preprocessing is not None))
-    for name, (model, config) in loaded.items():
-        order_classes(model, config.classes, most.classes, FLAGS[name])
-    return models, most, asked.output_dir or folder
-
-
-def _load(asked: PictureConfig, path: Path, flag: str, teacher: bool) -> tuple[VisionTransformer, FarConfig]:
-    model, config = load_any(asked, path, flag, teacher)
-    if not teacher and not replaced_blocks(model):
-        raise FarError(f"{flag} {path}: is a teacher, not a FAR model; give it as --base-weight")
-    set_backend(model, asked.lstm_backend)
-    return model, config
-
-
-def _check(models: dict[str, VisionTransformer]) -> None:
-    def shape(model: VisionTransformer) -> dict[str, int]:
-        return {"tokens": model.pos_embed.shape[1], "blocks": len(model.blocks), "classes": model.num_classes}
-
+        files = {name: demo / part / "best.pth" for name, part in zip(FLAGS, ("teacher", "far", "prune"), strict=True)}
+        files, folder = {name: path for name, path in files.items() if path.exists()}, demo / "figures"
+    check_writable(args.output_dir or folder)
+    models: dict[str, VisionTransformer] = {}
+    configs: dict[str, FarConfig] = {}
+    for name, path in files.items():
+        models[name], configs[name] = load_any(args, path, FLAGS[name], teacher=name == "teacher")
+        if name != "teacher" and not replaced_blocks(models[name]):
+            raise FarError(f"{FLAGS[name]} {path}: is a teacher, not a FAR model; give it as --base-weight")
+        set_backend(models[name], args.lstm_backend)
     first = next(iter(models))
-    expected = shape(models[first])
+    sizes = {
+        name: {"tokens": model.pos_embed.shape[1], "blocks": len(model.blocks), "classes": model.num_classes}
+        for name, model in models.items()
+    }
+    for name, size in sizes.items():
+        for what, expected in sizes[first].items():
+            if size[what] != expected:
+                where = f"{FLAGS[name]}: has {size[what]} {what}, {FLAGS[first]} has {expected}"
+                raise FarError(f"{where}; name models of one kind")
+    most = max(configs.values(), key=lambda config: (bool(config.classes), config.preprocessing is not None))
     for name, model in models.items():
-        for what, ours in shape(model).items():
-            if ours != expected[what]:
-                raise FarError(
-                    f"{FLAGS[name]}: has {ours} {what}, {FLAGS[first]} has {expected[what]}; name models of one kind"
-                )
+        order_classes(model, configs[name].classes, most.classes, FLAGS[name])
+    return models, most, args.output_dir or folder
 
 
 def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> list[int]:
@@ -134,6 +123,12 @@ def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> li
     if block >= depth:
         raise FarError(f"--block {block}: blocks run from 0 to {depth - 1} in this model")
     return [block]
+
+
+def short(name: str) -> str:
+    """The first of a class's names, cut where it is long."""
+    name = shown(name).partition(",")[0]
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -149,20 +144,19 @@ class Images:
     classes: tuple[str, ...]
 
 
-def find_images(asked: PictureConfig, config: FarConfig) -> Images:
+def find_images(args: PictureConfig, config: FarConfig) -> Images:
     """What --images or --dataset name, spread evenly."""
-    size, small = config.img_size, config.img_size <= 32
-    name = asked.dataset or ("DIGITS" if small else "PHOTOS")
-    wanted, classes = DataConfig(name, asked.data_path, size), config.classes
-    source = SOURCES["DIGITS" if small else "IMNET"]
-    if asked.images:
-        files = find_files(asked.images)
-        total, read = len(files), lambda i: (shown(files[i].name), read_image(str(files[i])))
+    size, classes = config.img_size, config.classes
+    name = args.dataset or ("DIGITS" if size <= 32 else "PHOTOS")
+    data_config, source = DataConfig(name, args.data_path, size), SOURCES["DIGITS" if size <= 32 else "IMNET"]
+    if args.images:
+        files = find_files(args.images)
+        total, read = len(files), lambda i: (shown(files[i].name), read_image(files[i]))
     elif name == "PHOTOS":
         photos = list(photographs().items())
         total, read = len(photos), photos.__getitem__
     else:
-        data, source = Data(wanted, Context(), trains=False), SOURCES[name]
+        data, source = Data(data_config, Context(), trains=False), SOURCES[name]
         split, own = data.val.data, data.class_names
         try:
             match_classes(classes or own, data.names)
@@ -170,25 +164,18 @@ def find_images(asked: PictureConfig, config: FarConfig) -> Images:
             unknown = shown(error)
             log.warning("--dataset %s: the models do not know its class %r; labels are as it has them", name, unknown)
         classes = classes or (own if data.num_classes == config.num_classes else ())
-        total, read = len(split), lambda i: _labelled(split[i], f"{name}, evaluation image {i}", own)
-    chosen = np.linspace(0, total - 1, min(asked.count, total)).round().astype(int).tolist()
-    names, pictures = zip(*map(read, chosen), strict=True)
-    prepared = config.preprocessing or preprocessing(wanted, source, config.reading)
+
+        def read(i: int) -> tuple:
+            image, label = split[i]
+            return f"{name}, evaluation image {i}" + (f", labelled “{short(own[label])}”" if own else ""), image
+
+        total = len(split)
+    indices = np.linspace(0, total - 1, min(args.count, total)).round().astype(int).tolist()
+    names, pictures = zip(*map(read, indices), strict=True)
+    prepared = config.preprocessing or preprocessing(data_config, source, config.reading)
     images = torch.stack(list(map(prepared.transform(size), pictures)))
-    shift, scale = (torch.tensor(v)[:, None, None] for v in (prepared.mean, prepared.std))
-    return Images(images, (images * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).numpy(), names, classes)
-
-
-def _labelled(sample: tuple, name: str, classes: tuple[str, ...]) -> tuple:
-    """An image of a data set, (name, image); the name says its label where classes have names."""
-    image, label = sample
-    return f"{name}, labelled “{short(classes[label])}”" if classes else name, image
-
-
-def short(name: str) -> str:
-    """The first of a class's names, cut where it is long."""
-    name = shown(name).partition(",")[0]
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    mean, std = (torch.tensor(v)[:, None, None] for v in (prepared.mean, prepared.std))
+    return Images(images, (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy(), names, classes)
 
 
 def sampling(tokens: int, dim: int, seed: int) -> tuple[list[int], int | None, str]:
@@ -201,20 +188,20 @@ def sampling(tokens: int, dim: int, seed: int) -> tuple[list[int], int | None, s
     return chosen, probes, f"sampled: {count} of {tokens} output tokens, {probes} random directions each, seed {seed}"
 
 
-def visualize(asked: PictureConfig) -> tuple[Path, list[Section]]:
+def visualize(args: PictureConfig) -> tuple[Path, list[Section]]:
     """All figures, and index.html of them in their folder; returns that page and its sections."""
-    device = pick_device(asked.device)
-    kernels.check(asked.lstm_backend, device)
-    models, config, folder = find_models(asked)
+    device = pick_device(args.device)
+    kernels.check(args.lstm_backend, device)
+    models, config, folder = find_models(args)
     for model in models.values():
         for attn in replacements(model).values():
-            attn.check_backend(asked.lstm_backend, device)
-    images, blocks = find_images(asked, config), choose_blocks(models, asked.block)
+            attn.check_backend(args.lstm_backend, device)
+    images, blocks = find_images(args, config), choose_blocks(models, args.block)
     for model in models.values():
         model.to(device).requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
-    draw = Pictures(models, images, blocks, folder, asked.format, asked.seed, device)
-    sections = [draw.answers(), draw.importance(), draw.similarity(), draw.influence(), draw.importance_by_block()]
+    gallery = Gallery(models, images, blocks, folder, args.format, args.seed, device)
+    sections = [gallery.predictions(), gallery.importance(), gallery.similarity(), gallery.influence()]
     write_page(folder / "index.html", "FAR: what the models look at", sections)
     return folder / "index.html", sections
 
@@ -222,24 +209,19 @@ def visualize(asked: PictureConfig) -> tuple[Path, list[Section]]:
 HOW_IMPORTANT = (
     "Purple patches raise the logit of the class that the first model names, orange ones lower it: integrated "
     "gradients from a plain picture in the image's mean colour. The sum of a map, which is the logit's rise, stands "
-    "above it. Colours show a patch's share of its map, on one scale for all models, which ends where 99 % of the "
+    "above it. Colours show a patch's share of its map, on one scale for all models, which ends where 99 % of the "
     "values lie."
 )
-IN_BLOCKS = (
-    "Purple speaks for the class that the model names, orange against it: the gradient of its logit times what the "
-    "block reads, patch by patch. One scale a model, which ends where 99 % of the values lie."
-)
 
 
-def compared(row: Row, base: Row) -> Row:
-    """The row with its rank correlation with another one, block by block."""
-    maps = {i: (torch.from_numpy(m), torch.from_numpy(base.panels[i])) for i, m in row.panels.items()}
-    return replace(row, rho={i: rank_correlation(*pair) for i, pair in maps.items()})
+def correlations(panels: dict[int, np.ndarray], first: dict[int, np.ndarray]) -> dict[int, float]:
+    """Rank correlation of two quantities' matrices, block by block."""
+    return {i: rank_correlation(torch.from_numpy(panels[i]), torch.from_numpy(first[i])) for i in panels}
 
 
 @dataclass
-class Pictures:
-    """The figures of one call: each method measures, saves figures and their arrays, and returns a page's section."""
+class Gallery:
+    """The figures of one call: each method measures, saves a figure and its arrays, and returns a page's section."""
 
     models: dict[str, VisionTransformer]
     images: Images
@@ -260,32 +242,16 @@ class Pictures:
         print(f"  {path}, {name}.npz", flush=True)
         return path
 
-    def _patches(self, tokens: Tensor) -> np.ndarray:
-        """(N,) to the patches' grid, the tokens before them left out."""
-        model = self.models[self.first]
-        return tokens[model.num_prefix_tokens :].reshape(model.patch_embed.grid_size).cpu().numpy()
-
-    def _correlations(
-        self, of: str, base: str, rho: dict[str, list[float]], columns: Sequence[str] = ()
-    ) -> list[list[str]]:
-        """A table of rank correlations with `base`, by name and column (block by default), also printed."""
-        over = " ".join(columns) or "block by block"
-        rows = [[name, *map(signed, values)] for name, values in rho.items()]
-        for name, *values in rows:
-            print(f"{of}: rank correlation of {name} with {base}, {over}: {' '.join(values)}", flush=True)
-        columns = columns or [f"block {i}" for i in self.blocks]
-        return [[f"rank correlation with {base}", *columns], *rows] if rows else []
-
-    def _says(self, logits: Tensor) -> str:
+    def _prediction(self, logits: Tensor) -> str:
         """The likeliest class by name, and how likely."""
         index = logits.argmax().item()
         name = short(self.images.classes[index]) if self.images.classes else f"class {index}"
         return f"“{name}” ({logits.softmax(0)[index]:.0%})"
 
-    def answers(self) -> Section:
-        """The models' sizes, and what each says of every image."""
+    def predictions(self) -> Section:
+        """The models' sizes, and what each predicts for every image."""
         with torch.no_grad():
-            said = [[self._says(row) for row in model(self.read)] for model in self.models.values()]
+            said = [[self._prediction(row) for row in model(self.read)] for model in self.models.values()]
         sizes = [f"{count_parameters(model):,}" for model in self.models.values()]
         rows = [["parameters", *sizes], *(list(row) for row in zip(self.images.names, *said, strict=True))]
         return Section("Models and images", "What each model says of each image.", [["", *self.models], *rows])
@@ -302,50 +268,25 @@ class Pictures:
         figures = []
         for k, (image, called) in enumerate(zip(self.images.shown, self.images.names, strict=True)):
             titled = {}
-            for name, found in maps.items():
+            for name, patches in maps.items():
                 note = f", ρ {signed(rho[name][k])}" if name in rho else ""
-                title = f"{name} says {self._says(logits[name][k])}\nlogit {signed(found[k].sum().item(), '+')}{note}"
-                titled[title] = self._smooth(found[k])
+                rise = f"logit {signed(patches[k].sum().item(), '+')}{note}"
+                titled[f"{name} says {self._prediction(logits[name][k])}\n{rise}"] = self._smooth(patches[k])
             figure = importance_maps(image, called, titled, text, "share of the map (%)")
-            arrays = {**{name: found[k].numpy() for name, found in maps.items()}, "image": image}
+            arrays = {**{name: patches[k].numpy() for name, patches in maps.items()}, "image": image}
             figures.append((self._save(figure, f"importance-{k}", arrays), called))
-        means = {name: [mean(values)] for name, values in rho.items()}
-        table = self._correlations("importance", self.first, means, ["mean over the images"])
-        return Section("Which patches matter", text, table, figures)
+        base = f"rank correlation with {self.first}"
+        table = [[base, "mean over the images"], *([name, signed(mean(values))] for name, values in rho.items())]
+        for name, value in table[1:]:
+            print(
+                f"importance: rank correlation of {name} with {self.first}, mean over the images: {value}", flush=True
+            )
+        return Section("Which patches matter", text, table if rho else [], figures)
 
     def _smooth(self, patches: Tensor) -> np.ndarray:
         """Shares (%) of the patches (rows, columns) in their total magnitude, interpolated to the image's size."""
         shares = 100 * patches / patches.abs().sum().clamp(min=torch.finfo(patches.dtype).tiny)
         return F.interpolate(shares[None, None], self.read.shape[2:], mode="bicubic")[0, 0].numpy()
-
-    def importance_by_block(self) -> Section:
-        """Token importance of every model, block by block, and the teacher's attention rollout."""
-        found = {name: token_importance(model, self.read, self.blocks) for name, model in self.models.items()}
-        rollout = attention_rollout(self.models["teacher"], self.read) if self.first == "teacher" else None
-        text = IN_BLOCKS + f" ρ: rank correlation with the {self.first}'s map of the same block." * bool(self.others)
-        figures, rho = [], {name: [] for name in self.others}
-        for k, (image, called) in enumerate(zip(self.images.shown, self.images.names, strict=True)):
-            rows = {}
-            for name, (maps, logits) in found.items():
-                title, panels = f"{name} says {self._says(logits[k])}", {i: self._patches(maps[i][k]) for i in maps}
-                rows[name] = Row(title, panels, True, "importance")
-            for name in self.others:
-                rows[name] = compared(rows[name], rows[self.first])
-                rho[name].append(rows[name].rho)
-            arrays = {f"{name} block {i}": m for name, row in rows.items() for i, m in row.panels.items()}
-            if rollout is not None:
-                arrays["rollout"] = self._patches(rollout[k])
-                last = {len(self.models[self.first].blocks) - 1: arrays["rollout"]}
-                rows["rollout"] = Row(
-                    "teacher's attention rollout through all blocks", last, False, "reaches the class token"
-                )
-            figure = block_maps(image, called, list(rows.values()), text)
-            figures.append((self._save(figure, f"importance-{k}-blocks", arrays), called))
-        means = {name: [mean(by[i] for by in found) for i in self.blocks] for name, found in rho.items()}
-        table = self._correlations(f"importance by block, mean of {len(figures)} images", self.first, means)
-        return Section(
-            "Which patches matter, block by block", f"{text} The table holds means over the images.", table, figures
-        )
 
     def similarity(self) -> Section:
         """Token-to-token cosine of z, mean over the images: first model, each other one, and their difference."""
@@ -354,10 +295,10 @@ class Pictures:
             with torch.no_grad():
                 z = forward_features(model, self.read, self.blocks).z
             alike = {i: token_similarity(z[i]).mean(0).cpu().numpy() for i in self.blocks}
-            row = Row(name, alike, True, "cosine", top=1.0)
-            rows.append(compared(row, rows[0]) if rows else row)
+            rho = correlations(alike, rows[0].panels) if rows else {}
+            rows.append(Row(name, alike, True, "cosine", 1.0, rho))
             if len(rows) > 1:
-                apart = {i: m - rows[0].panels[i] for i, m in alike.items()}
+                apart = {i: matrix - rows[0].panels[i] for i, matrix in alike.items()}
                 rows.append(Row(f"{name} − {self.first}", apart, True, "difference of cosines"))
         text = (
             f"Cosine of z (the joined outputs of a block's heads) between every two tokens, mean of {len(self.read)} "
@@ -377,27 +318,30 @@ class Pictures:
             if name == "teacher":
                 with torch.no_grad():
                     weights = {i: attention_weights(model.blocks[i].attn, x)[0].mean(0) for i, x in inputs.items()}
-                weights = {i: m[tokens].cpu().numpy() for i, m in weights.items()}
+                weights = {i: matrix[tokens].cpu().numpy() for i, matrix in weights.items()}
                 rows.append(Row("attention weights", weights, False, "mean over heads"))
             panels = {}
             for i, x in inputs.items():
                 panels[i] = influence(model.blocks[i].attn, x[0], tokens, probes, generator).cpu().numpy()
                 bar.update()
-            row = Row(f"{name} ‖∂z/∂x‖", panels, False, "‖∂z/∂x‖")
-            rows.append(compared(row, rows[0]) if rows else row)
+            rho = correlations(panels, rows[0].panels) if rows else {}
+            rows.append(Row(f"{name} ‖∂z/∂x‖", panels, False, "‖∂z/∂x‖", None, rho))
         bar.close()
         text = (
             f"How strongly z of output token i depends on input token j, yellow the strongest ({self.images.names[0]}; "
-            f"{how}). Scales end where 99 % of the values lie."
+            f"{how}). Scales end where 99 % of the values lie."
         )
         axes = ("input token j", "output token i")
         return self._matrices("influence", "Which tokens a token depends on", text, rows, axes)
 
     def _matrices(self, name: str, title: str, text: str, rows: list[Row], axes: tuple[str, str]) -> Section:
+        """A figure of token matrices, and a table of their rank correlations with the first row."""
         text += f" ρ: rank correlation with the first row, {rows[0].title}." * (len(rows) > 1)
         figure = token_matrices(title, rows, axes, text)
         path = self._save(figure, name, {f"{row.title} block {i}": m for row in rows for i, m in row.panels.items()})
-        table = self._correlations(
-            name.replace("-", " "), rows[0].title, {row.title: list(row.rho.values()) for row in rows if row.rho}
-        )
-        return Section(title, text, table, [(path, title)])
+        table = [[f"rank correlation with {rows[0].title}", *(f"block {i}" for i in self.blocks)]]
+        table += [[row.title, *map(signed, row.rho.values())] for row in rows if row.rho]
+        for of, *values in table[1:]:
+            line = f"rank correlation of {of} with {rows[0].title}, block by block: {' '.join(values)}"
+            print(f"{name.replace('-', ' ')}: {line}", flush=True)
+        return Section(title, text, table if len(table) > 1 else [], [(path, title)])

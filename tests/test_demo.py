@@ -1,78 +1,64 @@
-"""The demo goes through every mode, keeps its promises about files, and can be run twice."""
+"""The demo goes through every mode, and goes on where it stopped."""
 
 import json
 import re
 import shutil
 
 import demo
+import visualization
 from deploy.timing import ROUNDS
 from tests.conftest import ROOT, launch
+from utils.recipe import Recipe
+from utils.terminal import table
 
 
-def test_demo_runs_twice_and_writes_its_summary(tmp_path):
-    command = [str(ROOT / "demo.py"), "--epochs", "1", "--train-subset", "0.05"]
-    for _ in range(2):
-        done = launch(*command, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
-        assert {
-            "teacher_acc1",
-            "far_acc1",
-            "downstream_acc1",
-            "seed",
-            "seconds",
-            "far_params",
-            "pruned_acc1",
-            "pruned_params",
-            "kept_units",
-            "far_agreement",
-            "pruned_agreement",
-        } <= summary.keys()
-        assert [len(r["output_error"]) for r in summary["fidelity"].values()] == [4] * 4
-        assert set(summary["seconds"]) == {"teacher", "attn", "far", "downstream", "prune"}
-    (tmp_path / "runs/demo/summary.json").rename(tmp_path / "kept.json")  # as if stopped before its end
-    done = launch(*command, "--seeds", "1", cwd=tmp_path)
-    assert done.returncode == 2 and "--seed 0, not 1" in done.stderr  # no stage of another seed is taken for this one's
-    done = launch(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    again = json.loads((tmp_path / "runs/demo/summary.json").read_text())
-    clocks = ("seconds", "total_seconds", "milliseconds")
-    assert {k: v for k, v in again.items() if k not in clocks} == {k: v for k, v in summary.items() if k not in clocks}
-    assert (tmp_path / "runs/demo/fidelity.png").stat().st_size > 5000
-    assert "FAR after stage block" in done.stdout and "agrees %" in done.stdout and "ms, ONNX Runtime" in done.stdout
-    assert all(0 < ms < 1e4 for times in summary["milliseconds"].values() for ms in times.values())
-    page = tmp_path / done.stdout.split()[-1]
+def test_the_demo_writes_its_summary_page_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert demo.demo(["--epochs", "1", "--train-subset", "0.05"]) == 0
+    said, run = capsys.readouterr().out, tmp_path / "runs/demo"
+    summary = json.loads((run / "summary.json").read_text())
+    agreements = [row["agreement"] for row in summary["rows"].values()]
+    assert agreements[0] is agreements[4] is None and all(0 <= value <= 100 for value in agreements[1:4])
+    assert [len(report["output_error"]) for report in summary["fidelity"].values()] == [4] * 4
+    assert [line.split("  ")[0] for line in said.splitlines()[-7:-2]] == list(summary["rows"])
+    assert "agrees %" in said and "ms, our engine" in said and "ms, ONNX Runtime" in said
+    page = tmp_path / said.split()[-1]
     links = set(re.findall(r'href="([^"]+)"', page.read_text()))
     assert {"fidelity.png", "attn/curves.png", "prune/units.png", "figures/influence.png"} <= links
-    assert all((page.parent / link).is_file() for link in links) and "ms, our engine" in page.read_text()
-    assert len(list((tmp_path / "runs/demo/figures").glob("*.png"))) == 6  # two images, maps and blocks; two more
-    done = launch(
-        str(ROOT / "visualization.py"), "--count", "1", "--block", "0", cwd=tmp_path
-    )  # finds the demo by itself
-    assert done.returncode == 0 and "runs/demo/figures" in done.stdout, done.stderr
+    assert all((page.parent / link).stat().st_size > 5000 for link in links)
+    assert len(list((run / "figures").glob("*.png"))) == 4  # two images' maps, two of tokens
+    assert visualization.main(["--count", "1", "--block", "0"]) == 0  # finds the demo by itself
+    assert "runs/demo/figures" in capsys.readouterr().out
 
 
-def test_the_demo_removes_only_what_it_made(tmp_path, failure):
-    theirs = tmp_path / "theirs"
-    (theirs / "teacher").mkdir(parents=True)
-    (theirs / "summary.json").write_text("mine")
-    (theirs / "teacher/thesis.txt").write_text("mine")
-    assert "holds files that no demo made" in failure("--output-dir", theirs, script=demo.demo)
-    assert (theirs / "summary.json").read_text() == (theirs / "teacher/thesis.txt").read_text() == "mine"
-    own = tmp_path / "own"
-    demo.claim(own)
-    for name in (
-        "teacher/best.pth",
-        "data/parity/train/odd/1.png",
-        "data/mine.txt",
-        "notes.txt",
-        "summary.json",
-        "attn.seconds",
-    ):
-        (own / name).parent.mkdir(parents=True, exist_ok=True)
-        (own / name).write_text("")
-    demo.claim(own)  # finished: it starts afresh
-    assert sorted(p.name for p in own.rglob("*") if p.is_file()) == [".far-demo", "mine.txt", "notes.txt"]
+def test_a_recipe_leaves_finished_commands_alone_and_refuses_other_flags(tmp_path, failure):
+    def teach(seed, argv=(*demo.TEACHER, *demo.DIGITS, "--train-subset", "0.05")):
+        recipe = Recipe(tmp_path, [*demo.COMMON, "--seed", str(seed)], epochs=1)
+        return recipe.run("main.py", "teacher", *argv), recipe.seconds
+
+    first = teach(0)
+    written = (tmp_path / "teacher/best.pth").stat().st_mtime_ns
+    assert teach(0) == first and (tmp_path / "teacher/best.pth").stat().st_mtime_ns == written
+    assert "--seed 0, not 1" in failure(script=lambda _: teach(1))
+
+
+def test_epochs_are_cut_but_for_stages_left_out(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("utils.recipe.import_module", lambda name: type("Script", (), {"main": calls.append}))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/result.json").write_text("{}")
+    Recipe(tmp_path, ["--epochs", "9"], epochs=2).run("main.py", "a", "--block-ft-epochs", "0", "--lr", "1")
+    assert calls == [
+        "--epochs 2 --block-ft-epochs 0 --lr 1 --output-dir".split() + [str(tmp_path / "a"), "--resume", "auto"]
+    ]
+
+
+def test_a_table_is_aligned():
+    assert table([["model", "top-1 %"], ["FAR", "9"], ["a teacher", "10.5"]]).splitlines() == [
+        "model      top-1 %",
+        "FAR              9",
+        "a teacher     10.5",
+    ]
 
 
 def test_benchmark_compares_and_writes(tmp_path, teacher, far):

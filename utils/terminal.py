@@ -72,10 +72,3 @@ def dependable() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = before
         nowhere.close()
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first row heads, as text: the first column left-aligned, the others right-aligned."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
