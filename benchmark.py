@@ -190,7 +190,7 @@ def build_parser() -> Parser:
 def on_gpu(parser: Parser, argv: list[str] | None, args: Namespace) -> int:
     """--device cuda: its own defaults, unless the command line says otherwise."""
     parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
-    given = {"output_dir", "seconds", "batches"} & parser.given(argv).keys()
+    given = {"output_dir", "seconds", "batches"} & parser.named(argv).keys()
     asked = gpu_speed.Asked(**{name: vars(args)[name] for name in given})
     return gpu_speed.run(asked, gpu_speed.machine(pick_device("cuda")))
 

@@ -4,9 +4,8 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import rand_augment_choices
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Subset
@@ -23,7 +21,8 @@ from torchvision import transforms
 
 from datasets.classes import Relabelled, UnknownClass, match_classes
 from datasets.images import shown, skipping
-from datasets.registry import SOURCES, Source, build_split, class_names, count_classes, default_folder
+from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
+from utils.configs import DataConfig
 from utils.distributed import Context, cores
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
@@ -31,38 +30,6 @@ from utils.seeding import seeded
 
 log = logging.getLogger(__name__)
 LOOKED_AT = 256  # files of a folder whose bytes tell whether a resumed run finds what it began with
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What the data flags say; see `utils.arguments` for each."""
-
-    dataset: str
-    data_path: Path | None
-    input_size: int | None  # pixels a side; None until the model is known
-    download: bool = False
-    mean: Sequence[float] | None = None  # None: the model's, else the data set's
-    std: Sequence[float] | None = None
-    train_subset: float = 1.0
-    holdout: float = 0.0
-    hflip: float | None = None
-    vflip: float = 0.0
-    color_jitter: float = 0.3
-    aa: str | None = "rand-m9-mstd0.5-inc1"
-    train_interpolation: str = "bicubic"
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-    eval_crop_ratio: float | None = None  # None: the model's
-    repeated_aug: bool = False
-    num_workers: int = 8
-    seed: int = 42
-    nb_classes: int | None = None  # None: the data set's
-    inat_category: str = "name"
-
-    @property
-    def root(self) -> Path:
-        return self.data_path or default_folder(self.dataset)
 
 
 class Transformed(Dataset):
@@ -183,28 +150,6 @@ class ToNormalized(transforms.Normalize):
         return pixels.to(torch.float32).div_(255).sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
 
-def check_policy(text: str | None) -> None:
-    """Raises FarError where timm cannot run an auto-augment policy, or would skip a part of it without a word."""
-    if text in (None, "none"):
-        return
-    wrong, mend = f"--aa {shown(text)}", "see timm's auto_augment.py, or use none"
-    family, *sections = text.split("-")
-    seen = set()
-    for section in sections:
-        if family == "rand" and section.startswith("t"):  # a set of operations; timm takes its default for unknown ones
-            key, known = "t", rand_augment_choices(section[1:]) is not rand_augment_choices("")
-        else:  # timm splits a key from its number, and passes over what it cannot split
-            key, known = re.match(r"\D*", section)[0], re.fullmatch(r"\D+\d.*", section)
-        if not known or key in seen:
-            raise FarError(f"{wrong}: part {shown(section)!r} is {'given twice' if known else 'unknown'}; {mend}")
-        seen.add(key)
-    try:
-        with seeded(0):  # an empty text would mean none to timm
-            create_transform(32, is_training=True, auto_augment=text or "empty")(Image.new("RGB", (32, 32)))
-    except (AssertionError, ArithmeticError, MemoryError, ValueError) as error:
-        raise FarError(f"{wrong}: timm cannot run it ({shown(error) or 'unknown policy'}); {mend}") from error
-
-
 def preprocessing(config: DataConfig, source: Source, own: Preprocessing | None = None) -> Preprocessing:
     """Resize, centre crop, normalise: by flags, else as the model knows pictures (`own`), else by the data set.
 
@@ -222,21 +167,26 @@ def preprocessing(config: DataConfig, source: Source, own: Preprocessing | None 
 
 def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
     """DeiT's augmentation by timm; at 32 pixels and below a padded random crop takes the resized crop's place."""
-    check_policy(config.aa)
-    transform = create_transform(
-        input_size=config.input_size,
-        is_training=True,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.aa if config.aa != "none" else None,
-        interpolation=config.train_interpolation,
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        re_count=config.recount,
-        mean=normal.mean,
-        std=normal.std,
-        hflip=(0.5 if source.flip else 0.0) if config.hflip is None else config.hflip,
-        vflip=config.vflip,
-    )
+    try:
+        transform = create_transform(
+            input_size=config.input_size,
+            is_training=True,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.aa if config.aa != "none" else None,
+            interpolation=config.train_interpolation,
+            re_prob=config.reprob,
+            re_mode=config.remode,
+            re_count=config.recount,
+            mean=normal.mean,
+            std=normal.std,
+            hflip=(0.5 if source.flip else 0.0) if config.hflip is None else config.hflip,
+            vflip=config.vflip,
+        )
+    except (AssertionError, ValueError) as error:  # timm's, on a policy that it does not know
+        known = "see timm's auto_augment.py, or use none"
+        raise FarError(
+            f"--aa {shown(config.aa)}: timm cannot run it ({shown(error) or 'unknown policy'}); {known}"
+        ) from error
     (k,) = (k for k, part in enumerate(transform.transforms) if isinstance(part, transforms.Normalize))
     normalize = transform.transforms[k]
     transform.transforms[k - 1 : k + 1] = [ToNormalized(normalize.mean, normalize.std)]

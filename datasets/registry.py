@@ -1,6 +1,5 @@
 """Every data set FAR knows, as one table: how to build a split, how many classes, where to get it."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -26,7 +25,7 @@ Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data
 @dataclass(frozen=True)
 class Source:
     """`layout`: what is looked for in --data-path; `get`: how to obtain it; `flip`: mirrored images mean the same;
-    `labelled`: its labels mean something; `package`: the one that ships it, in data/."""
+    `labelled`: its labels mean something."""
 
     build: Build
     num_classes: int | None
@@ -37,7 +36,6 @@ class Source:
     labelled: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    package: str = ""
 
 
 class Digits(Dataset):
@@ -215,7 +213,6 @@ def _elpv(types: bool) -> Source:
         4 if types else 2,
         "labels.csv and images/*.png",
         "pip install --no-deps -r requirements-real.txt, and leave --data-path out",
-        package="elpv_dataset",
     )
 
 
@@ -254,13 +251,6 @@ SOURCES: dict[str, Source] = {
     "ELPV": _elpv(types=True),
     "ELPV2": _elpv(types=False),
 }
-
-
-def default_folder(name: str) -> Path:
-    """The folder without --data-path: that of the installed package that ships the data set, else data/<name>."""
-    package = SOURCES[name].package if name in SOURCES else ""
-    spec = importlib.util.find_spec(package) if package else None  # not imported
-    return Path(spec.origin).parent / "data" if spec else Path("data") / name
 
 
 def build_split(name: str, root: Path, train: bool, download: bool = False, category: str = "name") -> Dataset:

@@ -7,12 +7,13 @@ from pathlib import Path
 import safetensors.torch
 from timm.models.vision_transformer import VisionTransformer
 
-from engine.configs import ModelName
+from models.deit import named_teacher
 from models.dinov2 import find_file, from_onnx
 from models.parts import BlockPart
 from models.published import from_published, to_published
 from models.replace import FarConfig, count_parameters, load_model, mlps, pack, replacements
 from utils.checkpoint import load, save, write_atomic
+from utils.configs import ModelName
 from utils.errors import FarError
 from utils.files import check_writable
 
@@ -36,6 +37,7 @@ class ConvertConfig(ModelName):
 def convert(asked: ConvertConfig) -> str:
     """Writes --output and says what it holds. Raises FarError, nothing written, where one cannot become the other."""
     _check_output(asked)
+    named_teacher(asked)
     convert_source = _leave if asked.far_weight else _come if asked.published else _from_onnx
     model, config, parameters, said = convert_source(asked)
     return (
@@ -64,7 +66,7 @@ def _leave(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str
 def _come(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]:
     """A state dict of the published code to a FAR checkpoint."""
     content, source = load(asked.published, "--published"), f"--published {asked.published}"
-    model, config, dropped = from_published(content, source, asked.asked, asked.rep_by, asked.tolerance)
+    model, config, dropped = from_published(content, source, asked.named, asked.rep_by, asked.tolerance)
     parts = [*replacements(model).values(), *mlps(model).values()]
     zeroed = sum(int(mask.sum()) for part in parts for mask in part.silent().values())
     if asked.remove_zeroed:
@@ -79,7 +81,7 @@ def _come(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]
 
 def _from_onnx(asked: ConvertConfig) -> tuple[VisionTransformer, FarConfig, int, str]:
     """A DINOv2 in an ONNX file to a teacher's checkpoint."""
-    model, config = from_onnx(find_file(asked.onnx), f"--onnx {asked.onnx}", asked.asked)
+    model, config = from_onnx(find_file(asked.onnx), f"--onnx {asked.onnx}", asked.named)
     save(asked.output, pack(model, config))
     return model, config, count_parameters(model), "--mode teacher gives it a classifier"
 

@@ -1,7 +1,7 @@
 """What the modes of main.py do: each makes data, a model and a list of stages, and hands them to the trainer."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 from datasets.loading import Data
 from deploy.fuse import fuse
-from deploy.predict import Prediction, as_text, picture_loader, write
+from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
 from engine.choosing import settle
-from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.stages import Plan, Stage, distillation
+from engine.stages import Stage, distillation
 from engine.steps import (
     answer_by,
     check_backend,
@@ -49,25 +48,12 @@ from models.replace import (
     set_backend,
 )
 from plots.figures import draw_curves
+from utils.configs import ModeCommand, ModelConfig
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModeCommand(Command):
-    """What main.py asks for; a mode reads its part of it."""
-
-    block_rates: Rates
-    plan: Plan
-    replace: list[str]
-    distill_input: str
-    ds_pruned: bool
-    ds_mode: str
-    fuse: str | None
-    prediction: Prediction
 
 
 def start(command: ModeCommand, context: Context, load=load_data, trains: bool = True) -> tuple[Data, FarConfig]:
@@ -133,7 +119,7 @@ def teacher(command: ModeCommand, context: Context) -> None:
     model = fresh(command.model, config)
     if weight:
         load_teacher_weights(model, weight, keep_head=keeps)
-    stage = Stage("teacher", (), (), "full", "classification", "output", command.rates.optim(context))
+    stage = Stage("teacher", (), (), "full", "classification", "output", command.scaled(command.optim, context.world))
     train_on_labels(command, context, model, config, stage, data)
 
 
@@ -146,8 +132,8 @@ def train(command: ModeCommand, context: Context) -> None:
     answer_by(reference, data, command.settings, context)
     blocks = parse_blocks(command.replace, len(reference.blocks))
     model, config = student(command, context, reference, config, blocks)
-    block = command.block_rates.optim(context)
-    attn = None if command.plan.skip_train_attn else command.rates.optim(context)
+    block = command.scaled(command.block_ft_optim, context.world)
+    attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
     settings = command.settings
     stages = planned(distillation(blocks, command.plan, attn, block), data, settings)
     if command.run.dry_run:
@@ -226,7 +212,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
         if command.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
     config, blocks = reading(config, data), tuple(range(len(model.blocks)))
-    optim = command.rates.optim(context)
+    optim = command.scaled(command.optim, context.world)
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
     train_on_labels(command, context, model, config, stage, data)
 
@@ -249,10 +235,10 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     answer_by(reference, data, command.settings, context)
     parameters = count_parameters(model)
     model.to(context.device)
-    settle(model, command.settings.lstm_backend, command.rates.asked.batch_size, context, learns=False)
+    settle(model, command.settings.lstm_backend, command.optim.batch_size, context, learns=False)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
-    loader, autocast = data.val_loader(command.rates.asked.batch_size), command.settings.autocast(context.device)
+    loader, autocast = data.val_loader(command.optim.batch_size), command.settings.autocast(context.device)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
         if reference is None:
             result = evaluate(model, loader, context, autocast)
@@ -273,14 +259,14 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
 
 def predict(command: ModeCommand, context: Context) -> None:
     """--mode predict: the likeliest classes of pictures, by any checkpoint of ours."""
-    asked, files = command.prediction, command.prediction.files()
+    asked, files = command.prediction, find_pictures(command.prediction)
     _, model, config = load_far(command.far, command.model)
     check_backend(config, command.settings, context)
     set_backend(model, command.settings.lstm_backend)
     model.to(context.device)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
-    loader = picture_loader(files, config, command.rates.asked.batch_size, command.data.num_workers)
+    loader = picture_loader(files, config, command.optim.batch_size, command.data.num_workers)
     autocast = command.settings.autocast(context.device)
     answers = list(predicted(model, config, loader, asked.top, context.device, autocast))
     if asked.output:

@@ -1,7 +1,7 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -9,14 +9,13 @@ import torch
 
 from deploy import latency
 from engine.activations import Grams, carried, first_batches, refit, unit_grams
-from engine.configs import Command, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import farthest, fidelity, of_teacher
 from engine.hoyer import Norms, Regularized, unit_norms
 from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
-from engine.stages import Optim, Stage
+from engine.stages import Stage
 from engine.steps import (
     answer_by,
     check_backend,
@@ -35,7 +34,7 @@ from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names
-from utils.arguments import Latency
+from utils.configs import Optim, PruneCommand
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
@@ -48,43 +47,6 @@ SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
     "norm": lambda parts, seen: unit_norms(parts),
     "carried": lambda parts, seen: carried(parts, seen()),
 }
-
-
-@dataclass(frozen=True)
-class PruneCommand(Command):
-    """What prune.py asks for. Raises FarError where it contradicts itself."""
-
-    ft_rates: Rates
-    reg: int
-    decay: float
-    distill: bool | None  # None: where there is a teacher
-    distill_loss: str | None  # None: nothing to learn from a teacher
-    score: str
-    refit: bool
-    sensitivity: float | None
-    keep_ratio: float | None
-    target_params: int | None
-    target_latency: Latency | None
-    latency_batch: int | None  # None: 1
-    sweep: list[float] | None
-    prune_mlp: float | None
-
-    def __post_init__(self):
-        rules = ("sensitivity", "keep_ratio", "target_params", "target_latency", "sweep")
-        chosen = ["--" + rule.replace("_", "-") for rule in rules if getattr(self, rule) is not None]
-        if len(chosen) > 1:
-            raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
-        if self.latency_batch and not self.target_latency:
-            raise FarError("--latency-batch: is the batch of --target-latency MS; give both")
-        if self.distill and not self.model.base_weight:
-            raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
-        if self.distill_loss and (self.distill is False or not self.model.base_weight):
-            raise FarError("--distill-loss: needs a teacher; name its weights with --base-weight, without --no-distill")
-
-    @property
-    def threshold(self) -> float:
-        """A unit below this share of its block's mean score is weak."""
-        return names.SENSITIVITY[self.score] if self.sensitivity is None else self.sensitivity
 
 
 class Pruning:
@@ -110,7 +72,9 @@ class Pruning:
             self.teacher = load_teacher(command.model, self.config).to(context.device)
         answer_by(self.teacher, self.data, command.settings, context)
         self.distill = self.teacher is not None and command.distill is not False
-        self.regularize, self.fine_tune = command.rates.optim(context), command.ft_rates.optim(context)
+        self.regularize, self.fine_tune = (
+            command.scaled(optim, context.world) for optim in (command.optim, command.ft_optim)
+        )
         if self.regularize.epochs or self.fine_tune.epochs:
             stages = [self._stage("regularize", self.regularize), self._stage("fine-tune", self.fine_tune)]
             planned(stages, self.data, self.settings)
@@ -269,7 +233,7 @@ class Pruning:
 
     def _measure(self, model) -> dict:
         """Accuracy, and fidelity where there is a teacher, in one pass; sizes."""
-        loader = self.data.val_loader(self.command.rates.asked.batch_size)
+        loader = self.data.val_loader(self.command.optim.batch_size)
         how = loader, self.context, self.settings.autocast(self.context.device)
         found = evaluate(model, *how) if self.teacher is None else fidelity(model, self.teacher, *how)
         return {**found, **count_all(model, describe(model, self.config))}

@@ -9,17 +9,23 @@ from timm.models.vision_transformer import VisionTransformer
 
 from datasets.classes import UnknownClass, imagenet_names, match_classes
 from datasets.images import shown
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from datasets.streams import open_data
 from engine.compiling import check_compiler
-from engine.configs import FarSource, ModelConfig, ModelName
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
-from engine.train import Settings
-from models.deit import count_answers, create_teacher, find_teacher, load_published_weights, load_teacher_weights
+from models.deit import (
+    count_answers,
+    create_teacher,
+    find_teacher,
+    load_published_weights,
+    load_teacher_weights,
+    named_teacher,
+)
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
 from models.vit import classifiers
 from utils.checkpoint import load
+from utils.configs import DataConfig, FarSource, ModelConfig, ModelName, Settings
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
@@ -67,7 +73,7 @@ def name_teacher(asked: ModelName, path: Path | None, flag: str = "--base-weight
         config = read_config(content, source)
         check_named(asked, path, config)
         return config
-    own = find_teacher(asked.name)
+    own = named_teacher(asked)
     classes = own.classes if known is None else known
     names = imagenet_names() if path is None and own.published and classes == 1000 else ()
     return FarConfig(asked.name, classes, own.input_size, preprocessing=own.preprocessing, classes=names)
@@ -122,9 +128,9 @@ def architecture(base_model: str) -> str:
 
 def check_named(asked: ModelName, path: Path, config: FarConfig) -> None:
     """Raises FarError where the flags name another model than a file holds."""
-    if asked.asked and architecture(asked.asked) != architecture(config.base_model):
+    if asked.named and (named_teacher(asked).architecture or asked.named) != architecture(config.base_model):
         flag = "--base-model" if asked.base_model else "--scale"
-        raise FarError(f"{flag}: says {asked.asked}, but {path} holds a {config.base_model}; make them agree")
+        raise FarError(f"{flag}: says {asked.named}, but {path} holds a {config.base_model}; make them agree")
 
 
 def load_any(asked: ModelName, path: Path, flag: str, teacher: bool) -> tuple[VisionTransformer, FarConfig]:

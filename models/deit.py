@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.vit import Teacher, adopt, prefix_positions, timm_teacher
 from utils.checkpoint import FLOATS, check_dense, load, load_into, weights_of, whole
+from utils.configs import ModelName
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 
@@ -56,6 +57,14 @@ LARGEST_INPUT = 4096
 def find_teacher(base_model: str) -> Teacher:
     """By its short name or timm's. Raises FarError, the name first, where there is none or it cannot be a teacher."""
     return TEACHERS.get(base_model) or timm_teacher(base_model)
+
+
+def named_teacher(config: ModelName) -> Teacher:
+    """What --base-model or --scale names, else DeiT-Tiny. Raises FarError naming the flag."""
+    try:
+        return find_teacher(config.name)
+    except FarError as error:
+        raise FarError(f"--base-model {error}") from error
 
 
 def fits_patches(base_model: str, img_size) -> bool:

@@ -17,7 +17,6 @@ from datasets.classes import UnknownClass, match_classes
 from datasets.images import find_files, read_image, shown
 from datasets.loading import Data, DataConfig, preprocessing
 from datasets.registry import SOURCES, photographs
-from engine.configs import ModelName
 from engine.steps import load_any, order_classes
 from models import kernels
 from models.features import forward_features
@@ -36,6 +35,7 @@ from plots.figures import save_figure
 from plots.map_figures import Row, block_maps, importance_maps, signed, token_matrices
 from plots.page import Section, write_page
 from utils.checkpoint import write_atomic
+from utils.configs import PictureConfig
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
 from utils.files import check_writable
@@ -58,30 +58,6 @@ def newest_demo(root: Path = Path("runs")) -> Path:
 
 
 FLAGS = {"teacher": "--base-weight", "FAR": "--far-weight", "pruned FAR": "--pruned-weight"}
-
-
-@dataclass(frozen=True)
-class PictureConfig(ModelName):
-    """What visualization.py asks for. Raises FarError where it contradicts itself."""
-
-    base_weight: Path | None = None
-    far_weight: Path | None = None
-    pruned_weight: Path | None = None
-    lstm_backend: str = "auto"
-    device: str = "auto"
-    images: Path | None = None
-    dataset: str | None = None
-    data_path: Path | None = None
-    count: int = 4
-    block: int | None = None
-    format: str = "png"
-    output_dir: Path | None = None
-    seed: int = 42
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.images and (self.dataset or self.data_path):
-            raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
 
 
 def find_models(asked: PictureConfig) -> tuple[dict[str, VisionTransformer], FarConfig, Path]:

@@ -19,9 +19,10 @@ from torchvision import datasets as tv
 
 import main
 from datasets.loading import Data, DataConfig
-from datasets.registry import SOURCES, build_split, count_classes, default_folder
+from datasets.registry import SOURCES, build_split, count_classes
 from tests.conftest import image_folder, write_images
 from utils import checkpoint
+from utils.configs import default_folder
 from utils.distributed import Context
 from utils.errors import FarError
 

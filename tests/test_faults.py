@@ -39,9 +39,10 @@ from plots.figures import save_figure
 from tests import faults
 from utils import arguments, checkpoint
 from utils.arguments import Parser
+from utils.configs import Record, RunConfig
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.run_folder import Record, RunConfig, open_run
+from utils.run_folder import open_run
 from utils.script import run_script
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from datasets.loading import Data, DataConfig, PaddedCrop, ToNormalized, check_policy
+from datasets.loading import Data, DataConfig, PaddedCrop, ToNormalized
 from datasets.registry import build_split
 from tests.conftest import image_folder, write_images
 from utils.distributed import Context, cores
@@ -345,39 +345,13 @@ def test_more_processes_than_images_are_refused():
     ],
 )
 def test_policies_that_timm_reads_whole_are_taken(text):
-    check_policy(text)
     assert digits(aa=text).train[0, 0][0].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "auto",
-        "random",
-        "rand-mX",
-        "rand-m",
-        "rand-foo",
-        "rand-",
-        "rand--m9",
-        *"-rand rand-9 rand-m9x rand-m9.5 rand-q3 rand-mstd0.5.5 rand-mstdinf rand-tfoo rand-t rand-m9-m5".split(),
-        *"rand-tweights-t3a rand-n20-tweights".split(),
-        "rand-m9\nx-n2",
-        "augmix-wide",
-        "augmix-z3",
-        "augmix-a0",
-        "original-m9",
-        "original-mstd",
-        "v0-tweights",
-        "v1",
-        "RAND-m9",
-        " rand-m9",
-    ],
-)
-def test_policies_that_timm_rejects_or_would_skip_in_part_are_one_line(text):
-    with pytest.raises(FarError, match="^--aa ") as error:
+@pytest.mark.parametrize("text", ["auto", "random", "rand-9", "rand-m9x", "augmix-z3", "original-m9", "v1"])
+def test_a_policy_that_timm_rejects_is_one_line(text):
+    with pytest.raises(FarError, match=f"^--aa {text}: timm cannot run it .* or use none"):
         digits(aa=text)
-    assert "or use none" in str(error.value) and "run it ()" not in str(error.value)
 
 
 class Deadly(torch.utils.data.Dataset):
