@@ -48,6 +48,7 @@ BACKEND = {
     "help": "LSTM kernel; auto: on CUDA the fastest that gives torch's results, on a CPU the C++ one, else torch",
 }
 DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda"), "help": "auto is CUDA where there is one"}
+REMOVE = "what to remove (one of these)"
 DATA_PATH = {"default": None, "type": path, "help": "the data set's folder; default data/<dataset>, or its package's"}
 
 
@@ -508,29 +509,21 @@ class PruneCommand(Command):
         "units whose --score is below this share of their block's mean; default "
         + ", ".join(f"{share} of {score}" for score, share in names.SENSITIVITY.items())
         + ", about two fifths of the digits model's",
-        "what to remove (one of these)",
+        REMOVE,
         type=RATE,
     )
-    keep_ratio: float | None = flag(
-        None, "all but this share of units, ranked over all blocks", "what to remove (one of these)", type=PART
-    )
-    target_params: int | None = flag(
-        None, "as many units as leave at most this many parameters", "what to remove (one of these)", type=SIZE
-    )
+    keep_ratio: float | None = flag(None, "all but this share of units, ranked over all blocks", REMOVE, type=PART)
+    target_params: int | None = flag(None, "as many units as leave at most this many parameters", REMOVE, type=SIZE)
     target_latency: Latency | None = flag(
         None,
         "as many units as leave a fused model that answers in so many milliseconds on this CPU, or in a share of "
         "the teacher's time (60%%): by a table measured on as many threads as torch uses, kept in the run's folder",
-        "what to remove (one of these)",
+        REMOVE,
         type=latency,
         metavar="MS",
     )
     sweep: Sequence[float] | None = flag(
-        None,
-        "prune and fine-tune at each of these keep ratios, and plot them",
-        "what to remove (one of these)",
-        type=ratios,
-        metavar="R,R,...",
+        None, "prune and fine-tune at each of these keep ratios, and plot them", REMOVE, type=ratios, metavar="R,R,..."
     )
     latency_batch: int | None = flag(
         None, "images in the batch that --target-latency times; 1", "how to remove", type=SIZE
