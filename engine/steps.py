@@ -128,7 +128,9 @@ def architecture(base_model: str) -> str:
 
 def check_named(asked: ModelName, path: Path, config: FarConfig) -> None:
     """Raises FarError where the flags name another model than a file holds."""
-    if asked.named and (named_teacher(asked).architecture or asked.named) != architecture(config.base_model):
+    if asked.named is not None and (named_teacher(asked).architecture or asked.named) != architecture(
+        config.base_model
+    ):
         flag = "--base-model" if asked.base_model else "--scale"
         raise FarError(f"{flag}: says {asked.named}, but {path} holds a {config.base_model}; make them agree")
 

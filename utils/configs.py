@@ -119,11 +119,11 @@ class ModelName:
     @property
     def named(self) -> str | None:
         """The model's name; None where neither flag is given."""
-        return self.base_model or names.SCALES.get(self.scale)
+        return names.SCALES.get(self.scale) if self.base_model is None else self.base_model
 
     @property
     def name(self) -> str:
-        return self.named or "DeiT-Tiny"
+        return "DeiT-Tiny" if self.named is None else self.named
 
 
 @dataclass(frozen=True)
