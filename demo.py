@@ -15,16 +15,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from datasets.registry import Digits
 from deploy.speed import ENGINE, ONNX_RUNTIME, one_image
 from engine.fidelity import fidelity
-from engine.train import Settings
 from models.replace import load_model, swap_attention
 from plots.figures import fidelity_by_block, save_figure
 from plots.page import Section, write_page
-from plots.pictures import PictureConfig, visualize
+from plots.pictures import visualize
 from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.configs import DataConfig, PictureConfig, Settings
 from utils.distributed import Context
 from utils.files import check_writable
 from utils.recipe import Recipe, write_json

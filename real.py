@@ -21,9 +21,10 @@ from models.deit import check_size
 from models.dinov2 import MODELS
 from models.replace import load_model
 from plots.page import Section, write_page
-from plots.pictures import PictureConfig, visualize
+from plots.pictures import visualize
 from utils import names
 from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.configs import PictureConfig
 from utils.files import check_writable
 from utils.recipe import Recipe, write_json
 from utils.script import run_script

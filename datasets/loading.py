@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from torchvision import transforms
 
 from datasets.classes import Relabelled, UnknownClass, match_classes
 from datasets.images import shown, skipping
-from datasets.registry import SOURCES, Source, build_split, class_names, count_classes, default_folder
+from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
+from utils.configs import DataConfig
 from utils.distributed import Context, cores
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
@@ -28,38 +29,6 @@ from utils.seeding import seeded
 
 log = logging.getLogger(__name__)
 SAMPLED_FILES = 256  # files of a folder whose bytes tell whether a resumed run finds the data it began with
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What the data flags say; see `utils.arguments` for each."""
-
-    dataset: str
-    data_path: Path | None
-    input_size: int | None  # pixels a side; None until the model is known
-    download: bool = False
-    mean: Sequence[float] | None = None  # None: the model's, else the data set's
-    std: Sequence[float] | None = None
-    train_subset: float = 1.0
-    holdout: float = 0.0
-    hflip: float | None = None
-    vflip: float = 0.0
-    color_jitter: float = 0.3
-    aa: str | None = "rand-m9-mstd0.5-inc1"
-    train_interpolation: str = "bicubic"
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-    eval_crop_ratio: float | None = None  # None: the model's
-    repeated_aug: bool = False
-    num_workers: int = 8
-    seed: int = 42
-    nb_classes: int | None = None  # None: the data set's
-    inat_category: str = "name"
-
-    @property
-    def root(self) -> Path:
-        return self.data_path or default_folder(self.dataset)
 
 
 class Transformed(Dataset):

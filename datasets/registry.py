@@ -1,6 +1,5 @@
 """Every data set FAR knows, as one table: how to build a split, how many classes, where to get it."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -29,7 +28,7 @@ class Source:
     """A data set that --dataset names.
 
     num_classes: None where they are counted. layout: what is looked for in --data-path. get: how to obtain it. flip:
-    mirrored images keep their class. labelled: its labels mean something. package: the one that ships it, in data/.
+    mirrored images keep their class. labelled: its labels mean something.
     """
 
     build: Build
@@ -41,7 +40,6 @@ class Source:
     labelled: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    package: str = ""
 
 
 class Digits(Dataset):
@@ -194,7 +192,6 @@ ELPV = Source(
     4,
     "labels.csv and images/*.png",
     "pip install --no-deps -r requirements-real.txt, and leave --data-path out",
-    package="elpv_dataset",
 )
 SOURCES: dict[str, Source] = {
     "IMNET": IMNET,
@@ -236,13 +233,6 @@ SOURCES: dict[str, Source] = {
     "ELPV": ELPV,
     "ELPV2": replace(ELPV, build=lambda root, train, download: SolarCells(root, train, types=False), num_classes=2),
 }
-
-
-def default_folder(name: str) -> Path:
-    """The folder without --data-path: that of the installed package that ships the data set, else data/<name>."""
-    package = SOURCES[name].package if name in SOURCES else ""
-    spec = importlib.util.find_spec(package) if package else None  # not imported
-    return Path(spec.origin).parent / "data" if spec else Path("data") / name
 
 
 def build_split(name: str, root: Path, train: bool, download: bool = False, category: str = "name") -> Dataset:

@@ -18,9 +18,10 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datasets.images import shown, to_rgb
-from datasets.loading import Data, DataConfig, Loader, preprocessing, resolve_num_classes, train_transform
+from datasets.loading import Data, Loader, preprocessing, resolve_num_classes, train_transform
 from datasets.registry import SOURCES
 from utils import names
+from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from datasets.classes import check_classes
 from datasets.images import find_files, read_image
-from datasets.loading import Data, DataConfig, preprocessing
+from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
 from deploy.fuse import merge_blocks
 from deploy.predict import preprocessing_of
@@ -31,8 +31,9 @@ from deploy.rivals import open_onnx_runtime, open_openvino
 from deploy.timing import PAUSE_S, measure
 from models.deit import find_teacher
 from models.replace import FarConfig, describe, load_model, set_backend
-from models.weights import ModelName, load_any
+from models.weights import load_any
 from utils.checkpoint import save_safe, write_atomic
+from utils.configs import DataConfig, ExportConfig
 from utils.distributed import Context
 from utils.errors import FarError, first_line
 from utils.files import check_writable
@@ -45,46 +46,6 @@ Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) to logits (B, classes)
 
 
 @dataclass(frozen=True)
-class ExportConfig(ModelName):
-    """What export.py asks for. Raises FarError where it contradicts itself."""
-
-    to: str = "onnx"
-    far_weight: Path | None = None
-    base_weight: Path | None = None
-    output: Path | None = None
-    opset: int | None = None
-    int8: bool = False
-    aot: bool = False
-    images: Path | None = None
-    dataset: str | None = None
-    data_path: Path | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if bool(self.far_weight) == bool(self.base_weight):
-            raise FarError("--far-weight, --base-weight: name the one file that is to be exported")
-        owners = {"--opset": (self.opset, "onnx"), "--int8": (self.int8, "onnx"), "--aot": (self.aot, "pt2")}
-        for flag, (given, target) in owners.items():
-            if given and self.to != target:
-                raise FarError(f"{flag}: means something for --to {target} alone; leave it out")
-        if self.images and (self.dataset or self.data_path):
-            raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
-        if self.data_path and not self.dataset:
-            raise FarError(f"--data-path {self.data_path}: is the folder of --dataset NAME; name that too, or --images")
-        if self.output and self.output.suffix != f".{self.to}":
-            raise FarError(f"--output {self.output}: --to {self.to} writes .{self.to} files; end its name so")
-        if self.file.resolve() == self.weight.resolve():
-            raise FarError(f"--output {self.file}: would take the place of the weights; name another file")
-
-    @property
-    def weight(self) -> Path:
-        return self.far_weight or self.base_weight
-
-    @property
-    def file(self) -> Path:
-        return self.output or self.weight.with_name(f"{self.weight.stem}{'-int8' * self.int8}.{self.to}")
-
-
 def write_onnx(model: VisionTransformer, facts: dict[str, Any], args: ExportConfig, path: Path) -> str:
     if not importlib.util.find_spec("onnx"):
         raise FarError("--to onnx: needs the package onnx; pip install onnx, or use --to pt2 or safetensors")

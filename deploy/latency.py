@@ -25,9 +25,9 @@ from models.parts import Place
 from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
 from utils.arguments import Latency
 from utils.checkpoint import is_int
+from utils.configs import RunConfig
 from utils.errors import FarError
 from utils.records import read_record
-from utils.run_folder import RunConfig
 from utils.seeding import seeded
 
 FILE = "latency.json"  # in a run's folder: what is decided twice is decided by the same table

@@ -17,6 +17,7 @@ from datasets.images import find_files, read_image
 from datasets.loading import Loader, naming_dead_workers
 from models.replace import FarConfig
 from utils.checkpoint import write_atomic
+from utils.configs import Prediction
 from utils.distributed import cores
 from utils.errors import FarError, one_line
 from utils.files import check_writable
@@ -25,23 +26,15 @@ from utils.preprocessing import Preprocessing
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What --mode predict asks for."""
-
-    images: Path | None
-    output: Path | None
-    top: int
-
-    def files(self) -> list[Path]:
-        """Raises FarError where there are none, or the output could not be written."""
-        if self.images is None:
-            raise FarError("--images: none given; name a picture or a folder of them")
-        if self.output is not None:
-            if self.output.is_dir() or not self.output.parent.is_dir():
-                raise FarError(f"--output {self.output}: no file in a folder that is there; name another")
-            check_writable(self.output.parent, "--output")
-        return find_files(self.images)
+def find_pictures(config: Prediction) -> list[Path]:
+    """The files of --images. Raises FarError where there are none, or --output could not be written."""
+    if config.images is None:
+        raise FarError("--images: none given; name a picture or a folder of them")
+    if config.output is not None:
+        if config.output.is_dir() or not config.output.parent.is_dir():
+            raise FarError(f"--output {config.output}: no file in a folder that is there; name another")
+        check_writable(config.output.parent, "--output")
+    return find_files(config.images)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.rivals import BASE, DIM, HEADS, open_onnx_runtime
 from deploy.timing import PAUSE_S, compare
@@ -20,6 +20,7 @@ from models.bilstm import MultiHeadBiLSTM
 from models.count import count_macs
 from models.deit import create_teacher
 from models.replace import count_parameters, load_model
+from utils.configs import DataConfig
 from utils.distributed import Context
 
 KEEP = {"FAR pruned 0.5": 0.5, "FAR pruned 0.25": 0.25}

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import safetensors.torch
 
+from models.deit import named_teacher
 from models.dinov2 import find_file, from_onnx
 from models.parts import BlockPart
 from models.published import from_published, to_published
 from models.replace import count_parameters, load_model, mlps, pack, replacements
-from models.weights import ModelName, read
+from models.weights import read
 from utils.checkpoint import save, write_atomic
+from utils.configs import ModelName
 from utils.errors import FarError
 from utils.files import check_writable
 
@@ -35,6 +37,7 @@ class ConvertConfig(ModelName):
 def convert(args: ConvertConfig) -> str:
     """Writes --output and returns a line on it. Raises FarError, nothing written, where one cannot become the other."""
     check_output(args)
+    named_teacher(args)
     if args.far_weight:
         model, config = load_model(args.far_weight, "--far-weight")
         parameters = write_published(model, args)
@@ -42,7 +45,7 @@ def convert(args: ConvertConfig) -> str:
     else:
         if args.published:
             weights = read(args.published, "--published")
-            model, config, dropped = from_published(weights, args.explicit, args.rep_by, args.tolerance)
+            model, config, dropped = from_published(weights, args.named, args.rep_by, args.tolerance)
             parts = [*replacements(model).values(), *mlps(model).values()]
             zeroed = sum(int(mask.sum()) for part in parts for mask in part.dead_units().values())
             if args.remove_zeroed:
@@ -52,7 +55,7 @@ def convert(args: ConvertConfig) -> str:
             if dropped:
                 said += f", values up to {dropped:.3g} off the heads' blocks dropped"
         else:
-            model, config = from_onnx(find_file(args.onnx), f"--onnx {args.onnx}", args.explicit)
+            model, config = from_onnx(find_file(args.onnx), f"--onnx {args.onnx}", args.named)
             said = "--mode teacher gives it a classifier"
         save(args.output, pack(model, config))
         parameters = count_parameters(model)

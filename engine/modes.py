@@ -1,7 +1,7 @@
 """The modes of main.py: each opens weights and data, lists its stages, trains and reports."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from torch import nn
 from datasets.classes import check_classes, keeps_classifier, order_classes
 from datasets.loading import Data
 from deploy.fuse import fuse
-from deploy.predict import Prediction, as_text, picture_loader, write
+from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
 from engine.choosing import choose_kernels
-from engine.configs import Command, ModelConfig, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.stages import Plan, Stage, distillation
+from engine.stages import Stage, distillation
 from engine.steps import (
     answer_by,
     check_backend,
@@ -48,25 +47,12 @@ from models.replace import (
 )
 from models.weights import Weights, load_teacher_weights
 from plots.figures import draw_curves
+from utils.configs import ModeCommand, ModelConfig
 from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModeCommand(Command):
-    """What main.py asks for; a mode reads its part of it."""
-
-    block_rates: Rates
-    plan: Plan
-    replace: list[str]
-    distill_input: str
-    ds_pruned: bool
-    ds_mode: str
-    fuse: str | None
-    prediction: Prediction
 
 
 def start(
@@ -153,7 +139,7 @@ def teacher(command: ModeCommand, context: Context) -> None:
     model = fresh(command.model, config)
     if weights:
         load_teacher_weights(model, weights, keep_head=keeps)
-    optim = command.rates.optim(context)
+    optim = command.scaled(command.optim, context.world)
     stage = Stage("teacher", (), (), "full", "classification", "output", optim)
     run_stages(command, context, model, config, [stage], data, optim.batch_size)
 
@@ -167,8 +153,8 @@ def train(command: ModeCommand, context: Context) -> None:
     answer_by(reference, data, command.settings, context)
     blocks = parse_blocks(command.replace, len(reference.blocks))
     model, config = student(command, context, reference, config, blocks)
-    block = command.block_rates.optim(context)
-    attn = None if command.plan.skip_train_attn else command.rates.optim(context)
+    block = command.scaled(command.block_ft_optim, context.world)
+    attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
     stages = distillation(blocks, command.plan, attn, block)
     result = run_stages(command, context, model, config, stages, data, block.batch_size, reference)
     if result:
@@ -234,7 +220,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
         if command.ds_mode == "FC":
             say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
     config, blocks = reading(config, data), tuple(range(len(model.blocks)))
-    optim = command.rates.optim(context)
+    optim = command.scaled(command.optim, context.world)
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
     run_stages(command, context, model, config, [stage], data, optim.batch_size)
 
@@ -257,10 +243,10 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     answer_by(reference, data, command.settings, context)
     parameters = count_parameters(model)
     model.to(context.device)
-    choose_kernels(model, command.settings.lstm_backend, command.rates.asked.batch_size, context, needs_grad=False)
+    choose_kernels(model, command.settings.lstm_backend, command.optim.batch_size, context, needs_grad=False)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
-    loader, autocast = data.val_loader(command.rates.asked.batch_size), command.settings.autocast(context.device)
+    loader, autocast = data.val_loader(command.optim.batch_size), command.settings.autocast(context.device)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
         if reference is None:
             result = evaluate(model, loader, context, autocast)
@@ -281,14 +267,14 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
 
 def predict(command: ModeCommand, context: Context) -> None:
     """--mode predict: the likeliest classes of pictures, by any checkpoint of ours."""
-    prediction, files = command.prediction, command.prediction.files()
+    prediction, files = command.prediction, find_pictures(command.prediction)
     _, model, config = load_far(command.far, command.model)
     check_backend(config, command.settings, context)
     set_backend(model, command.settings.lstm_backend)
     model.to(context.device)
     if command.fuse:
         model = fuse(model, FUSE[command.fuse])
-    loader = picture_loader(files, config, command.rates.asked.batch_size, command.data.num_workers)
+    loader = picture_loader(files, config, command.optim.batch_size, command.data.num_workers)
     autocast = command.settings.autocast(context.device)
     answers = list(predicted(model, config, loader, prediction.top, context.device, autocast))
     if prediction.output:

@@ -10,10 +10,9 @@ from torch import nn
 
 from datasets.loading import Data
 from engine.stages import Stage, select_trainable
-from engine.train import Settings
 from models.replace import FarConfig, count_parameters, describe, set_backend, swap_attention
+from utils.configs import RunConfig, Settings
 from utils.distributed import Context
-from utils.run_folder import RunConfig
 
 IMAGES = 2  # on which the activations are weighed
 STATES = 2  # of Adam and its kin, each as large as the weights

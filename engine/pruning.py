@@ -1,7 +1,7 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -9,14 +9,13 @@ import torch
 from datasets.classes import check_classes
 from deploy import latency
 from engine.activations import Grams, activation_score, first_batches, refit, unit_grams
-from engine.configs import Command, Rates
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import farthest, fidelity, of_teacher
 from engine.hoyer import Norms, Regularized, unit_norms
 from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
-from engine.stages import Optim, Stage
+from engine.stages import Stage
 from engine.steps import (
     answer_by,
     check_backend,
@@ -34,7 +33,7 @@ from models.parts import BlockPart
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names
-from utils.arguments import Latency
+from utils.configs import Optim, PruneCommand
 from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
@@ -47,43 +46,6 @@ SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
     "norm": lambda parts, seen: unit_norms(parts),
     "carried": lambda parts, seen: activation_score(parts, seen()),
 }
-
-
-@dataclass(frozen=True)
-class PruneCommand(Command):
-    """What prune.py asks for. Raises FarError where it contradicts itself."""
-
-    ft_rates: Rates
-    reg: int
-    decay: float
-    distill: bool | None  # None: where there is a teacher
-    distill_loss: str | None  # None: nothing to learn from a teacher
-    score: str
-    refit: bool
-    sensitivity: float | None
-    keep_ratio: float | None
-    target_params: int | None
-    target_latency: Latency | None
-    latency_batch: int | None  # None: 1
-    sweep: list[float] | None
-    prune_mlp: float | None
-
-    def __post_init__(self):
-        rules = ("sensitivity", "keep_ratio", "target_params", "target_latency", "sweep")
-        chosen = ["--" + rule.replace("_", "-") for rule in rules if getattr(self, rule) is not None]
-        if len(chosen) > 1:
-            raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
-        if self.latency_batch and not self.target_latency:
-            raise FarError("--latency-batch: is the batch of --target-latency MS; give both")
-        if self.distill and not self.model.base_weight:
-            raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
-        if self.distill_loss and (self.distill is False or not self.model.base_weight):
-            raise FarError("--distill-loss: needs a teacher; name its weights with --base-weight, without --no-distill")
-
-    @property
-    def threshold(self) -> float:
-        """A unit below this share of its block's mean score is weak."""
-        return names.SENSITIVITY[self.score] if self.sensitivity is None else self.sensitivity
 
 
 class Pruning:
@@ -109,8 +71,8 @@ class Pruning:
         answer_by(self.teacher, self.data, command.settings, context)
 
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
-        self.regularize = self.stage("regularize", command.rates.optim(context), select="last")
-        self.fine_tune = self.stage("fine-tune", command.ft_rates.optim(context))
+        self.regularize = self.stage("regularize", command.scaled(command.optim, context.world), select="last")
+        self.fine_tune = self.stage("fine-tune", command.scaled(command.ft_optim, context.world))
         self.trained = [stage for stage in (self.regularize, self.fine_tune) if stage.optim.epochs]
         if self.trained:
             planned(self.trained, self.data, self.settings)

@@ -1,35 +1,14 @@
 """A stage of training is a value: what is swapped, what trains, on which loss, with which optimiser."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.vit import classifiers
-
-
-@dataclass(frozen=True)
-class Optim:
-    """Optimiser and schedule of a stage. A stage's rates are final (already scaled); epochs and warm-up in epochs."""
-
-    epochs: int
-    batch_size: int  # a process
-    lr: float
-    warmup_epochs: float = 5
-    warmup_lr: float = 1e-5
-    min_lr: float = 1e-6
-    sched: str = "cosine"
-    opt: str = "adamw"
-    weight_decay: float = 0.05
-    momentum: float = 0.9
-    clip_grad: float | None = None
-    accum_steps: int = 1
-    opt_eps: float | None = None
-    opt_betas: Sequence[float] | None = None
-    decay_rate: float | None = None
+from utils.configs import Optim, Plan
 
 
 @dataclass(frozen=True)
@@ -84,20 +63,6 @@ def steps(blocks: tuple[int, ...], mode: str, step: int) -> list[tuple[int, ...]
     if mode == "parallel":
         return [blocks]
     return [blocks[i : i + step] for i in range(0, len(blocks), step)]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the distillation flags say of its stages; see main.py for each."""
-
-    train_loss: str = "combine"
-    block_ft_train_loss: str = "classification"
-    block_ft_mode: str = "block"
-    train_mode: str = "sequential"
-    step: int = 12
-    skip_train_attn: bool = False
-    attn_weight: Path | None = None
-    finetune_head: bool = False
 
 
 def distillation(blocks: tuple[int, ...], plan: Plan, attn: Optim | None, block: Optim) -> list[Stage]:

@@ -8,16 +8,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from datasets.classes import imagenet_names, order_classes
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from datasets.streams import open_data
 from engine.compiling import check_compiler
-from engine.configs import FarSource, ModelConfig
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
-from engine.train import Settings
-from models.deit import create_teacher, find_teacher, load_published_weights
+from models.deit import create_teacher, load_published_weights, named_teacher
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
-from models.weights import ModelName, Weights, load_teacher_weights, read, teacher_config
+from models.weights import Weights, check_named, load_teacher_weights, read, teacher_config
+from utils.configs import DataConfig, FarSource, ModelConfig, ModelName, Settings
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
@@ -56,7 +55,7 @@ def name_teacher(name: ModelName, weights: Weights | None) -> FarConfig:
     """
     if weights:
         return teacher_config(weights, name)
-    teacher = find_teacher(name.name)
+    teacher = named_teacher(name)
     classes = imagenet_names() if teacher.published and teacher.classes == 1000 else ()
     return FarConfig(
         name.name, teacher.classes, teacher.input_size, preprocessing=teacher.preprocessing, classes=classes
@@ -98,7 +97,7 @@ def load_far(source: FarSource, model_config: ModelConfig) -> tuple[Path, Vision
     """
     path = source.find(model_config)
     model, config = load_model(path, source.flag, model_config.drop, model_config.drop_path)
-    model_config.check(f"{source.flag} {path}", config)
+    check_named(model_config, f"{source.flag} {path}", config)
     if model_config.input_size and model_config.input_size != config.img_size:
         config = resize(model, config, model_config.input_size, f"{source.flag} {path}")
     return path, model, config

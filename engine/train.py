@@ -5,14 +5,11 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
@@ -25,69 +22,17 @@ from engine.compiling import compiled
 from engine.distill import find_loss
 from engine.evaluate import evaluate
 from engine.resume import Position, fingerprint, read_position
-from engine.stages import Optim, Stage, select_trainable
+from engine.stages import Stage, select_trainable
 from models.replace import FarConfig, pack, replacements, swap_attention
 from utils import checkpoint, signals
+from utils.configs import Optim, Settings
 from utils.distributed import Context
 from utils.errors import FarError, first_line
 from utils.run_folder import RunFolder
-from utils.seeding import seed_all, seeded
+from utils.seeding import seed_all
 
 DECAY_RATE = 0.1
 FUSED = ("adam", "adamw")  # torch's, whose step over all weights is one operation: a quarter of the time on a CPU
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def automatic(device: torch.device) -> str:
-    """What `--amp auto` means there: bfloat16 on a GPU that computes in it, else nothing."""
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all stages share. `select`: a stage hands on its `best` weights by evaluation top-1, or its `last`.
-
-    eval_every, save_every: epochs from one evaluation, and from one last.pth, to the next; a stage's last has both.
-    """
-
-    seed: int = 42
-    amp: str = "auto"
-    eval_every: int = 1
-    save_every: int = 1
-    smoothing: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    select: str = "best"
-    model_ema: float | None = None  # decay of the averaged weights; None: no average
-    rep_init: str = "chrono"
-    lstm_backend: str = "auto"
-    compile: bool = False
-
-    def autocast(self, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-        dtype = AMP[self.precision(device)]
-        return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-    def precision(self, device: torch.device) -> str:
-        """A key of AMP."""
-        return automatic(device) if self.amp == "auto" else self.amp
-
-    def products(self, device: torch.device) -> str:
-        """How matrix products are computed there, in words."""
-        plain = f"float32 matrix products {'in TF32' if torch.get_float32_matmul_precision() == 'high' else 'in full'}"
-        chosen = self.precision(device)
-        return plain if chosen == "off" else f"autocast to {chosen}, other {plain}"
-
-    def mixer(self, num_classes: int) -> Mixup | None:
-        if self.mixup or self.cutmix:
-            mixed = {"label_smoothing": self.smoothing, "num_classes": num_classes}
-            return Mixup(self.mixup, self.cutmix, prob=self.mixup_prob, **mixed)
-        return None
-
-    def criterion(self) -> nn.Module:
-        if self.mixup or self.cutmix:
-            return SoftTargetCrossEntropy()
-        return LabelSmoothingCrossEntropy(self.smoothing) if self.smoothing else nn.CrossEntropyLoss()
 
 
 def make_optimizer(model: nn.Module, optim: Optim, updates: int):
@@ -98,7 +43,13 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     kwargs |= {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
     plain = optim.opt == "sgd" and not optim.momentum  # timm's sgd is Nesterov's, which needs momentum
     name = "momentum" if plain else optim.opt
-    optimizer = create_optimizer_v2(model, opt=name, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
+    try:
+        optimizer = create_optimizer_v2(model, opt=name, lr=optim.lr, weight_decay=optim.weight_decay, **kwargs)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives")
+    except Exception as error:  # noqa: BLE001  (each of timm's optimisers fails in its own way, for want of a package)
+        where = f"--{optim.family}opt {optim.opt}: timm cannot make this optimiser here ({first_line(error)})"
+        raise FarError(f"{where}; try adamw, sgd or lamb") from error
     scheduler, _ = create_scheduler_v2(
         optimizer,
         optim.sched,
@@ -112,27 +63,6 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
         updates_per_epoch=updates,
     )
     return optimizer, scheduler
-
-
-def check_optimizer(optim: Optim, flag: str, device: torch.device) -> None:
-    """One step of the optimiser on a toy model. Raises FarError where it needs what the loop does not give.
-
-    The loop calls `step()` once a batch, without a closure, on `device`; some of timm's optimisers need the second
-    derivative, a package or CUDA.
-    """
-    try:
-        with seeded(0):  # the toy's own weights too: a run's modules follow from the seed, whatever was checked before
-            toy = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(device)
-            if optim.opt not in list_optimizers():
-                raise ValueError("not in timm.optim.list_optimizers()")
-            optimizer, _ = make_optimizer(toy, replace(optim, epochs=1), 1)
-            if getattr(optimizer, "is_second_order", False):
-                raise ValueError("it needs second derivatives")
-            toy(torch.ones(2, 4, device=device)).sum().backward()
-            optimizer.step()
-    except Exception as error:  # noqa: BLE001  (each optimiser fails in its own way; each means that it cannot serve here)
-        where = f"{flag} {optim.opt}: timm's optimiser of this name cannot serve here ({first_line(error)})"
-        raise FarError(f"{where}; try adamw, sgd or lamb") from error
 
 
 OVER = "images of "  # before a part's name: over how many images it was summed up, where that is not all

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.vit import Teacher, adopt, prefix_positions, timm_teacher
 from utils.checkpoint import load_into
+from utils.configs import ModelName
 from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 
@@ -54,6 +55,14 @@ LARGEST_INPUT = 4096
 def find_teacher(base_model: str) -> Teacher:
     """The teacher of a short name or timm's. Raises FarError where there is no such model or it cannot be a teacher."""
     return TEACHERS.get(base_model) or timm_teacher(base_model)
+
+
+def named_teacher(config: ModelName) -> Teacher:
+    """What --base-model or --scale names, else DeiT-Tiny. Raises FarError naming the flag."""
+    try:
+        return find_teacher(config.name)
+    except FarError as error:
+        raise FarError(f"--base-model {error}") from error
 
 
 def fits_patches(base_model: str, img_size: int) -> bool:

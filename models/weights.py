@@ -7,50 +7,11 @@ from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.deit import create_teacher, find_teacher, resize_positions
+from models.deit import create_teacher, find_teacher, named_teacher, resize_positions
 from models.replace import FarConfig, load_model, read_config, restore
-from utils import names
 from utils.checkpoint import FLOATS, check_dense, load, load_into, weights_of
+from utils.configs import ModelName
 from utils.errors import FarError
-
-
-@dataclass(frozen=True)
-class ModelName:
-    """--base-model and its short form, --scale. Raises FarError where they name two models, or none that can serve."""
-
-    base_model: str | None = None
-    scale: str | None = None
-
-    def __post_init__(self):
-        by_scale = names.SCALES.get(self.scale)
-        if self.base_model and by_scale and self.base_model != by_scale:
-            raise FarError(
-                f"--scale {self.scale}: means {by_scale}, but --base-model is {self.base_model}; make them agree"
-            )
-        if self.base_model is not None:
-            try:
-                find_teacher(self.base_model)
-            except FarError as error:
-                raise FarError(f"--base-model {error}") from error
-
-    @property
-    def explicit(self) -> str | None:
-        """The model that a flag names; None where neither is given."""
-        return self.base_model or names.SCALES.get(self.scale)
-
-    @property
-    def name(self) -> str:
-        return self.explicit or "DeiT-Tiny"
-
-    def check(self, source: str, config: FarConfig) -> None:
-        """Raises FarError where a flag names another architecture than the file of `source` holds."""
-
-        def architecture(base_model: str) -> str:  # one for every tag of pretrained weights
-            return find_teacher(base_model).architecture or base_model
-
-        if self.explicit and architecture(self.explicit) != architecture(config.base_model):
-            flag = "--base-model" if self.base_model else "--scale"
-            raise FarError(f"{flag}: says {self.explicit}, but {source} holds a {config.base_model}; make them agree")
 
 
 @dataclass(frozen=True)
@@ -97,6 +58,15 @@ def read(path: str | Path, flag: str = "") -> Weights:
     return Weights(source, {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()})  # DeiT-III's
 
 
+def check_named(name: ModelName, source: str, config: FarConfig) -> None:
+    """Raises FarError where a flag names another architecture than the file of `source` holds."""
+    named = named_teacher(name)
+    held = find_teacher(config.base_model).architecture or config.base_model  # one for every tag of pretrained weights
+    if name.named is not None and (named.architecture or name.named) != held:
+        flag = "--base-model" if name.base_model else "--scale"
+        raise FarError(f"{flag}: says {name.named}, but {source} holds a {config.base_model}; make them agree")
+
+
 def teacher_config(weights: Weights, name: ModelName) -> FarConfig:
     """The teacher that weights belong to: the file's own configuration, else the model that the flags name.
 
@@ -104,9 +74,9 @@ def teacher_config(weights: Weights, name: ModelName) -> FarConfig:
     """
     check_teacher(weights)
     if weights.config:
-        name.check(weights.source, weights.config)
+        check_named(name, weights.source, weights.config)
         return weights.config
-    teacher = find_teacher(name.name)
+    teacher = named_teacher(name)
     return FarConfig(name.name, weights.num_classes, teacher.input_size, preprocessing=teacher.preprocessing)
 
 
@@ -149,7 +119,7 @@ def load_any(name: ModelName, path: Path, flag: str, teacher: bool) -> tuple[Vis
     """
     if not teacher:
         model, config = load_model(path, flag)
-        name.check(f"{flag} {path}", config)
+        check_named(name, f"{flag} {path}", config)
         return model, config
     weights = read(path, flag)
     config = teacher_config(weights, name)

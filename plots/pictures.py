@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from datasets.classes import UnknownClass, match_classes, order_classes
 from datasets.images import find_files, read_image, shown
-from datasets.loading import Data, DataConfig, preprocessing
+from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, photographs
 from models import kernels
 from models.features import forward_features
 from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
-from models.weights import ModelName, load_any
+from models.weights import load_any
 from plots.explain import (
     attention_inputs,
     attention_weights,
@@ -33,6 +33,7 @@ from plots.figures import save_figure
 from plots.map_figures import Row, importance_maps, signed, token_matrices
 from plots.page import Section, write_page
 from utils.checkpoint import write_atomic
+from utils.configs import DataConfig, PictureConfig
 from utils.distributed import Context, pick_device
 from utils.errors import FarError
 from utils.files import check_writable
@@ -55,30 +56,6 @@ def newest_demo(root: Path = Path("runs")) -> Path:
 
 
 FLAGS = {"teacher": "--base-weight", "FAR": "--far-weight", "pruned FAR": "--pruned-weight"}
-
-
-@dataclass(frozen=True)
-class PictureConfig(ModelName):
-    """What visualization.py asks for. Raises FarError where it contradicts itself."""
-
-    base_weight: Path | None = None
-    far_weight: Path | None = None
-    pruned_weight: Path | None = None
-    lstm_backend: str = "auto"
-    device: str = "auto"
-    images: Path | None = None
-    dataset: str | None = None
-    data_path: Path | None = None
-    count: int = 4
-    block: int | None = None
-    format: str = "png"
-    output_dir: Path | None = None
-    seed: int = 42
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.images and (self.dataset or self.data_path):
-            raise FarError(f"--images {self.images}: names the images by itself; leave --dataset and --data-path out")
 
 
 def find_models(args: PictureConfig) -> tuple[dict[str, VisionTransformer], FarConfig, Path]:

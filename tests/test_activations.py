@@ -9,9 +9,9 @@ import torch
 from engine.activations import RIDGE, activation_score, refit, unit_grams
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
-from engine.train import Settings
 from models.replace import FarConfig, build, mlps, replacements
 from tests.test_prune import RECURRENT, relative_error
+from utils.configs import Settings
 from utils.distributed import Context
 
 UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}

@@ -15,12 +15,13 @@ import models.timm_models  # noqa: F401  (registers)
 import prune
 import visualization
 from datasets.classes import UnknownClass, imagenet_names, match_classes
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
-from plots.pictures import PictureConfig, find_models
+from plots.pictures import find_models
 from tests.conftest import QUIET, write_images
 from utils.checkpoint import save
+from utils.configs import DataConfig, PictureConfig
 from utils.distributed import Context
 from utils.preprocessing import Preprocessing
 

@@ -8,10 +8,11 @@ import main
 from engine import compiling
 from engine.compiling import check_compiler, compiled
 from engine.distill import Distillation
-from engine.stages import Optim, Stage
+from engine.stages import Stage
 from models.deit import create_teacher
 from models.replace import swap_attention
 from utils.checkpoint import load
+from utils.configs import Optim
 from utils.errors import FarError
 
 FLAGS = """--dataset DIGITS --scale Micro --num-workers 0 --select last --holdout 0.02 --train-subset 0.06 --step 2

@@ -1,43 +1,41 @@
-"""Flags become typed values once, at the door; what the loop does at each step of an epoch."""
+"""Flags become typed configurations once, and a flag's default is its field's."""
 
-import random
-from argparse import Namespace
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import export
 import main
 import prune
 import visualization
-from engine.configs import ModelName, Rates
-from engine.stages import Optim
-from plots.pictures import PictureConfig
+from engine.train import make_optimizer
+from models.deit import named_teacher
 from tests.conftest import ROOT
 from utils.arguments import pick
-from utils.distributed import Context
+from utils.configs import (
+    Command,
+    DataConfig,
+    ModelConfig,
+    ModelName,
+    Optim,
+    PictureConfig,
+    Plan,
+    Prediction,
+    RunConfig,
+    Settings,
+)
 from utils.errors import FarError
 
-
-@dataclass(frozen=True)
-class Inner:
-    size: int = 3
-    absent: str = "default"
+NOT_FLAGS = {"mode", "record", "published", "family", "rep_by", "rep_init"}  # in prune.py, which has no --rep-by
 
 
-@dataclass(frozen=True)
-class Outer:
-    inner: Inner
-    name: str
-    rate: float = 0.5
-
-
-def test_a_configuration_takes_the_flags_of_its_fields_names():
-    size, rate = random.randrange(100), random.random()
-    flags = Namespace(size=size, name="a", rate=rate, ft_rate=rate / 2, ft_name="b", unread=1)
-    assert pick(Outer, flags) == Outer(Inner(size), "a", rate)
-    assert pick(Outer, flags, "ft_") == Outer(Inner(size), "b", rate / 2)
-    assert pick(Outer, flags, inner=Inner(0), name="c") == Outer(Inner(0), "c", rate)
+@pytest.mark.parametrize("config", [ModelConfig, DataConfig, Settings, Optim, Plan, Prediction])
+def test_without_flags_a_configuration_is_the_default_one(config):
+    assert pick(config, main.build_parser().parse_args([])) == config()
+    if config is not Plan and config is not Prediction:
+        assert pick(config, prune.build_parser().parse_args([])) == config()
 
 
 def leaves(config, prefix: str = ""):
@@ -45,38 +43,27 @@ def leaves(config, prefix: str = ""):
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            inner = "block_ft_" if field.name == "block_rates" else "ft_" if field.name == "ft_rates" else prefix
-            yield from leaves(value, inner)
-        else:
+            yield from leaves(value, {"block_ft_optim": "block_ft_", "ft_optim": "ft_"}.get(field.name, ""))
+        elif field.name not in NOT_FLAGS:
             yield prefix + field.name, value
 
 
 @pytest.mark.parametrize(
-    ("script", "line", "elsewhere"),
+    ("parse", "script", "line"),
     [
-        (main, "--mode train --finetune-head", {"record", "flag", "path", "published", "data_path"}),
-        (
-            prune,
-            "--sweep 0.5,0.2 --base-weight t.pth",
-            {"mode", "rep_by", "rep_init", "record", "flag", "path", "published"},
-        ),
+        (main.parse, main, "--mode train --finetune-head"),
+        (prune.build_parser().parse_args, prune, "--sweep 0.5,0.2 --base-weight t.pth"),
     ],
 )
-def test_every_value_a_command_holds_is_its_flags(script, line, elsewhere):
+def test_every_value_a_command_holds_is_its_flags(parse, script, line):
     """Each flag of numbers gets a value of its own, so that two that were swapped differ."""
     numbers = {"--seed": 7, "--mixup": 0.3, "--cutmix": 0.4, "--drop": 0.21, "--drop-path": 0.22, "--input-size": 64}
     for prefix in ("--", "--block-ft-" if script is main else "--ft-"):
-        for name in ("epochs", "batch-size", "lr", "warmup-epochs", "warmup-lr", "min-lr", "momentum", "weight-decay"):
+        for name in "epochs batch-size lr warmup-epochs warmup-lr min-lr momentum weight-decay accum-steps".split():
             numbers[prefix + name] = len(numbers) + 10
-        numbers[prefix + "accum-steps"] = len(numbers) + 10
-    argv = [*line.split(), *(str(word) for pair in numbers.items() for word in pair)]
-    args = script.parse(argv) if script is main else script.build_parser().parse_args(argv)
-    seen = {}
-    for name, value in leaves(script.configure(args)):
-        name = name.replace("block_ft_unscale", "unscale").replace("ft_unscale", "unscale")
-        if name.rpartition("ft_")[2] not in elsewhere:
-            assert value == getattr(args, name), name
-            seen[name] = value
+    args = parse([*line.split(), *(str(word) for pair in numbers.items() for word in pair)])
+    seen = dict(leaves(script.configure(args)))
+    assert seen == {name: getattr(args, name) for name in seen}
     assert set(numbers) <= {"--" + name.replace("_", "-") for name in seen}
 
 
@@ -85,26 +72,48 @@ def test_below_the_scripts_nobody_takes_a_namespace():
     assert below and not [p for p in below if "argparse" in p.read_text() or "Namespace" in p.read_text()]
 
 
+def command(unscale_lr: bool = False) -> Command:
+    parts = {"run": RunConfig("train"), "model": ModelConfig(), "data": DataConfig(), "settings": Settings()}
+    return Command(**parts, optim=Optim(), unscale_lr=unscale_lr)
+
+
 def test_a_rate_is_scaled_by_the_images_of_an_update_over_all_processes():
-    asked, world = Optim(3, random.randrange(1, 99), 0.25, 1, 0.125, 0.0625, accum_steps=random.randrange(1, 9)), 4
-    scaled = Rates(asked, "--opt", False).optim(Context(world=world))
-    factor = asked.batch_size * asked.accum_steps * world / 512
-    assert [scaled.lr, scaled.warmup_lr, scaled.min_lr] == [0.25 * factor, 0.125 * factor, 0.0625 * factor]
-    assert Rates(asked, "--opt", True).optim(Context(world=world)) == asked
+    optim = Optim(3, batch_size=64, lr=0.25, warmup_lr=0.125, min_lr=0.0625, accum_steps=3)
+    scaled = command().scaled(optim, world=4)  # 64 images times 4 processes times 3 batches, over 512
+    assert [scaled.lr, scaled.warmup_lr, scaled.min_lr] == [0.25 * 1.5, 0.125 * 1.5, 0.0625 * 1.5]
+    assert command(unscale_lr=True).scaled(optim, world=4) == optim
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"opt": "nope"}, "--block-ft-opt nope: timm has no such optimiser"),
+        ({"opt": "lookahead_adamw"}, "--block-ft-opt lookahead_adamw: "),
+        ({"opt": "adahessian"}, "--block-ft-opt adahessian: .*second derivatives.*; try adamw"),
+        ({"opt": "bnbadam"}, "--block-ft-opt bnbadam: timm cannot make this optimiser here"),
+        ({"decay_rate": 0.5}, "--block-ft-decay-rate: schedule cosine has none"),
+    ],
+)
+def test_an_optimiser_that_cannot_serve_is_refused_by_its_flag(options, line):
+    with pytest.raises(FarError, match=line):
+        make_optimizer(nn.Linear(2, 2), command().scaled(Optim(family="block-ft-", **options), world=1), updates=1)
 
 
 def test_two_names_of_one_model_must_agree():
     for base, scale in ((None, "Tiny"), ("DeiT-Tiny", None), ("DeiT-Tiny", "Tiny"), (None, None)):
         assert ModelName(base, scale).name == "DeiT-Tiny"
-    assert ModelName().explicit is None and ModelName("DeiT-Base").explicit == "DeiT-Base"
-    args = visualization.build_parser().parse_args(["--scale", "Tiny", "--base-model", "DeiT-Base"])
+    assert ModelName().named is None and ModelName("DeiT-Base").named == "DeiT-Base"
     with pytest.raises(FarError, match="--scale Tiny: means DeiT-Tiny, but --base-model is DeiT-Base"):
-        pick(PictureConfig, args)
+        ModelName("DeiT-Base", "Tiny")
+    with pytest.raises(FarError, match="^--base-model vit_tinny: timm has no such model; name a vit_"):
+        named_teacher(ModelName("vit_tinny"))
 
 
-def test_pictures_of_ones_own_images_need_no_data_set():
-    for flag in ("--dataset DIGITS", "--data-path d"):
-        args = visualization.build_parser().parse_args(["--images", "x.png", *flag.split()])
-        with pytest.raises(FarError, match="--images x.png"):
-            pick(PictureConfig, args)
+@pytest.mark.parametrize("script", [visualization, export])
+@pytest.mark.parametrize("line", ["--dataset DIGITS", "--data-path d"])
+def test_pictures_of_ones_own_images_need_no_data_set(script, line, failure):
+    needed = "--to onnx --far-weight a.pth" if script is export else ""
+    assert "--images x.png: names the images by itself" in failure(
+        *f"{needed} --images x.png {line}".split(), script=script.main
+    )
     assert pick(PictureConfig, visualization.build_parser().parse_args(["--images", "x.png"])).images == Path("x.png")

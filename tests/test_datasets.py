@@ -16,9 +16,10 @@ from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
 import main
-from datasets.loading import Data, DataConfig
-from datasets.registry import SOURCES, build_split, count_classes, default_folder
+from datasets.loading import Data
+from datasets.registry import SOURCES, build_split, count_classes
 from tests.conftest import image_folder, write_images
+from utils.configs import DataConfig, default_folder
 from utils.distributed import Context
 from utils.errors import FarError
 

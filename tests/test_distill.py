@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from engine.distill import Distillation, similarity
-from engine.stages import PARTS, Optim, Plan, Stage, distillation, select_trainable, steps
+from engine.stages import PARTS, Stage, distillation, select_trainable, steps
 from models.deit import create_teacher
 from models.features import forward_features
 from models.replace import swap_attention
+from utils.configs import Optim, Plan
 
 OPTIM = Optim(epochs=1, batch_size=4, lr=1e-3)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import main
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from engine.evaluate import evaluate
-from engine.train import Settings
 from models.deit import create_teacher
 from models.replace import load_model
 from tests.conftest import QUIET, launch, torchrun, write_images
 from utils.checkpoint import load
+from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 
 

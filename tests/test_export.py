@@ -15,14 +15,15 @@ import torch
 
 import export
 import models.timm_models  # noqa: F401  (registers)
-from datasets.loading import Data, DataConfig
-from deploy.export import TARGETS, ExportConfig, read
+from datasets.loading import Data
+from deploy.export import TARGETS, read
 from deploy.onnx_graph import to_onnx
 from deploy.predict import preprocessing_of
 from models.hub import load
 from models.replace import FarConfig, build, load_model, pack, set_backend
 from tests.conftest import launch, write_images
 from utils import checkpoint
+from utils.configs import DataConfig, ExportConfig
 from utils.distributed import Context
 from utils.preprocessing import Preprocessing
 

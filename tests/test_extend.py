@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -63,7 +64,7 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
         calls.add("score")
         return {place: torch.ones_like(s) for place, s in unit_norms(parts).items()}
 
-    for table, name, entry, choices in (
+    for table, name, entry, listed in (
         (TERMS, "gap", Term(gap, frozenset({"student_logits", "teacher_logits"})), "TERMS"),
         (SCORES, "alike", alike, "SCORES"),
         (REPLACEMENTS, "mean", Mean, "REPLACEMENTS"),
@@ -73,35 +74,34 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
         (REGULARIZERS, 4, squares, "REGULARIZERS"),
     ):
         monkeypatch.setitem(table, name, entry)
-        monkeypatch.setattr(names, choices, (*getattr(names, choices), name))
+        monkeypatch.setattr(names, listed, (*getattr(names, listed), name))
+    choices = {"score": names.SCORES, "rep_by": names.REPLACEMENTS, "reg": names.REGULARIZERS}
+    choices["lstm_backend"] = names.BACKENDS
 
-    short = ["--dataset", "TOYS", "--train-subset", "0.1", *QUIET, *BATCH, "--epochs", "1"]
-    model = ["--base-model", "DeiT-Nano"]
-    assert main.main(["--mode", "teacher", *model, *short, "--output-dir", str(tmp_path / "teacher")]) == 0
-    teacher = ["--base-weight", str(tmp_path / "teacher/best.pth")]
+    def reopened(build):
+        """The parser as it is built where utils/names.py has the new names."""
+        parser = build()
+        for action in parser._actions:
+            action.choices = choices.get(action.dest, action.choices)
+        return parser
+
+    for script in (main, prune):
+        monkeypatch.setattr(script, "build_parser", partial(reopened, script.build_parser))
+
+    short = f"--dataset TOYS --train-subset 0.1 --base-model DeiT-Nano --epochs 1 {' '.join([*QUIET, *BATCH])}".split()
+    assert main.main(["--mode", "teacher", *short, "--output-dir", str(tmp_path / "teacher")]) == 0
     for rep_by in ("mean", "multi-lstm"):
-        argv = ["--mode", "train", *model, *short, *BLOCK_BATCH, "--block-ft-epochs", "1", *teacher]
-        argv += ["--block-ft-train-loss", "similarity+2*gap"]
-        folder = ["--rep-by", rep_by, "--lstm-backend", "slow", "--output-dir", str(tmp_path / rep_by)]
-        assert main.main([*argv, *folder]) == 0
+        argv = ["--mode", "train", *short, *BLOCK_BATCH, *"--block-ft-epochs 1 --lstm-backend slow".split()]
+        argv += ["--block-ft-train-loss", "similarity+2*gap", "--rep-by", rep_by]
+        assert (
+            main.main([*argv, "--base-weight", f"{tmp_path}/teacher/best.pth", "--output-dir", f"{tmp_path}/{rep_by}"])
+            == 0
+        )
     far, config = load_model(tmp_path / "mean/best.pth")
     assert config.rep_by == "mean" and far(torch.randn(2, 3, 16, 16)).shape == (2, 10)
-    argv = [
-        *short,
-        "--ft-epochs",
-        "1",
-        "--ft-batch-size",
-        "64",
-        "--keep-ratio",
-        "0.5",
-        "--reg",
-        "4",
-        *model,
-        "--score",
-        "alike",
-    ]
-    weight = ["--model-path", str(tmp_path / "multi-lstm/best.pth"), "--output-dir", str(tmp_path / "prune")]
-    assert prune.main([*argv, *weight]) == 0
+    weight = ["--model-path", f"{tmp_path}/multi-lstm/best.pth", "--output-dir", f"{tmp_path}/prune"]
+    few = "--ft-epochs 1 --ft-batch-size 64 --keep-ratio 0.5 --reg 4 --score alike".split()
+    assert prune.main([*short, *few, *weight]) == 0
     report = json.loads((tmp_path / "prune/prune_report.json").read_text())
     assert report["rows"][-1]["units"] == report["rows"][0]["units"] / 2
     assert calls == {"replacement", "kernel", "data set", "regularizer", "term", "score"}

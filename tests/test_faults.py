@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from plots.figures import save_figure
 from utils import checkpoint
+from utils.configs import Record, RunConfig
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.run_folder import Record, RunConfig, open_run
+from utils.run_folder import open_run
 
 
 def test_a_kill_before_a_run_has_its_record_leaves_no_file_to_the_next(tmp_path):

@@ -12,11 +12,11 @@ import prune
 from engine import pruning
 from engine.fidelity import fidelity, summary
 from engine.pruning import table
-from engine.train import Settings
 from models.deit import create_teacher
 from models.replace import swap_attention
 from plots.figures import fidelity_by_block
 from tests.conftest import BATCH, EVAL, QUIET, launch, torchrun
+from utils.configs import Settings
 from utils.distributed import Context
 
 OWN = {f"{whose}{name}" for whose in ("", "teacher_") for name in ("loss", "acc1", "acc5", "balanced_acc1")}

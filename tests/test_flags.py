@@ -1,16 +1,16 @@
-"""A flag that is accepted does what its help says: a table of flags, each with a check of what it promises.
+"""A flag that is accepted does what its help says: a table of flag, command line, what is looked at, what it must be.
 
-A check reads either a finished run (`DONE`) or the trainer that main.py made and has not started (`READY`). Rows with
-the same command line share it, so the file trains little.
+READY rows look at the trainer that main.py made and has not started, DONE rows at a finished run. Rows of one command
+line share it.
 """
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest import approx
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -24,41 +24,24 @@ from datasets import loading
 from datasets.registry import build_split
 from deploy.fuse import fuse as fuse_model
 from engine import modes
+from engine.stages import select_trainable
 from engine.train import Trainer
 from models import kernels
 from models.deit import create_teacher
 from models.kernels import KERNELS
-from tests.conftest import ROOT
+from models.replace import swap_attention
+from tests.conftest import EVAL
 from tests.test_kernels import watch
 from utils.checkpoint import load
+from utils.configs import Optim
 
 # 84 of 1,408 training images, three batches of 24; 29 images held out.
 BASE = "--dataset DIGITS --scale Micro --train-subset 0.06 --holdout 0.02 --num-workers 0 --select last --seed 3"
 TEACHER = f"--mode teacher {BASE}"
-TRAIN = f"--mode train {BASE} --aa none --reprob 0 --color-jitter 0 --base-weight TEACHER"
-SMALL = "--batch-size 24 --block-ft-batch-size 24 --epochs 1 --block-ft-epochs 1"
-
-
-class Run:
-    """What a finished run left in its folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.log, self.steps = (self.lines(path / name) for name in ("log.jsonl", "steps.jsonl"))
-        self.last, self.best = (load(path / name, "--test") for name in ("last.pth", "best.pth"))
-        self.weights = self.best["model"]
-
-    @staticmethod
-    def lines(path):
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    @property
-    def groups(self):
-        return self.last["optimizer"]["param_groups"]
-
-    @property
-    def state(self):
-        return list(self.last["optimizer"]["state"].values())
+TRAIN = (
+    f"--mode train {BASE} --aa none --reprob 0 --color-jitter 0 --base-weight TEACHER "
+    "--batch-size 24 --block-ft-batch-size 24 --epochs 1 --block-ft-epochs 1"
+)
 
 
 class Ready(Exception):
@@ -71,29 +54,21 @@ class Waiting(Trainer):
 
 
 @pytest.fixture(scope="module")
-def words(teacher, far):
-    """A command line's words, with the weights made here in the places of TEACHER and FAR."""
+def run(teacher, far, tmp_path_factory):
+    """Runs main.py on a command line, with the weights made here in the places of TEACHER and FAR; its folder."""
     places = {"TEACHER": str(teacher), "FAR": str(far / "best.pth")}
-    return lambda line: [places.get(word, word) for word in line.split()]
+
+    def run(line: str):
+        folder = tmp_path_factory.mktemp("flags") / "run"
+        words = [places.get(word, word) for word in line.split()]
+        assert main.main([*words, "--output-dir", str(folder)]) == 0
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def done(words, tmp_path_factory):
-    """The finished run of a command line."""
-    made = {}
-
-    def get(line: str) -> Run:
-        if line not in made:
-            folder = tmp_path_factory.mktemp("done") / "run"
-            assert main.main([*words(line), "--output-dir", str(folder)]) == 0
-            made[line] = Run(folder)
-        return made[line]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def ready(words, tmp_path_factory):
+def ready(run):
     """The trainer of a command line, not yet started."""
     made = {}
 
@@ -101,426 +76,154 @@ def ready(words, tmp_path_factory):
         if line not in made:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Ready) as caught:
                 patch.setattr(modes, "Trainer", Waiting)
-                main.main([*words(line), "--output-dir", str(tmp_path_factory.mktemp("ready") / "run")])
+                run(line)
             made[line] = caught.value.args[0]
         return made[line]
 
     return get
 
 
-# Optimisation: each check holds for both families, read from a run whose last stage is the family's.
-
-
-def epochs(run):
-    assert [row["epoch"] for row in run.log] == [0, 1, 2, 3]
-
-
-def batch_size(run):
-    assert [(row["epoch"], row["step"]) for row in run.steps] == [(e, s) for e in range(3) for s in range(3)]
-
-
-def rates(run):
-    """Three updates of warm-up, then a cosine, between rates scaled by the batch; a row has its epoch's last."""
-    warm, top, low = (rate * 24 / 512 for rate in (0.02, 0.05, 0.01))
-
-    def rate(update):
-        if update < 3:
-            return warm + (top - warm) * update / 3
-        return low + (top - low) * (1 + math.cos(math.pi * update / 9)) / 2
-
-    assert [row["lr"] for row in run.log] == pytest.approx([warm, rate(2), rate(5), rate(8)])
-
-
-def weight_decay(run):
-    assert {group["weight_decay"] for group in run.groups} == {0, 0.3}
-
-
-def adamw(run):
-    assert {key for state in run.state for key in state} == {"step", "exp_avg", "exp_avg_sq"}
-    assert {state["step"].item() for state in run.state} == {9}
-
-
-def stepwise(run):
-    assert [row["lr"] for row in run.log] == pytest.approx([0.02, 0.02, 0.002])  # a tenth each third, at least an epoch
-
-
-def accumulated(run):
-    assert {state["step"].item() for state in run.state} == {4}  # two epochs of two updates: batches 1 and 2, then 3
-
-
-def sgd(run):
-    assert {key for state in run.state for key in state} == {"momentum_buffer"}
-    assert run.groups[0]["lr"] == pytest.approx(0.05 * 24 * 3 / 512)  # the batches of one update count as one
-
-
-def decay_rate(run):
-    assert [row["lr"] for row in run.log] == pytest.approx([0.02, 0.02, 0.01])  # half each third
-
-
-def adams_own(run):
-    assert {(group["eps"], tuple(group["betas"])) for group in run.groups} == {(1e-3, (0.8, 0.95))}
-
-
-def momentum(run):
-    assert {group["momentum"] for group in run.groups} == {0.7}
-
-
-def clipped(run):
-    """After one update the momentum buffers are the gradient."""
-    norm = torch.cat([state["momentum_buffer"].flatten() for state in run.state]).norm().item()
-    assert norm == pytest.approx(0.01, rel=1e-3)
-
-
-def family(mode: str, prefix: str):
-    """The rows of one family of optimisation flags."""
-    cosine = "--P-epochs 3 --P-lr 0.05 --P-warmup-epochs 1 --P-warmup-lr 0.02 --P-min-lr 0.01 --P-weight-decay 0.3"
-    step = "--P-epochs 2 --P-lr 0.02 --P-warmup-epochs 0 --P-sched step --P-accum-steps 2 --unscale-lr"
-    once = (
-        "--P-epochs 1 --P-lr 0.05 --P-warmup-epochs 0 --P-min-lr 0.05 --P-opt sgd --P-momentum 0.7 "
-        "--P-weight-decay 0 --P-accum-steps 3 --P-clip-grad 0.01"
-    )
-    table = [
-        ("--P-epochs", cosine, epochs),
-        ("--P-batch-size", cosine, batch_size),
-        ("--P-lr --P-warmup-lr --P-warmup-epochs --P-min-lr", cosine, rates),
-        ("--P-weight-decay", cosine, weight_decay),
-        ("--P-opt", cosine, adamw),
-        ("--P-sched --unscale-lr", step, stepwise),
-        ("--P-accum-steps", step, accumulated),
-        ("--P-decay-rate", f"{step} --P-decay-rate 0.5", decay_rate),
-        ("--P-opt-eps --P-opt-betas", f"{step} --P-opt-eps 1e-3 --P-opt-betas 0.8 0.95", adams_own),
-        ("--P-opt", once, sgd),
-        ("--P-momentum", once, momentum),
-        ("--P-clip-grad", once, clipped),
-    ]
-    for flags, line, check in table:
-        yield flags.replace("P-", prefix), f"{mode} {line} --P-batch-size 24".replace("P-", prefix), check
-
-
-# Distillation: which stages there are, what each trains and on what.
-
-
-def changed(run, before) -> set[str]:
-    return {name for name, value in run.weights.items() if name not in before or not torch.equal(value, before[name])}
-
-
-def stepped(run):
-    names = list(dict.fromkeys(row["stage"] for row in run.log))
-    assert names == ["attn 1/2", "attn 2/2", "block 1/2", "block 2/2", "head"]
-
-
-def replaced(run):
-    assert run.best["config"]["replaced"] == (1, 2, 3)
-    recurrent = {int(name.split(".")[1]) for name in run.weights if ".lstm." in name}
-    assert recurrent == {1, 2, 3} and "blocks.0.attn.qkv.weight" in run.weights
-
-
-def losses(run):
-    parts = {row["stage"].split()[0]: set(row["train"]) - {"loss"} for row in run.log if row["train"]}
-    both = {"similarity", "classification"}
-    assert parts == {"attn": {"similarity"}, "block": both, "head": {"classification"}}
-
-
-def parallel(trainer):
-    assert [(s.name, s.blocks) for s in trainer.stages] == [("attn", (0, 1, 2, 3)), ("block", (0, 1, 2, 3))]
-
-
-def without_attn(run):
-    assert [row["stage"] for row in run.log] == ["block", "block"]
-
-
-def only(*parts: str):
-    """A check that a run from FAR's weights changes these parts of it and nothing else."""
-
-    def trained(run, far):
-        assert changed(run, far) == {name for name in far if any(part in f".{name}" for part in parts)}
-
-    return trained
-
-
-def initial(run, teacher):
-    """pre_proj of block 1 and the teacher's value projection; the forget and input biases of its first LSTM."""
-    value = teacher["blocks.1.attn.qkv.weight"][128:]
-    bias = run.weights["blocks.1.attn.lstm.0.0.bias_ih"]
-    return run.weights["blocks.1.attn.pre_proj.weight"], value, bias[32:64], bias[:32]
-
-
-def from_value(run, teacher):
-    pre, value, forget, write = initial(run, teacher)
-    assert torch.equal(pre, value) and (forget == 1).all() and (write == 0).all()
-
-
-def from_chrono(run, teacher):
-    pre, value, forget, write = initial(run, teacher)
-    assert torch.equal(pre, value) and torch.equal(write, -forget)
-    assert forget.min() >= 0 and forget.max() <= math.log(64) and len(set(forget.tolist())) > 16
-
-
-def from_nothing(run, teacher):
-    pre, value, forget, _ = initial(run, teacher)
-    assert not torch.equal(pre, value) and (forget == 1).all()
-
-
-def one_wide_lstm(run):
-    shapes = {tuple(v.shape) for name, v in run.weights.items() if name.endswith("weight_hh")}
-    assert run.best["config"]["rep_by"] == "lstm" and shapes == {(4 * 64, 64)}
-
-
-def token_mixer(run):
-    assert run.best["config"]["rep_by"] == "mixer" and not any(".lstm." in name for name in run.weights)
-
-
-def reads_the_teacher(trainer, teacher):
-    check_input(trainer, teacher, "teacher")
-
-
-def reads_its_own_state(trainer, teacher):
-    check_input(trainer, teacher, "student")
-
-
-def check_input(trainer, teacher, source):
-    """What block 2 of a student reads that differs from its teacher in block 0."""
-    student, reference = trainer.model, create_teacher("DeiT-Micro", 10, 32).eval()
-    reference.load_state_dict(teacher)
-    student.load_state_dict(teacher)
-    nn.init.ones_(student.eval().blocks[0].mlp.fc2.bias)
-    read = {}
-    for name, model in (("teacher", reference), ("student", student), ("trained", student)):
-
-        def keep(block, args, name=name):
-            read[name] = args[0]
-
-        handle = model.blocks[2].register_forward_pre_hook(keep)
-        images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-        task = trainer.make_task(trainer.stages[0], nn.CrossEntropyLoss()).eval()
-        task(images, torch.tensor([0, 1])) if name == "trained" else model(images)
-        handle.remove()
-    assert torch.allclose(read["trained"], read[source], atol=1e-5)
-    assert not torch.allclose(read["teacher"], read["student"], atol=1e-2)
-
-
-LR_0 = f"{TRAIN} {SMALL} --block-ft-epochs 0 --lr 0 --warmup-lr 0 --min-lr 0"
-PLAN = f"{TRAIN} {SMALL} --replace 1 2-3 --step 2 --train-loss similarity --block-ft-train-loss combine --finetune-head"
-FROM_FAR = f"{TRAIN} {SMALL} --block-ft-lr 1e-2 --attn-weight FAR --skip-train-attn"
-
-DONE = [
-    *family(f"{TEACHER} --base-weight TEACHER", ""),
-    *family(f"{TRAIN} --skip-train-attn", "block-ft-"),
-    ("--step --train-mode --finetune-head", PLAN, stepped),
-    ("--replace", PLAN, replaced),
-    ("--train-loss --block-ft-train-loss", PLAN, losses),
-    ("--skip-train-attn", f"{FROM_FAR} --block-ft-mode FC", without_attn),
-    ("--rep-by", f"{LR_0} --rep-by lstm", one_wide_lstm),
-    ("--rep-by", f"{LR_0} --rep-by mixer", token_mixer),
-]
-DONE_FROM = [  # with the weights that the run started from
-    ("--block-ft-mode --attn-weight", f"{FROM_FAR} --block-ft-mode FC", only(".mlp."), "far"),
-    ("--block-ft-mode", f"{FROM_FAR} --block-ft-mode FC+head", only(".mlp.", ".head."), "far"),
-    ("--finetune-head", f"{FROM_FAR} --block-ft-mode FC --finetune-head", only(".mlp.", ".head."), "far"),
-    ("--rep-init", f"{LR_0} --rep-init value", from_value, "teacher"),
-    ("--rep-init", LR_0, from_chrono, "teacher"),
-    ("--rep-init", f"{LR_0} --rep-init random", from_nothing, "teacher"),
-]
-
-
-# Data and model: read from the trainer as main.py made it.
-
-
-def steps_of(trainer):
-    return trainer.data.train.transform.transforms
+class Finished:
+    """What a run left in its folder."""
+
+    def __init__(self, folder):
+        self.log, self.steps = (
+            [json.loads(line) for line in (folder / name).read_text().splitlines()]
+            for name in ("log.jsonl", "steps.jsonl")
+        )
+        self.best, optimizer = load(folder / "best.pth", "--t"), load(folder / "last.pth", "--t")["optimizer"]
+        self.groups, self.state = optimizer["param_groups"], list(optimizer["state"].values())
+        self.rates = [row["lr"] for row in self.log]
+        self.updates = {state["step"].item() for state in self.state if "step" in state}
+
+
+@pytest.fixture(scope="module")
+def done(run):
+    """The finished run of a command line."""
+    made = {}
+    return lambda line: made.get(line) or made.setdefault(line, Finished(run(line)))
 
 
 def find(trainer, kind):
-    return [step for step in steps_of(trainer) if isinstance(step, kind)]
-
-
-def seed(trainer):
-    torch.manual_seed(5)
-    fresh = create_teacher("DeiT-Micro", 10, 48).state_dict()
-    assert all(torch.equal(value, fresh[name]) for name, value in trainer.model.state_dict().items())
-    assert trainer.settings.seed == trainer.data.config.seed == 5
-
-
-def drop(trainer):
-    assert trainer.model.head_drop.p == 0.3
-
-
-def drop_path(trainer):
-    for i, block in enumerate(trainer.model.blocks):
-        for part in (block.drop_path1, block.drop_path2):
-            assert getattr(part, "drop_prob", 0) == pytest.approx(0.2 * i)
-
-
-def smoothing(trainer):
-    logits, targets = torch.randn(7, 10), torch.randint(10, (7,))
-    expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
-    torch.testing.assert_close(trainer.settings.criterion()(logits, targets), expected)
-
-
-def no_auto_augment(trainer):
-    assert not find(trainer, RandAugment)
-
-
-def auto_augment(trainer):
-    (policy,) = find(trainer, RandAugment)
-    assert {op.magnitude for op in policy.ops} == {7} and policy.num_layers == 3
-
-
-def color_jitter(trainer):
-    (jitter,) = find(trainer, transforms.ColorJitter)
-    assert [*jitter.brightness, *jitter.contrast, *jitter.saturation] == pytest.approx([0.3, 1.7] * 3)
-
-
-def no_color_jitter(trainer):
-    assert not find(trainer, transforms.ColorJitter)
+    return [step for step in trainer.data.train.transform.transforms if isinstance(step, kind)]
 
 
 def erasing(trainer):
     (step,) = find(trainer, RandomErasing)
-    assert (step.probability, step.min_count, step.max_count) == (0.8, 1, 3)
-    assert (step.per_pixel, step.rand_color) == (False, False)
+    return step.probability, step.min_count, step.max_count, step.per_pixel, step.rand_color
 
 
-def erasing_by_pixels(trainer):
-    (step,) = find(trainer, RandomErasing)
-    assert (step.probability, step.max_count, step.per_pixel) == (0.25, 1, True)
+def jitter(trainer):
+    return [[*step.brightness, *step.contrast, *step.saturation] for step in find(trainer, transforms.ColorJitter)]
 
 
-def erasing_by_one_colour(trainer):
-    (step,) = find(trainer, RandomErasing)
-    assert (step.per_pixel, step.rand_color) == (False, True)
+def flips(trainer):
+    kinds = transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip
+    return [step.p for kind in kinds for step in find(trainer, kind)]
 
 
-def interpolation(trainer):
-    (crop,) = find(trainer, RandomResizedCropAndInterpolation)
-    assert crop.interpolation == InterpolationMode.BILINEAR
+def precision(trainer):
+    with trainer.autocast():
+        return trainer.model(trainer.data.val[0][0][None]).dtype, trainer.scaler.is_enabled()
 
 
-def interpolation_of_small_images(trainer):
-    (resize,) = find(trainer, transforms.Resize)
-    assert resize.interpolation == InterpolationMode.BILINEAR
+def drop_rates(trainer):
+    return [getattr(part, "drop_prob", 0) for b in trainer.model.blocks for part in (b.drop_path1, b.drop_path2)]
 
 
-def input_size(trainer):
-    assert trainer.data.train[0, 0][0].shape == trainer.data.val[0][0].shape == (3, 48, 48)
-    assert trainer.model.pos_embed.shape[1] == 12 * 12 + 1
+def views(trainer):
+    """Images of an epoch, and how often each is seen."""
+    order = list(trainer.data.train_loader(24).batch_sampler.sampler)
+    return len(set(order)), {order.count(i) for i in order}
 
 
-def nb_classes(trainer, teacher):
-    """A fresh classifier of so many classes on the weights of a model of ten."""
-    state = trainer.model.state_dict()
-    assert len(state["head.weight"]) == len(state["head.bias"]) == trainer.data.num_classes == 13
-    assert {name for name in state if not torch.equal(state[name], teacher[name])} == {"head.weight", "head.bias"}
-    assert trainer.config.num_classes == 13
-    assert trainer.config.classes == (*map(str, range(10)), "class 10", "class 11", "class 12")
-
-
-def eval_crop_ratio(trainer):
-    whole = image_ops.resize(trainer.data.val.data[4][0], 96, InterpolationMode.BICUBIC)
-    expected = (image_ops.to_tensor(image_ops.center_crop(whole, 48)) - 0.5) / 0.5
-    torch.testing.assert_close(trainer.data.val[4][0], expected)
+def crop(trainer):
+    """What an evaluation image differs by from one at twice the size, cut in the middle, of values -1 to 1."""
+    large = image_ops.resize(trainer.data.val.data[4][0], 96, InterpolationMode.BICUBIC)
+    expected = (image_ops.to_tensor(image_ops.center_crop(large, 48)) - 0.5) / 0.5
+    return (trainer.data.val[4][0] - expected).abs().max().item()
 
 
 def normalised(trainer):
-    whole = image_ops.to_tensor(image_ops.resize(trainer.data.val.data[4][0], 32, InterpolationMode.BICUBIC))
+    """What an evaluation image differs by from a normalisation by hand; what trains and the checkpoint know of it."""
+    image = image_ops.to_tensor(image_ops.resize(trainer.data.val.data[4][0], 32, InterpolationMode.BICUBIC))
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
-    torch.testing.assert_close(trainer.data.val[4][0], (whole - mean) / std)
-    torch.testing.assert_close(trainer.data.train[4, 0][0].mean(), ((whole * 0 - mean) / std).mean(), atol=2, rtol=0)
-    reading = trainer.config.preprocessing
-    assert (reading.mean, reading.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     (normal,) = find(trainer, transforms.Normalize)
-    assert normal.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    error = (trainer.data.val[4][0] - (image - mean) / std).abs().max().item()
+    stored = trainer.config.preprocessing
+    return [error, *normal.mean.tolist(), *normal.std.tolist(), *stored.mean, *stored.std]
 
 
-def mirrored(trainer):
-    """Always left and right, always upside down: the crop's padding alone differs."""
-    across, down = find(trainer, transforms.RandomHorizontalFlip), find(trainer, transforms.RandomVerticalFlip)
-    assert [step.p for step in (*across, *down)] == [1.0, 0.25]
+def smoothed(trainer):
+    """The loss, and torch's with label smoothing 0.3."""
+    logits, targets = torch.randn(7, 10), torch.randint(10, (7,))
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
+    return (trainer.settings.criterion()(logits, targets) - expected).item()
 
 
-def not_mirrored(trainer):
-    assert not find(trainer, transforms.RandomHorizontalFlip) and not find(trainer, transforms.RandomVerticalFlip)
-
-
-def mixup_prob(trainer):
-    images, targets = torch.randn(6, 3, 32, 32), torch.randint(10, (6,))
-    mixed, labels = trainer.mixup(images.clone(), targets)
-    assert torch.equal(mixed, images)
-    torch.testing.assert_close(labels, soft(targets, 1.0))
-
-
-def num_workers(trainer):
-    assert trainer.data.train_loader(2).num_workers == trainer.data.val_loader(2).num_workers == 1
-
-
-def repeated_aug(trainer):
-    order = list(trainer.data.train_loader(24).batch_sampler.sampler)
-    assert len(set(order)) == 84 // 3 and {order.count(i) for i in order} == {3}
-
-
-def shares(trainer):
-    assert (len(trainer.data.train), len(trainer.data.val)) == (84, 29)
-
-
-def soft(targets, share):
-    """The label of an image that is `share` itself and for the rest its partner, smoothed by 0.1."""
-    smooth = F.one_hot(targets, 10) * 0.9 + 0.01
-    return share * smooth + (1 - share) * smooth.flip(0)
-
-
-class Watch(nn.Module):
-    """A task that keeps what it is given."""
-
-    def __init__(self, model, seen):
-        super().__init__()
-        self.model, self.seen = model, seen
-
-    def forward(self, images, targets, looked_at):
-        self.seen.append((images.clone(), targets.clone()))
-        loss = 0 * sum(p.sum() for p in self.model.parameters())
-        return loss, {}
-
-
-def mixup(trainer):
-    seen = []
-    trainer.make_task = lambda stage, criterion: Watch(trainer.model, seen)
-    Trainer.fit(trainer)
-    raw = list(trainer.data.at(trainer.data.train_loader(24), 0))
-    assert len(seen) == len(raw) == 3 and trainer.mixup.mixup_alpha == 0.8
-    for (images, targets), (mixed, labels) in zip(raw, seen, strict=True):
+def mixed_share(trainer):
+    """By how much mixed images keep their own: the least and the most over 100 batches; labels must agree."""
+    images, targets = torch.rand(6, 3, 32, 32), torch.randint(10, (6,))
+    soft, shares = F.one_hot(targets, 10) * 0.9 + 0.01, []  # smoothed by 0.1
+    for _ in range(100):
+        mixed, labels = trainer.mixup(images.clone(), targets)
         difference = images - images.flip(0)
         share = ((mixed - images.flip(0)) * difference).sum() / difference.square().sum()
-        torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0), rtol=0, atol=1e-4)
-        torch.testing.assert_close(labels, soft(targets, share), rtol=0, atol=1e-4)
+        torch.testing.assert_close(labels, share * soft + (1 - share) * soft.flip(0), rtol=0, atol=0.02)
+        if not trainer.settings.cutmix:
+            torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
+        else:
+            assert ((mixed == images) | (mixed == images.flip(0))).all()
+        shares.append(share.item())
+    return min(shares), max(shares)
 
 
-def cutmix(trainer):
-    images, targets = torch.randn(6, 3, 32, 32), torch.randint(10, (6,))
-    mixed, labels = trainer.mixup(images.clone(), targets)
-    own = mixed == images
-    assert (own | (mixed == images.flip(0))).all() and (own == own[:1, :1]).all()
-    torch.testing.assert_close(labels, soft(targets, own[0, 0].float().mean()))
-    logits = torch.randn(6, 10)
-    expected = -(labels * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(trainer.settings.criterion()(logits, labels), expected)
+def trained(trainer):
+    """Which parts a stage trains, by stage."""
+    parts = {}
+    for stage in trainer.stages:
+        select_trainable(trainer.model, stage)
+        names = [name.split(".") for name, p in trainer.model.named_parameters() if p.requires_grad]
+        parts[stage.name] = {name[2] if name[0] == "blocks" else name[0] for name in names}
+    return parts
 
 
-def precision(dtype, scaled):
-    def check(trainer):
-        with trainer.autocast():
-            assert trainer.model(trainer.data.val[0][0][None]).dtype == dtype
-        assert trainer.scaler.is_enabled() == scaled
-
-    return check
+def stages(trainer):
+    return [(stage.name, stage.swapped, stage.blocks) for stage in trainer.stages]
 
 
-def families(trainer):
-    """Each family of flags reaches its own stage."""
-    assert [(s.name, s.optim.epochs, s.optim.opt, s.optim.lr) for s in trainer.stages] == [
-        ("attn", 1, "sgd", 1e-3),
-        ("block", 2, "lamb", 2e-3),
-        ("head", 2, "lamb", 2e-3),
-    ]
+def kind(trainer):
+    """What replaces attention in block 1, and how wide each LSTM is."""
+    swap_attention(trainer.model, (1,), trainer.config.rep_by, trainer.settings.rep_init)
+    weights = trainer.model.blocks[1].attn.named_parameters()
+    return trainer.config.rep_by, {w.shape[1] for name, w in weights if "weight_hh" in name}
+
+
+def initial(trainer):
+    """Whether pre_proj is the teacher's value projection; the forget and write biases of the first LSTM's units."""
+    value = trainer.model.blocks[1].attn.qkv.weight[128:].clone()
+    swap_attention(trainer.model, (1,), trainer.config.rep_by, trainer.settings.rep_init)
+    attn = trainer.model.blocks[1].attn.state_dict()
+    write, forget = attn["lstm.0.0.bias_ih"][:32], attn["lstm.0.0.bias_ih"][32:64]
+    spread = len(set(forget.tolist())) > 16 and forget.min() >= 0 and forget.max() <= math.log(64)
+    return (
+        torch.equal(attn["pre_proj.weight"], value),
+        "chrono" if spread else forget.unique().tolist(),
+        (torch.equal(write, -forget) if spread else write.unique().tolist()),
+    )
+
+
+def seeded(trainer):
+    torch.manual_seed(5)
+    fresh = create_teacher("DeiT-Micro", 10, 48).state_dict()
+    same = all(torch.equal(value, fresh[name]) for name, value in trainer.model.state_dict().items())
+    return same, trainer.settings.seed, trainer.data.config.seed
+
+
+def cosine_rates():
+    """Three updates of warm-up, then a cosine over nine; rates scaled by the batch; a row has its epoch's last."""
+    warm, top, low = (rate * 24 / 512 for rate in (0.02, 0.05, 0.01))
+    return [warm, *(low + (top - low) * (1 + math.cos(math.pi * update / 9)) / 2 for update in (5, 8))]
 
 
 ALL = (
@@ -528,144 +231,201 @@ ALL = (
     "--remode const --recount 3 --train-interpolation bilinear --input-size 48 --eval-crop-ratio 0.5 --num-workers 1 "
     "--repeated-aug"
 )
-MIXUP = f"{TEACHER} --mixup 0.8 --aa rand-m7-n3 --train-interpolation bilinear --epochs 1 --batch-size 24 --amp bf16"
+MIXUP = f"{TEACHER} --mixup 0.8 --aa rand-m7-n3 --train-interpolation bilinear --amp bf16"
 CUTMIX = f"{TEACHER} --cutmix 1.0 --aa none --color-jitter 0 --remode rand --amp fp16"
-
 LOOKS = f"{TEACHER} --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --hflip 1 --vflip 0.25 --mixup 0.8 --mixup-prob 0"
-
-PARALLEL = f"{TRAIN} {SMALL} --train-mode parallel --step 2"
-FAMILIES = (
-    f"{TRAIN} {SMALL} --opt sgd --lr 1e-3 --block-ft-epochs 2 --block-ft-opt lamb --block-ft-lr 2e-3 "
-    "--unscale-lr --finetune-head"
+SEQUENCE = f"{TRAIN} --replace 1 2-3 --step 2 --finetune-head --block-ft-mode FC+head --rep-init random"
+PARALLEL = f"{TRAIN} --train-mode parallel --step 2 --block-ft-mode FC --rep-init value"
+FROM_FAR = f"{TRAIN} --attn-weight FAR --skip-train-attn"
+VALUES = {"epochs": 2, "batch_size": 3, "lr": 0.4, "warmup_epochs": 5, "warmup_lr": 0.6, "min_lr": 0.7, "sched": "step"}
+VALUES |= {"opt": "lamb", "weight_decay": 0.8, "momentum": 0.9, "clip_grad": 10, "accum_steps": 11, "opt_eps": 0.12}
+VALUES |= {"opt_betas": [0.13, 0.14], "decay_rate": 0.15}
+BLOCK_FT = " ".join(f"--block-ft-{name.replace('_', '-')}" for name in VALUES)
+FAMILY = f"{TRAIN} --skip-train-attn --unscale-lr --block-ft-opt-betas 0.13 0.14 " + " ".join(
+    f"{flag} {value}" for flag, value in zip(BLOCK_FT.split(), VALUES.values(), strict=True) if flag[-5:] != "betas"
 )
+BILINEAR = InterpolationMode.BILINEAR
 
 READY = [
-    ("--seed", ALL, seed),
-    ("--drop", ALL, drop),
-    ("--drop-path", ALL, drop_path),
-    ("--smoothing", ALL, smoothing),
-    ("--aa", ALL, no_auto_augment),
-    ("--aa", MIXUP, auto_augment),
-    ("--color-jitter", ALL, color_jitter),
-    ("--color-jitter", CUTMIX, no_color_jitter),
-    ("--color-jitter", MIXUP, no_color_jitter),
-    ("--reprob --remode --recount", ALL, erasing),
-    ("--reprob --remode --recount", MIXUP, erasing_by_pixels),
-    ("--remode", CUTMIX, erasing_by_one_colour),
-    ("--train-interpolation", ALL, interpolation),
-    ("--train-interpolation", MIXUP, interpolation_of_small_images),
-    ("--input-size", ALL, input_size),
-    ("--eval-crop-ratio", ALL, eval_crop_ratio),
-    ("--mean --std", LOOKS, normalised),
-    ("--hflip --vflip", LOOKS, mirrored),
-    ("--hflip --vflip", ALL, not_mirrored),
-    ("--mixup-prob", LOOKS, mixup_prob),
-    ("--num-workers", ALL, num_workers),
-    ("--repeated-aug", ALL, repeated_aug),
-    ("--train-subset --holdout", ALL, shares),
-    ("--amp", ALL, precision(torch.float32, False)),
-    ("--amp", MIXUP, precision(torch.bfloat16, False)),
-    ("--amp", CUTMIX, precision(torch.float16, True)),
-    ("--mixup", MIXUP, mixup),
-    ("--cutmix", CUTMIX, cutmix),
-    ("--train-mode", PARALLEL, parallel),
-    ("--opt --lr --block-ft-opt --block-ft-lr", FAMILIES, families),
-]
-SIMILARITY = f"{TRAIN} {SMALL} --train-loss similarity"
-READY_FROM = [
-    ("--nb-classes", f"{TEACHER} --nb-classes 13 --base-weight TEACHER", nb_classes, "teacher"),
-    ("--distill-input", f"{SIMILARITY} --distill-input teacher", reads_the_teacher, "teacher"),
-    ("--distill-input", SIMILARITY, reads_its_own_state, "teacher"),
+    ("--seed", ALL, seeded, (True, 5, 5)),
+    ("--drop", ALL, lambda t: t.model.head_drop.p, 0.3),
+    ("--drop-path", ALL, drop_rates, approx([0, 0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6])),
+    ("--smoothing", ALL, smoothed, approx(0, abs=1e-5)),
+    ("--aa", ALL, lambda t: find(t, RandAugment), []),
+    ("--aa", MIXUP, lambda t: [(p.ops[0].magnitude, p.num_layers) for p in find(t, RandAugment)], [(7, 3)]),
+    ("--color-jitter", ALL, jitter, [approx([0.3, 1.7] * 3)]),
+    ("--color-jitter", CUTMIX, jitter, []),
+    ("--color-jitter", MIXUP, jitter, []),
+    ("--reprob --remode --recount", ALL, erasing, (0.8, 1, 3, False, False)),
+    ("--reprob --remode --recount", MIXUP, erasing, (0.25, 1, 1, True, False)),
+    ("--remode", CUTMIX, erasing, (0.25, 1, 1, False, True)),
+    ("--train-interpolation", ALL, lambda t: find(t, RandomResizedCropAndInterpolation)[0].interpolation, BILINEAR),
+    ("--train-interpolation", MIXUP, lambda t: find(t, transforms.Resize)[0].interpolation, BILINEAR),
+    ("--input-size", ALL, lambda t: {t.data.train[0, 0][0].shape, t.data.val[0][0].shape}, {(3, 48, 48)}),
+    ("--input-size", ALL, lambda t: t.model.pos_embed.shape[1], 12 * 12 + 1),
+    ("--eval-crop-ratio", ALL, crop, approx(0, abs=1e-5)),
+    ("--mean --std", LOOKS, normalised, approx([0, *[0.1, 0.2, 0.3, 0.4, 0.5, 0.6] * 2], abs=1e-5)),
+    ("--hflip --vflip", LOOKS, flips, [1.0, 0.25]),
+    ("--hflip --vflip", ALL, flips, []),
+    ("--mixup", MIXUP, lambda t: mixed_share(t)[0] < 0.4 and mixed_share(t)[1] > 0.6, True),
+    ("--cutmix", CUTMIX, lambda t: mixed_share(t)[0] < 0.4 and mixed_share(t)[1] > 0.6, True),
+    ("--mixup-prob", LOOKS, mixed_share, approx((1, 1))),
+    ("--num-workers", ALL, lambda t: (t.data.train_loader(2).num_workers, t.data.val_loader(2).num_workers), (1, 1)),
+    ("--repeated-aug", ALL, views, (84 // 3, {3})),
+    ("--train-subset --holdout", ALL, lambda t: (len(t.data.train), len(t.data.val)), (84, 29)),
+    ("--amp", ALL, precision, (torch.float32, False)),
+    ("--amp", MIXUP, precision, (torch.bfloat16, False)),
+    ("--amp", CUTMIX, precision, (torch.float16, True)),
+    ("--nb-classes", f"{TEACHER} --nb-classes 13", lambda t: {len(t.model.head.weight), t.config.num_classes}, {13}),
+    ("--train-mode", PARALLEL, stages, [("attn", (0, 1, 2, 3), (0, 1, 2, 3)), ("block", (0, 1, 2, 3), (0, 1, 2, 3))]),
+    (
+        "--replace --step --train-mode --finetune-head",
+        SEQUENCE,
+        stages,
+        [
+            *[("attn 1/2", (1, 2), (1, 2)), ("attn 2/2", (1, 2, 3), (3,))],
+            *[("block 1/2", (1, 2, 3), (1, 2)), ("block 2/2", (1, 2, 3), (3,))],
+            ("head", (1, 2, 3), (1, 2, 3)),
+        ],
+    ),
+    ("--skip-train-attn --block-ft-mode", f"{FROM_FAR} --block-ft-mode FC", trained, {"block": {"mlp"}}),
+    (
+        "--block-ft-mode --finetune-head",
+        f"{FROM_FAR} --block-ft-mode FC+head --finetune-head",
+        trained,
+        {"block": {"mlp", "head"}, "head": {"head"}},
+    ),
+    ("--block-ft-mode", FROM_FAR, trained, {"block": {"norm1", "attn", "norm2", "mlp"}}),
+    ("--rep-by", f"{TRAIN} --rep-by lstm", kind, ("lstm", {64})),
+    ("--rep-by", f"{TRAIN} --rep-by gru", kind, ("gru", {32})),
+    ("--rep-by", f"{TRAIN} --rep-by mixer", kind, ("mixer", set())),
+    ("--rep-init", PARALLEL, initial, (True, [1.0], [0.0])),
+    ("--rep-init", TRAIN, initial, (True, "chrono", True)),
+    ("--rep-init", SEQUENCE, initial, (False, [1.0], [0.0])),
+    (BLOCK_FT, FAMILY, lambda t: [stage.optim for stage in t.stages], [Optim(**VALUES, family="block-ft-")]),
 ]
 
-ELSEWHERE = {  # what a table cannot hold, and the test that does
-    "--dry-run": "test_plan.py::test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing",
-    "--model-ema": "test_training.py::test_averaged_weights_are_evaluated_saved_and_resumed",
-    "--output-dir": "test_training.py::test_run_folder_holds_what_the_readme_says",
-    "--resume": "test_training.py::test_a_run_killed_mid_epoch_ends_bit_equal_after_resume",
-    "--select": "test_training.py::test_select_hands_on_the_best_or_the_last_epoch",
-    "--eval-every": "test_training.py::test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same",
-    "--save-every": "test_training.py::test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same",
-    "--compile": "test_compiling.py::test_a_compiled_run_computes_what_an_ordinary_one_does",
-    "--tensorboard": "test_board.py::test_the_board_holds_the_logs_and_a_resumed_run_writes_it_anew",
-    "--dist-timeout": "test_launch.py::test_a_process_that_does_not_come_is_missed_after_the_time_given",
-    "--distributed": "test_main.py::test_two_processes_with_half_the_batch_give_the_weights_of_one",
-    "--device": "test_flags.py::test_cpu_can_be_asked_for_and_cuda_is_refused_without_one",
-    "--lstm-backend": "test_flags.py::test_lstm_backend_names_the_kernel_that_runs",
-    "--dataset": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
-    "--data-path": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
-    "--inat-category": "test_datasets.py::test_inaturalists_species_may_be_taken_by_what_they_belong_to",
-    "--images-only": "test_unlabelled.py::test_a_folder_of_pictures_is_enough",
-    "--download": "test_flags.py::test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked",
-    "--base-model": "test_flags.py::test_base_model_and_scale_name_the_teacher",
-    "--scale": "test_flags.py::test_base_model_and_scale_name_the_teacher",
-    "--base-weight": "test_training.py::test_stage_attn_leaves_everything_but_the_mixing_parts_alone",
-    "--far-weight": "test_main.py::test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result",
-    "--ds-mode": "test_main.py::test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result",
-    "--ds-pruned": "test_prune.py::test_prune_shrinks_reports_and_its_checkpoint_rebuilds_alone",
+# Optimisation, each on a run of a teacher.
+COSINE = f"{TEACHER} --batch-size 24 --epochs 3 --lr 0.05 --warmup-epochs 1 --warmup-lr 0.02 --min-lr 0.01"
+COSINE += " --weight-decay 0.3 --opt-eps 1e-3 --opt-betas 0.8 0.95"
+STEP = f"{TEACHER} --batch-size 24 --epochs 2 --lr 0.02 --warmup-epochs 0 --sched step --accum-steps 2 --unscale-lr"
+STEP += " --decay-rate 0.5"
+SGD = f"{TEACHER} --batch-size 24 --epochs 1 --lr 0.05 --warmup-epochs 0 --min-lr 0.05 --opt sgd --momentum 0.7"
+SGD += " --weight-decay 0 --accum-steps 3 --clip-grad 0.01"
+LOSSES = f"{SEQUENCE} --train-loss similarity --block-ft-train-loss combine"
+BOTH = {"similarity", "classification"}
+
+
+def gradient_norm(run):
+    """After one update the momentum buffers are the gradient."""
+    return torch.cat([state["momentum_buffer"].flatten() for state in run.state]).norm().item()
+
+
+DONE = [
+    ("--epochs", COSINE, lambda r: [row["epoch"] for row in r.log], [0, 1, 2, 3]),
+    ("--batch-size", COSINE, lambda r: [row["step"] for row in r.steps], [0, 1, 2] * 3),
+    ("--lr --warmup-lr --warmup-epochs --min-lr", COSINE, lambda r: [r.rates[0], *r.rates[2:]], approx(cosine_rates())),
+    ("--weight-decay", COSINE, lambda r: {group["weight_decay"] for group in r.groups}, {0, 0.3}),
+    ("--opt", COSINE, lambda r: {key for state in r.state for key in state}, {"step", "exp_avg", "exp_avg_sq"}),
+    ("--opt-eps --opt-betas", COSINE, lambda r: [r.groups[0]["eps"], *r.groups[0]["betas"]], [1e-3, 0.8, 0.95]),
+    ("--sched --decay-rate --unscale-lr", STEP, lambda r: r.rates, approx([0.02, 0.02, 0.01])),  # half, each third
+    ("--accum-steps", STEP, lambda r: r.updates, {4}),  # two epochs of two updates: batches 1 and 2, then 3
+    ("--opt", SGD, lambda r: {key for state in r.state for key in state}, {"momentum_buffer"}),
+    ("--lr --accum-steps", SGD, lambda r: r.groups[0]["lr"], approx(0.05 * 24 * 3 / 512)),  # an update's batches as one
+    ("--momentum", SGD, lambda r: {group["momentum"] for group in r.groups}, {0.7}),
+    ("--clip-grad", SGD, gradient_norm, approx(0.01, rel=1e-3)),
+    (
+        "--train-loss --block-ft-train-loss",
+        LOSSES,
+        lambda r: {row["stage"].split()[0]: set(row["train"]) - {"loss"} for row in r.log if row["train"]},
+        {"attn": {"similarity"}, "block": BOTH, "head": {"classification"}},
+    ),
+    ("--replace", LOSSES, lambda r: {n.split(".")[1] for n in r.best["model"] if ".lstm." in n}, {"1", "2", "3"}),
+]
+
+ELSEWHERE = {  # what a table cannot hold: below, or in the file of its subject
+    "test_flags": "--device --lstm-backend --fuse --dataset --data-path --download --base-model --scale --attn-weight "
+    "--distill-input",
+    "test_training": "--model-ema --output-dir --resume --select --eval-every --save-every --base-weight",
+    "test_main": "--distributed --far-weight --ds-mode",
+    "test_plan": "--dry-run",
+    "test_compiling": "--compile",
+    "test_board": "--tensorboard",
+    "test_launch": "--dist-timeout",
+    "test_datasets": "--inat-category",
+    "test_unlabelled": "--images-only",
+    "test_prune": "--ds-pruned",
 }
 
 
 def named(rows):
-    return [pytest.param(*row[1:], id=f"{row[0]} {row[2].__name__}") for row in rows]
+    return [pytest.param(*row[1:], id=f"{row[0][:60]} {k}") for k, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize(("line", "check"), named(READY))
-def test_what_a_flag_says_of_data_and_model(line, check, ready):
-    check(ready(line))
+@pytest.mark.parametrize(("line", "look", "expected"), named(READY))
+def test_what_a_flag_says_of_data_model_and_stages(line, look, expected, ready):
+    assert look(ready(line)) == expected
 
 
-@pytest.mark.parametrize(("line", "check", "start"), named(READY_FROM))
-def test_what_a_flag_says_of_the_losses(line, check, start, ready, request):
-    check(ready(line), load(request.getfixturevalue(start), "--test")["model"])
+@pytest.mark.parametrize(("line", "look", "expected"), named(DONE))
+def test_what_a_flag_says_of_a_run(line, look, expected, done):
+    assert look(done(line)) == expected
 
 
-@pytest.mark.parametrize(("line", "check"), named(DONE))
-def test_what_a_flag_says_of_a_run(line, check, done):
-    check(done(line))
-
-
-@pytest.mark.parametrize(("line", "check", "start"), named(DONE_FROM))
-def test_what_a_flag_says_of_weights(line, check, start, done, words):
-    check(done(line), load(words(start.upper())[0], "--test")["model"])
-
-
-def test_every_flag_of_a_training_mode_is_held():
+def test_every_flag_of_main_but_those_of_predict_is_held():
     parser = main.build_parser()
-    training = [job for mode, job in main.MODES.items() if mode not in ("eval", "predict")]
-    read = set().union(*(parser.titled(job.groups) - job.ignores | job.reads for job in training))
-    flags = {action.option_strings[0] for action in parser._actions if action.dest in read}
-    held = {flag for row in (*READY, *READY_FROM, *DONE, *DONE_FROM) for flag in row[0].split()}
-    assert flags == held | ELSEWHERE.keys()
-    for test in ELSEWHERE.values():
-        file, name = test.split("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+    aside = parser.titled({"prediction"}) | {"help", "mode"}
+    flags = {action.option_strings[0] for action in parser._actions if action.dest not in aside}
+    held = " ".join([*(row[0] for row in (*READY, *DONE)), *ELSEWHERE.values()])
+    assert flags == set(held.split())
+
+
+def test_attn_weight_is_what_the_block_stage_starts_from(ready, far):
+    start, weights = ready(FROM_FAR).model.state_dict(), load(far / "best.pth", "--t")["model"]
+    assert all(torch.equal(start[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("source", ["teacher", "student"])
+def test_a_student_block_reads_what_distill_input_says(source, ready, teacher):
+    """What block 2 reads, of a student that differs from its teacher in block 0."""
+    trainer = ready(f"{TRAIN} --train-loss similarity --distill-input {source}")
+    weights, student, reference = load(teacher, "--t")["model"], trainer.model, create_teacher("DeiT-Micro", 10, 32)
+    for model in (student, reference):
+        model.load_state_dict(weights)
+    nn.init.ones_(student.blocks[0].mlp.fc2.bias)
+    task = trainer.make_task(trainer.stages[0], nn.CrossEntropyLoss())
+    images, reads = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32), {}
+    for name, model, call in (
+        ("teacher", reference, reference),
+        ("student", student, student),
+        ("trained", student, lambda images: task(images, torch.tensor([0, 1]))),
+    ):
+        model.eval()
+        handle = model.blocks[2].register_forward_pre_hook(lambda block, args, name=name: reads.update({name: args[0]}))
+        call(images)
+        handle.remove()
+    assert torch.allclose(reads["trained"], reads[source], atol=1e-5)
+    assert not torch.allclose(reads["teacher"], reads["student"], atol=1e-2)
 
 
 def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkeypatch, ready):
-    asked = []
+    reads = []
 
     def digits(name, root, train, download=False, category="name"):
-        asked.append((name, str(root), train, download))
+        reads.append((name, str(root), train, download))
         return build_split("DIGITS", root, train)
 
     monkeypatch.setattr(loading, "build_split", digits)
     ready(f"{TEACHER} --dataset CIFAR10 --data-path some/where --holdout 0 --download")
-    assert asked == [("CIFAR10", "some/where", train, fetch) for fetch in (True, False) for train in (True, False)]
-    asked.clear()
+    assert reads == [("CIFAR10", "some/where", train, fetch) for fetch in (True, False) for train in (True, False)]
+    reads.clear()
     ready(f"{TEACHER} --dataset CIFAR10 --holdout 0")
-    assert asked == [("CIFAR10", "data/CIFAR10", train, False) for train in (True, False)]
+    assert reads == [("CIFAR10", "data/CIFAR10", train, False) for train in (True, False)]
 
 
 @pytest.mark.parametrize(
     ("flags", "width"),
-    [
-        ("--scale Micro", 64),
-        ("--base-model DeiT-Micro", 64),
-        ("--scale Tiny", 192),
-        ("", 192),
-        ("--base-model deit3_small_patch16_224", 384),
-    ],
+    [("--base-model DeiT-Micro", 64), ("--scale Tiny", 192), ("", 192), ("--base-model deit3_small_patch16_224", 384)],
 )
 def test_base_model_and_scale_name_the_teacher(flags, width, ready):
     line = TEACHER.replace("--scale Micro", flags)
@@ -673,39 +433,33 @@ def test_base_model_and_scale_name_the_teacher(flags, width, ready):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far, capsys):
-    calls = []
+def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far):
+    calls = set()
     for name in list(KERNELS):
-        watch(monkeypatch, name, lambda x, name=name: calls.append(name))
-    args = ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", str(far / "best.pth")]
-    assert main.main([*args, "--lstm-backend", backend]) == 0
-    assert set(calls) == {backend}
+        watch(monkeypatch, name, lambda x, name=name: calls.add(name))
+    assert main.main(["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--lstm-backend", backend]) == 0
+    assert calls == {backend}
 
 
 def test_eval_fuses_and_keeps_the_accuracy(far, monkeypatch, tmp_path):
-    fused = []
-    monkeypatch.setattr(modes, "fuse", lambda model, recurrent: fused.append(recurrent) or fuse_model(model, recurrent))
-    args = ["--mode", "eval", "--dataset", "DIGITS", "--num-workers", "0", "--far-weight", str(far / "best.pth")]
-    results = {}
-    for fuse in ((), ("--fuse", "float32"), *([("--fuse", "bfloat16")] if kernels.cpu.has_bfloat16() else [])):
-        folder = tmp_path / "-".join(("run", *fuse))
-        assert main.main([*args, *fuse, "--output-dir", str(folder)]) == 0
-        results[fuse] = json.loads((folder / "result.json").read_text())
-    plain = results.pop(())
-    for result in results.values():
-        assert (
-            result["parameters"] == plain["parameters"] and abs(result["acc1"] - plain["acc1"]) < 2
-        )  # barely trained: ties tip over
-        assert abs(result["loss"] - plain["loss"]) < 1e-3
-    assert fused == [torch.float32, torch.bfloat16][: len(results)]
+    fused, results = [], []
+    monkeypatch.setattr(modes, "fuse", lambda model, dtype: fused.append(dtype) or fuse_model(model, dtype))
+    precisions = ["float32", "bfloat16"] if kernels.cpu.has_bfloat16() else ["float32"]
+    for k, flags in enumerate([[], *(["--fuse", precision] for precision in precisions)]):
+        folder = tmp_path / str(k)
+        args = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), *flags, "--output-dir", str(folder)]
+        assert main.main(args) == 0
+        results.append(json.loads((folder / "result.json").read_text()))
+    for result in results:
+        assert result["parameters"] == results[0]["parameters"]
+        assert abs(result["loss"] - results[0]["loss"]) < 1e-3
+        assert abs(result["acc1"] - results[0]["acc1"]) < 2  # barely trained: ties tip over
+    assert fused == [getattr(torch, precision) for precision in precisions]
 
 
-def test_triton_is_refused_before_the_run_begins(failure, monkeypatch, tmp_path):
+def test_a_device_or_kernel_that_is_not_there_is_refused_before_the_run_begins(failure, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels.gpu, "interpreting", lambda: False)
     line = failure(*TEACHER.split(), "--device", "cpu", "--lstm-backend", "triton", "--output-dir", tmp_path / "run")
     assert "--lstm-backend triton" in line and not (tmp_path / "run").exists()
-
-
-def test_cpu_can_be_asked_for_and_cuda_is_refused_without_one(failure):
     if not torch.cuda.is_available():
         assert "--device cuda" in failure("--mode", "eval", "--device", "cuda")

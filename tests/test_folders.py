@@ -7,9 +7,10 @@ import pytest
 
 import main
 from datasets.images import SUFFIXES, find_files
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from datasets.registry import build_split
 from tests.conftest import QUIET, image_folder, write_images
+from utils.configs import DataConfig
 from utils.distributed import Context
 
 LEFT = [

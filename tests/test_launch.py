@@ -13,8 +13,9 @@ import torch
 from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, wait_for
 from utils import distributed
 from utils.checkpoint import load
+from utils.configs import Record, RunConfig
 from utils.errors import FarError
-from utils.run_folder import Record, RunConfig, open_run
+from utils.run_folder import open_run
 
 MAIN = str(ROOT / "main.py")
 

@@ -9,11 +9,11 @@ import torch
 import main
 import prune
 from datasets import registry
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from engine.fidelity import fidelity
-from engine.train import Settings
 from models.replace import load_model, swap_attention
 from tests.conftest import BATCH, BLOCK_BATCH, EVAL, QUIET
+from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 
 SEED, SIDE = 0, 12  # 12 pixels a side are 3 x 3 patches and the class token

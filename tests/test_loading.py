@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.loading import Data, DataConfig, naming_dead_workers
+from datasets.loading import Data, naming_dead_workers
 from datasets.registry import build_split
 from tests.conftest import image_folder, write_images
+from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
 

@@ -17,7 +17,6 @@ from engine import modes
 from engine.distill import LOSSES, TERMS
 from engine.hoyer import REGULARIZERS
 from engine.pruning import SCORES
-from engine.train import AMP
 from models.deit import TEACHERS, create_teacher
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
@@ -290,7 +289,8 @@ def test_an_undecodable_image_stops_the_run_by_name(failure, tmp_path):
 
 
 def test_more_processes_than_images_is_refused(teacher):
-    from datasets.loading import Data, DataConfig
+    from datasets.loading import Data
+    from utils.configs import DataConfig
     from utils.distributed import Context
     from utils.errors import FarError
 
@@ -309,12 +309,7 @@ def test_help_is_grouped_and_shows_defaults(capsys):
 
 def test_the_parsers_names_are_those_of_the_registries():
     assert tuple(TEACHERS) == names.MODELS and tuple(REPLACEMENTS) == names.REPLACEMENTS and BACKENDS == names.BACKENDS
-    assert (
-        tuple(SOURCES) == names.DATASETS
-        and tuple(LOSSES) == names.LOSSES
-        and tuple(TERMS) == names.TERMS
-        and ("auto", *AMP) == names.AMP
-    )
+    assert tuple(SOURCES) == names.DATASETS and tuple(LOSSES) == names.LOSSES and tuple(TERMS) == names.TERMS
     assert tuple(modes.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
     assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS
     assert all(callable(getattr(modes, mode.job)) for mode in main.MODES.values())

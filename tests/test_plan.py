@@ -6,13 +6,13 @@ import pytest
 
 import main
 import prune
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from engine.distill import Distillation
 from engine.plan import weigh
-from engine.stages import Optim, Stage, select_trainable
-from engine.train import Settings
+from engine.stages import Stage, select_trainable
 from models.deit import create_teacher
 from tests.conftest import DIGITS, QUIET, TRAIN
+from utils.configs import DataConfig, Optim, Settings
 from utils.distributed import Context
 
 

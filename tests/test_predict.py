@@ -10,12 +10,13 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import main
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from datasets.registry import Digits, class_names
 from deploy.predict import Answer, as_text
 from models.replace import FarConfig, build, load_model, pack
 from tests.conftest import BATCH, PLAIN, QUIET, image_folder, write_images
 from utils.checkpoint import load, save
+from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.preprocessing import Preprocessing
 

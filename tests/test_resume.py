@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from engine.resume import Position, fingerprint, read_position
-from engine.stages import Optim, Stage
+from engine.stages import Stage
 from models.replace import FarConfig
+from utils.configs import Optim
 from utils.errors import FarError
 from utils.records import read_lines, read_record
 

@@ -16,18 +16,26 @@ from PIL import Image
 import main
 from datasets import streams
 from datasets.images import read_image
-from datasets.loading import DataConfig
 from datasets.registry import Digits
 from datasets.streams import PACKAGES, open_data
 from engine.train import Trainer
-from tests.faults import assert_equal
-from utils import names
+from utils import checkpoint, names
+from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.script import run_script
 
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
 TRAIN, VALIDATION = (14, 14, 12), (11, 9)
+
+
+def assert_equal(run, other):
+    """The same weights, bit for bit, and the same log but for times."""
+    for name in ("best.pth", "last.pth"):
+        a, b = (checkpoint.load(folder / name, "--test")["model"] for folder in (run, other))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run, other)]
+    assert [(row["train"], row["val"]) for row in logs[0]] == [(row["train"], row["val"]) for row in logs[1]]
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

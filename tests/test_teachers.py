@@ -21,7 +21,7 @@ from engine import modes
 from engine.distill import Distillation
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
-from engine.stages import Optim, Stage, select_trainable
+from engine.stages import Stage, select_trainable
 from models.deit import TEACHERS, create_teacher
 from models.kernels import cpu
 from models.published import from_published, to_published
@@ -30,6 +30,7 @@ from models.vit import Teacher, classifiers, timm_teacher
 from models.weights import Weights, load_teacher_weights, read
 from tests.conftest import PLAIN
 from utils.checkpoint import load, save
+from utils.configs import Optim
 from utils.errors import FarError
 
 CLASSES = 7

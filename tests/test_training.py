@@ -13,20 +13,20 @@ import pytest
 import torch
 
 import main
-from datasets.loading import Data, DataConfig
+from datasets.loading import Data
 from engine import train
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.resume import fingerprint
-from engine.stages import Optim, Stage
-from engine.train import Settings, Trainer, check_optimizer, make_optimizer
+from engine.stages import Stage
+from engine.train import Trainer, make_optimizer
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model
 from tests.conftest import ROOT, TEACH, TRAIN, launch
 from utils.checkpoint import load
+from utils.configs import DataConfig, Optim, Settings
 from utils.distributed import Context, prepare
-from utils.errors import FarError
 from utils.run_folder import RunFolder
 
 
@@ -231,19 +231,6 @@ def fit(folder, **kwargs):
     return trainer.model.state_dict()
 
 
-def test_checking_an_optimizer_leaves_the_runs_draws_alone():
-    torch.manual_seed(3)
-    expected = torch.randn(5)
-    torch.manual_seed(3)
-    check_optimizer(SGD, "--opt", torch.device("cpu"))
-    assert torch.equal(torch.randn(5), expected)
-
-
-def test_an_optimizer_whose_state_grows_later_is_refused_as_it_could_not_be_resumed():
-    with pytest.raises(FarError, match="--opt lookahead_adamw: .* try adamw"):
-        check_optimizer(replace(SGD, opt="lookahead_adamw"), "--opt", torch.device("cpu"))
-
-
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])
 def test_weight_decay_shrinks_matrices_and_leaves_biases_norms_and_positions(opt):
     model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(1,)))
@@ -346,10 +333,10 @@ def test_evaluation_runs_in_the_precision_it_is_given():
     seen = set()
     model = create_teacher("DeiT-Micro", 10, 32)
     model.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
-    for amp, dtype in train.AMP.items():
+    for amp, dtype in {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
         seen.clear()
         evaluate(model, digits().val_loader(24), ALONE, Settings(amp=amp).autocast(ALONE.device))
-        assert seen == {(False, dtype or torch.float32)}
+        assert seen == {(False, dtype)}
 
 
 def test_the_loop_trains_and_evaluates_in_the_precision_asked_for(tmp_path):

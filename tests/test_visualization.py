@@ -23,8 +23,9 @@ from plots.explain import attention_weights, influence, integrated_gradients, ra
 from plots.figures import fidelity_by_block, logarithmic, plain, training_curves
 from plots.map_figures import Row, importance_maps, signed, token_matrices
 from plots.page import Section, write_page
-from plots.pictures import HOW_IMPORTANT, Gallery, PictureConfig, find_images, find_models, sampling
+from plots.pictures import HOW_IMPORTANT, Gallery, find_images, find_models, sampling
 from tests.conftest import image_folder
+from utils.configs import PictureConfig
 
 
 def model(replaced=()):

@@ -9,12 +9,13 @@ DATASETS = (
     *("IMNET", "CIFAR10", "CIFAR100", "FLOWER", "CAR", "INAT18", "INAT19", "FOLDER", "IMAGES"),
     *("DIGITS", "ELPV", "ELPV2"),
 )
+DATA_PACKAGES = {"ELPV": "elpv_dataset", "ELPV2": "elpv_dataset"}  # that ship a data set, in their folder data/
 STREAMS = ("wds", "tfds")  # datasets.streams.PACKAGES: before the slash of a --dataset that is read from front to back
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # as DeiT's
 LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.distill.LOSSES
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
-AMP = ("auto", "off", "bf16", "fp16")  # auto, then engine.train.AMP
+AMP = ("auto", "off", "bf16", "fp16")  # what utils.configs.Settings.autocast knows
 PRECISIONS = ("float32", "bfloat16")  # engine.modes.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # deploy.export.TARGETS
 TABLES = (".csv", ".json")  # deploy.predict.TABLES

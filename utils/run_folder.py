@@ -7,15 +7,15 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 
 from utils import checkpoint, names
-from utils.board import Board, check_board
+from utils.board import Board
+from utils.configs import RunConfig
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.files import check_writable, fingerprint
@@ -49,34 +49,6 @@ def versions() -> dict[str, str]:
         commit = "unknown"
     packages = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {"python": platform.python_version(), "commit": commit, **packages}
-
-
-class Record(NamedTuple):
-    """All flags, which args.json keeps; their defaults stand for those that an older run's args.json does not know."""
-
-    flags: dict[str, Any]
-    defaults: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run goes. `mode` names a new folder, `record` holds all flags."""
-
-    mode: str
-    output_dir: Path | None
-    resume: str | None  # "must": a run must be there; "auto": continue one, or begin
-    record: Record
-    dry_run: bool = False  # say what would happen, and stop
-    tensorboard: bool = False
-
-    def check(self) -> None:
-        """Told before any work; for rank 0, which alone writes. Raises FarError."""
-        if self.resume and not self.output_dir:
-            raise FarError(f"--resume {self.resume}: needs the run's folder; name it with --output-dir")
-        if self.output_dir:
-            check_writable(self.output_dir)
-        if self.tensorboard:
-            check_board()
 
 
 def as_lines(rows: list[dict[str, Any]]) -> bytes:

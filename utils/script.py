@@ -30,6 +30,6 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
         except BrokenPipeError:  # `... | head` has read enough
             return 1
         except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
-            asked = "please report it with the command, its args.json if there is one, and the lines below"
-            tell(f"error: a fault of FAR, not of yours: {asked}\n{traceback.format_exc().rstrip()}")
+            request = "please report it with the command, its args.json if there is one, and the lines below"
+            tell(f"error: a fault of FAR, not of yours: {request}\n{traceback.format_exc().rstrip()}")
             return 1
