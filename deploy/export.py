@@ -45,7 +45,6 @@ TIMED_S = 0.5
 Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) to logits (B, classes)
 
 
-@dataclass(frozen=True)
 def write_onnx(model: VisionTransformer, facts: dict[str, Any], args: ExportConfig, path: Path) -> str:
     if not importlib.util.find_spec("onnx"):
         raise FarError("--to onnx: needs the package onnx; pip install onnx, or use --to pt2 or safetensors")
