@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     (source,) = (name for name in READS if getattr(args, name))
     parser.refuse(argv, set().union(*READS.values()) - READS[source], f"--{source.replace('_', '-')} does not use it")
-    from engine.convert import ConvertConfig, convert
+    from deploy.convert import ConvertConfig, convert
 
     print(convert(pick(ConvertConfig, args)))
     return 0

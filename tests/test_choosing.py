@@ -136,7 +136,7 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, 
 choosing.CANDIDATES["cpu"] = ("torch", "reference")
 choosing.fastest = lambda *_: ("reference", "torch")[rank]
 model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0,)))
-choosing.choose_kernels(model, "auto", 4, Context(rank, 2, torch.device("cpu"), dist.group.WORLD))
+choosing.choose_kernels(model, "auto", 4, Context(rank, 2, torch.device("cpu")))
 print(model.blocks[0].attn.backend)
 """
 
