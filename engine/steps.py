@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from datasets.classes import imagenet_names, order_classes
 from datasets.loading import Data
@@ -13,6 +14,7 @@ from datasets.streams import open_data
 from engine.compiling import check_compiler
 from engine.distill import LOSSES, check_reach, find_loss
 from engine.stages import Stage
+from engine.train import make_optimizer
 from models.deit import create_teacher, load_published_weights, named_teacher
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore
 from models.weights import Weights, check_named, load_teacher_weights, read, teacher_config
@@ -129,6 +131,7 @@ def planned(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
     if settings.compile:
         check_compiler(data.context.device)
     for stage in kept:
+        make_optimizer(nn.ParameterList([torch.zeros(1)]), stage.optim, 1)  # raises now, not after hours of training
         if (settings.mixup or settings.cutmix) and (least := data.smallest_batch(stage.optim.batch_size)) < 2:
             raise FarError(
                 f"--mixup, --cutmix: pair the images of a step, and stage {stage.name} has steps of {least} image; "

@@ -36,9 +36,12 @@ FUSED = ("adam", "adamw")  # torch's, whose step over all weights is one operati
 
 
 def make_optimizer(model: nn.Module, optim: Optim, updates: int):
-    """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay."""
-    own = {"eps": optim.opt_eps, "betas": optim.opt_betas}
-    kwargs = {name: value for name, value in own.items() if value is not None}
+    """timm's optimiser and per-update schedule for the parameters that train; biases and norms do not decay.
+
+    Raises FarError where timm cannot make the optimiser, or it needs more than gradients.
+    """
+    kwargs = {"eps": optim.opt_eps, "betas": optim.opt_betas}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     kwargs |= {"fused": True} if optim.opt in FUSED else {}
     kwargs |= {"momentum": optim.momentum} if optim.opt in ("sgd", "momentum", "rmsprop") else {}
     plain = optim.opt == "sgd" and not optim.momentum  # timm's sgd is Nesterov's, which needs momentum

@@ -207,7 +207,7 @@ MISTAKES = [  # a line, what is added to it, and what is said
     (TRAINING, "--base-weight tiny.pth", "another architecture|has shape"),
     (TRAINING, "--base-weight FAR", "is a FAR model"),
     (TRAINING, "--block-ft-mode FC+head --block-ft-train-loss similarity", "does not reach the classifier"),
-    (TRAINING, "--opt adahessian", "--opt adahessian"),
+    (TRAINING, "--opt adahessian", "--opt adahessian: .*second derivatives"),
     (TRAINING, "--block-ft-opt nope", "--block-ft-opt nope"),
     (TRAINING, "--train-loss kl+nope", r"--train-loss: kl\+nope is none of .* nor a sum"),
     (TRAINING, "--lr inf", "--lr: inf"),
