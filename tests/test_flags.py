@@ -393,7 +393,7 @@ def test_a_student_block_reads_what_distill_input_says(source, ready, teacher):
     for model in (student, reference):
         model.load_state_dict(weights)
     nn.init.ones_(student.blocks[0].mlp.fc2.bias)
-    task = trainer.make_task(trainer.stages[0], nn.CrossEntropyLoss())
+    task = trainer.make_task(student, trainer.stages[0], nn.CrossEntropyLoss())
     images, reads = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32), {}
     for name, model, call in (
         ("teacher", reference, reference),

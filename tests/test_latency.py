@@ -13,6 +13,7 @@ from engine.hoyer import unit_norms
 from engine.shrink import shrink
 from models.replace import FarConfig, build, load_model, replacements
 from tests.test_prune import SMALL, lists
+from utils import arguments
 from utils.arguments import Latency
 from utils.errors import FarError
 
@@ -43,9 +44,9 @@ def norms_by_hand():
     ],
 )
 def test_the_place_that_loses_least_for_its_time_goes_first(target, kept):
-    found = latency.keep_fast(_scaled(norms_by_hand()), TABLE, prune.arguments.latency(target))
+    found = latency.keep_fast(_scaled(norms_by_hand()), TABLE, arguments.latency(target))
     assert list(lists(found).values()) == kept
-    assert TABLE.predict(map(len, found.values())) <= TABLE.target_ms(prune.arguments.latency(target))
+    assert TABLE.predict(map(len, found.values())) <= TABLE.target_ms(arguments.latency(target))
 
 
 def _scaled(norms):

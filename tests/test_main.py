@@ -196,7 +196,7 @@ def world(imnet, teacher, far, tmp_path_factory):
 OUT = ["--output-dir", "out"]
 TRAINING = [*TRAIN, *OUT, "--base-weight", "TEACHER"]
 ON_FOLDER = ["--mode", "teacher", "--dataset", "FOLDER", "--scale", "Micro", *QUIET, *OUT]
-ON_IMNET = ["--mode", "train", "--dataset", "IMNET", *OUT, "--data-path"]
+ON_IMNET = ["--mode", "train", *OUT, "--dataset=IMNET", "--data-path"]
 DOWNSTREAM = ["--mode", "downstream", "--dataset", "DIGITS"]
 MISTAKES = [  # a line, what is added to it, and what is said
     (TRAINING, "--dataset NOPE", "--dataset: .*NOPE"),

