@@ -92,8 +92,8 @@ def walk(root: str | Path, skipped: list[str]) -> Iterator[str]:
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
         for name in folders:
-            link = Path(folder, name)
-            if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
+            link = Path(folder, name).absolute()
+            if link.is_symlink() and link.resolve() in {above.resolve() for above in link.parents}:
                 raise FarError(f"--data-path {shown(link)}: a link back to a folder above it; remove the link")
         left = [name for name in folders if is_leftover(name)] + [name for name in files if not is_picture(name)]
         skipped += [os.path.join(folder, name) for name in left]  # noqa: PTH118  (pathlib is slow, a million times)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -145,6 +146,10 @@ def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
     Raises FarError where timm cannot run the --aa policy.
     """
     size, interpolation = config.input_size, config.train_interpolation
+    family, *parts = config.aa.split("-")
+    for part in parts:  # timm passes over what it cannot split into a name and a number, and a typo would go unnoticed
+        if not re.fullmatch(r"t.*" if family == "rand" and part.startswith("t") else r"\D+\d.*", part):
+            raise FarError(f"--aa {shown(config.aa)}: part {shown(part)!r} is unknown; see timm's auto_augment.py")
     try:
         transform = create_transform(
             input_size=size,

@@ -63,6 +63,8 @@ def fastest(attn: nn.Module, batch: int, tokens: int, needs_grad: bool, what: st
             times[name] = timer.blocked_autorange(min_run_time=SECONDS).median * 1e3
         except Exception as reason:  # noqa: BLE001  (a compiler, a driver, memory: another kernel serves)
             print(f"{what}: {name} is left out: {first_line(reason)}", flush=True)
+            if task.device.type == "cuda":
+                torch.cuda.synchronize(task.device)  # raises where the kernel broke the GPU: no other would run either
     choice = min(times, key=times.get, default="torch")
     print(f"{what}: {choice} of {', '.join(f'{name} {ms:.3g} ms' for name, ms in times.items())}", flush=True)
     return choice
@@ -84,24 +86,25 @@ def choose_kernels(
     if backend != "auto" or context.device.type not in CANDIDATES:
         return
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    on = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
+    gpu = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
     layers: dict[str, list[nn.Module]] = {}  # those that differ in nothing that decides the time
     for attn in replacements(model).values():
         if task := attn.task():
-            what = f"{task.kind.name} kernel on {on}, {task.dtype}, {attn.num_heads} heads of {task.units} units"
-            what += f", batch {batch}, {tokens} tokens, {'training' if needs_grad else 'evaluation'}"
+            what = f"{task.kind.name}, {task.dtype}, {attn.num_heads} heads of {task.units} units, batch {batch}"
+            what += f", {tokens} tokens, {'training' if needs_grad else 'evaluation'}"
             layers.setdefault(what, []).append(attn)
 
     def choices() -> dict[str, str]:
         path = run.path / FILE if run else None
         known = read_record(path, "kernels")["kernels"] if path and path.exists() else {}
         for what, (attn, *_) in layers.items():
-            if known.get(what) not in CANDIDATES[context.device.type]:
-                known[what] = fastest(attn, batch, tokens, needs_grad, what)
+            key = f"{what} on {gpu}"  # rank 0's, whose choice holds for all
+            if known.get(key) not in CANDIDATES[context.device.type]:
+                known[key] = fastest(attn, batch, tokens, needs_grad, key)
         if path:
             content = json.dumps({"kernels": known}, indent=1).encode()
             write_atomic(path, lambda file: file.write(content))
-        return {what: known[what] for what in layers}
+        return {what: known[f"{what} on {gpu}"] for what in layers}
 
     for what, name in (context.on_main(choices) if layers else {}).items():
         for attn in layers[what]:

@@ -40,9 +40,10 @@ def fingerprint(config: FarConfig, stages: list[Stage], processes: int) -> str:
 def read_position(content: dict[str, Any], wanted: str, path: Path) -> Position:
     """The position in a last.pth. Its bytes are known to be whole: loading compares their checksums.
 
-    Raises FarError where another run, or another version of this code, wrote it.
+    One that was written before there were fingerprints is taken on the word of the run's flags. Raises FarError where
+    another run, or another version of this code, wrote it.
     """
-    if content.get("fingerprint") != wanted:
+    if "position" not in content or content.get("fingerprint", wanted) != wanted:
         raise FarError(
             f"--resume {path}: was written by another run or another version of FAR; finish it with that version, or "
             "start again with another --output-dir"

@@ -231,7 +231,7 @@ class Trainer:
         )
         with naming_dead_workers(loader.num_workers), bar:
             started = ended = time.perf_counter()
-            for step, (images, targets) in enumerate(loader, self.at.step):
+            for step, (images, targets) in zip(range(self.at.step, total), loader, strict=True):
                 waited += time.perf_counter() - ended
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 # From here on all draws follow from the step's place: a resumed run draws the same.

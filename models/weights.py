@@ -53,7 +53,8 @@ def read(path: str | Path, flag: str = "") -> Weights:
     """
     content, source = load(path, flag), f"{flag} {path}".strip()
     if isinstance(content.get("config"), dict) and "base_model" in content["config"]:
-        return Weights(source, content["model"], read_config(content, source))
+        config = read_config(content, source)
+        return Weights(source, content["model"], config)
     state = weights_of(content)
     return Weights(source, {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()})  # DeiT-III's
 

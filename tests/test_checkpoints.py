@@ -174,6 +174,9 @@ def test_what_is_no_checkpoint_is_one_line(content, tmp_path):
     (tmp_path / "short").write_bytes(raw[:5000])
     raw[len(raw) // 2] ^= 1  # in a tensor: torch itself would load it
     (tmp_path / "flipped").write_bytes(raw)
+    raw[len(raw) // 2] ^= 1
+    raw[raw.rindex(b"PK\1\2") + 38] ^= 0x10  # marks a record as a folder, of which torch would read nothing
+    (tmp_path / "folder").write_bytes(raw)
     for name, message in {
         "": "not a file",
         "fifo": "not a file",
@@ -182,6 +185,7 @@ def test_what_is_no_checkpoint_is_one_line(content, tmp_path):
         "empty": "damaged",
         "short": "damaged",
         "flipped": "damaged",
+        "folder": "damaged",
     }.items():
         assert message in refusal(tmp_path / name)
 

@@ -74,7 +74,9 @@ def test_what_is_wrong_or_fails_is_left_out_with_a_line_and_the_fastest_is_taken
     choose_kernels(model, "auto", 6, ALONE)
     assert backends(model) == {"quick"} and torch.equal(state, torch.get_rng_state())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and all("2 heads of 32 units, batch 6, 65 tokens, training: " in line for line in lines)
+    assert len(lines) == 5 and all(
+        "2 heads of 32 units, batch 6, 65 tokens, training on cpu: " in line for line in lines
+    )
     for line, said in zip(lines, ("by 1.0e-03", "by 1.0", "by nan", "no tensor cores"), strict=False):
         assert " is left out: " in line and said in line
     assert lines[-1].endswith(": quick of torch 5 ms, slow 9 ms, quick 1 ms")

@@ -213,6 +213,7 @@ MISTAKES = [  # a line, what is added to it, and what is said
     (TRAINING, "--lr inf", "--lr: inf"),
     (TRAINING, "--batch-size 0", "--batch-size"),
     (TRAINING, "--aa auto", "--aa auto"),
+    (TRAINING, "--aa rand-m9-mstd0.5-incl", "part 'incl' is unknown"),
     (TRAINING, "--output-dir tiny.pth/x", "a file is in its place"),
     (TRAINING, "--output-dir /proc/x", "cannot be written"),
     (TRAINING, "--distributed", "--distributed: not started by torchrun"),

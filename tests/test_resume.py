@@ -18,10 +18,12 @@ STAGES = [Stage(name, (0, 2), (0, 2), "block", "preserve", "output", Optim(2, 8,
 LAST = {"position": {"stage": 1, "epoch": 1, "step": 4, "sums": {"images": 64.0}}}
 
 
-def test_a_run_goes_on_where_it_stood():
+def test_a_run_goes_on_where_it_stood_and_so_does_one_of_a_version_without_fingerprints():
     same = fingerprint(CONFIG, STAGES, 1)
-    position = read_position({**LAST, "fingerprint": same}, same, Path("last.pth"))
-    assert position == Position(1, 1, 4, sums={"images": 64.0})
+    for content in ({**LAST, "fingerprint": same}, LAST):
+        assert read_position(content, same, Path("last.pth")) == Position(1, 1, 4, sums={"images": 64.0})
+    with pytest.raises(FarError, match="was written by another run"):
+        read_position({}, same, Path("best.pth"))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,6 @@ def test_a_run_goes_on_where_it_stood():
         fingerprint(CONFIG, [replace(STAGES[0], loss="combine"), STAGES[1]], 1),
         fingerprint(CONFIG, [replace(STAGES[0], optim=Optim(2, 8, 2e-3)), STAGES[1]], 1),
         fingerprint(CONFIG, STAGES, 2),
-        None,  # of a version before fingerprints
     ],
 )
 def test_what_another_run_left_is_refused_in_one_line(other):

@@ -18,6 +18,7 @@ from utils import distributed
 from utils.errors import FarError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FOLDER = 0x10  # MS-DOS's attribute, which zip files have kept
 METADATA_KEY = "far"  # where the metadata of a safetensors file hold our plain data
 # Keys under which training scripts store the weights. `model` comes before its moving average: it is what such a script
 # evaluates and reports, and what DeiT's published files hold.
@@ -40,10 +41,11 @@ class ForeignObject:
         pass
 
 
-# Types of plain data beside the weights that torch's weights_only loader refuses: flags, paths, NumPy scalars.
+# Types of plain data beside the weights that torch's weights_only loader refuses: flags, dates, paths, NumPy scalars.
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 BESIDE_WEIGHTS = (
-    "argparse.Namespace",
-    *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")),
+    *("argparse.Namespace", "types.SimpleNamespace", "datetime.datetime", "datetime.timedelta"),
+    *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in PATHS),
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
 )
 
@@ -148,8 +150,10 @@ def _parse(file: BinaryIO) -> Any:
         tensors = safetensors.torch.load_file(file.name)
         return {**plain, "model": tensors} if plain else tensors
     if head.startswith(b"PK\x03\x04"):
+        # torch stores checksums and does not compare them, and of a record marked as a folder it reads nothing, leaving
+        # in the tensor whatever was in memory: a flipped bit would load. It does not compress.
         with zipfile.ZipFile(file) as archive:
-            if archive.testzip():  # torch stores checksums and does not compare them: a flipped bit would load
+            if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
                 raise zipfile.BadZipFile
         file.seek(0)
     with torch.serialization.safe_globals([(ForeignObject, name) for name in BESIDE_WEIGHTS]):

@@ -2,8 +2,8 @@
 //
 // It comes as three pieces of memory: `products`, all packed matrices (float32 or bfloat16, see product.h); `vectors`,
 // all biases, norms and positions (float32, padded with zeros to whole panels); `plan`, 64-bit integers that say where
-// in the two each part lies. The plan is one Plan, then a record a block, a cell and a head projection. deploy/packed.py
-// writes it, in the order in which the members stand here.
+// in the two each part lies. The plan is one Plan, then a record a block, a cell and a head projection.
+// deploy/packed.py writes it, in the order in which the members stand here.
 #pragma once
 #include <cstdint>
 
