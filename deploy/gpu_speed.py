@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import collect_env
 
 from deploy.timing import measure, peak_bytes
-from engine.choosing import CANDIDATES, choose_kernels
+from models.choosing import CANDIDATES, choose_kernels
 from models.deit import TEACHERS
 from models.replace import FarConfig, build, set_backend, swap_attention
 from utils.checkpoint import write_atomic

@@ -1,4 +1,4 @@
-"""Select hidden units by what they cost in time: from a table of measured times, checked by measuring the result.
+"""What hidden units cost in time: a table of measured times, and the check of what was pruned by it.
 
 A cell is computed in vectors of the CPU's width, so time is a staircase over a place's units: only full steps are kept.
 """
@@ -17,11 +17,8 @@ from torch import nn
 
 from deploy.fuse import fuse
 from deploy.timing import compare
-from engine.hoyer import Norms, unit_norms
-from engine.shrink import Kept, relative
 from models.deit import create_teacher
 from models.kernels import cpu
-from models.parts import Place
 from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
 from utils.arguments import Latency
 from utils.checkpoint import is_int
@@ -56,35 +53,6 @@ class Table:
 
     def target_ms(self, target: Latency) -> float:
         return target.amount / 100 * self.teacher_ms if target.percent else target.amount
-
-
-def keep_fast(norms: Norms, table: Table, target: Latency) -> Kept:
-    """Keeps each place's best units, so many that the predicted time is within the target.
-
-    As long as it is not, the place that loses the least of s_j / mean(s) for a millisecond goes down to a number of the
-    table. Raises FarError where one unit a place takes longer.
-    """
-    limit, ms = table.target_ms(target), table.ms
-    if table.at(1) > limit:
-        raise FarError(
-            f"--target-latency {target}: is {limit:.2f} ms, and one unit a head and direction takes {table.at(1):.2f} "
-            f"(batch {table.batch}, {table.threads} threads; the teacher {table.teacher_ms:.2f}); raise it (or shrink "
-            "the MLPs too, --prune-mlp)"
-        )
-    ranked = {place: s.sort(descending=True, stable=True) for place, s in relative(norms).items()}
-    sums = {place: [0.0, *s.values.double().cumsum(0).tolist()] for place, s in ranked.items()}
-    sizes = {place: len(s) for place, s in norms.items()}
-
-    def prices() -> Iterable[tuple[float, Place, int]]:
-        for place, size in sizes.items():
-            for level in ms:
-                if level < size and (saved := table.at(size) - ms[level]) > 0:
-                    yield (sums[place][size] - sums[place][level]) / saved, place, level
-
-    while table.predict(sizes.values()) > limit:
-        _, place, level = min(prices())
-        sizes[place] = level
-    return {place: s.indices[: sizes[place]].sort().values for place, s in ranked.items()}
 
 
 def obtain(run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
@@ -133,15 +101,20 @@ def check(model: VisionTransformer, config: FarConfig, table: Table, target: Lat
     with seeded(0):
         teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
         times = _times({"model": own, "teacher": teacher}, config.img_size, table.batch)
-    predicted = table.predict(map(len, unit_norms(replacements(model)).values()))
+    predicted = table.predict(places(model))
     found = {"target_ms": table.target_ms(target), "predicted_ms": predicted, "measured_ms": times["model"]}
     found |= {"measured_teacher_ms": times["teacher"], "measured_threads": torch.get_num_threads()}
     return {**found, "table": asdict(table)}
 
 
+def places(model: VisionTransformer) -> list[int]:
+    """Hidden units of each block's heads and directions."""
+    return [len(norms) for part in replacements(model).values() for norms in part.unit_norms().values()]
+
+
 def _most(model: VisionTransformer) -> int:
     """The units of the fullest place."""
-    return max(map(len, unit_norms(replacements(model)).values()))
+    return max(places(model))
 
 
 def _filled(sizes: Any, units: int) -> Any:

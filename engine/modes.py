@@ -14,7 +14,6 @@ from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
-from engine.choosing import choose_kernels
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
@@ -34,6 +33,7 @@ from engine.steps import (
     resumed,
 )
 from engine.train import Trainer
+from models.choosing import choose_kernels
 from models.deit import check_size, create_teacher
 from models.replace import (
     FarConfig,

@@ -1,6 +1,6 @@
 """What prune.py does: regularized training, structured pruning, fine-tuning, and the report on all three."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from engine.evaluate import evaluate
 from engine.fidelity import farthest, fidelity, of_teacher
 from engine.hoyer import Norms, Regularized, unit_norms
 from engine.plan import show_plan
-from engine.shrink import Kept, keep_above, keep_share, keep_within, shrink
+from engine.shrink import Kept, keep_above, keep_share, keep_within, relative, shrink
 from engine.stages import Stage
 from engine.steps import (
     answer_by,
@@ -29,10 +29,11 @@ from engine.steps import (
 )
 from engine.train import Trainer
 from models.count import count_all
-from models.parts import BlockPart
+from models.parts import BlockPart, Place
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names
+from utils.arguments import Latency
 from utils.configs import Optim, PruneCommand
 from utils.distributed import Context, say
 from utils.errors import FarError
@@ -46,6 +47,35 @@ SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
     "norm": lambda parts, seen: unit_norms(parts),
     "carried": lambda parts, seen: activation_score(parts, seen()),
 }
+
+
+def keep_fast(norms: Norms, table: latency.Table, target: Latency) -> Kept:
+    """Keeps each place's best units, so many that the predicted time is within the target.
+
+    As long as it is not, the place that loses the least of s_j / mean(s) for a millisecond goes down to a number of the
+    table. Raises FarError where one unit a place takes longer.
+    """
+    limit, ms = table.target_ms(target), table.ms
+    if table.at(1) > limit:
+        raise FarError(
+            f"--target-latency {target}: is {limit:.2f} ms, and one unit a head and direction takes {table.at(1):.2f} "
+            f"(batch {table.batch}, {table.threads} threads; the teacher {table.teacher_ms:.2f}); raise it (or shrink "
+            "the MLPs too, --prune-mlp)"
+        )
+    ranked = {place: s.sort(descending=True, stable=True) for place, s in relative(norms).items()}
+    sums = {place: [0.0, *s.values.double().cumsum(0).tolist()] for place, s in ranked.items()}
+    sizes = {place: len(s) for place, s in norms.items()}
+
+    def prices() -> Iterable[tuple[float, Place, int]]:
+        for place, size in sizes.items():
+            for level in ms:
+                if level < size and (saved := table.at(size) - ms[level]) > 0:
+                    yield (sums[place][size] - sums[place][level]) / saved, place, level
+
+    while table.predict(sizes.values()) > limit:
+        _, place, level = min(prices())
+        sizes[place] = level
+    return {place: s.indices[: sizes[place]].sort().values for place, s in ranked.items()}
 
 
 class Pruning:
@@ -205,7 +235,7 @@ class Pruning:
         if command.target_params:
             return keep_within(model, norms, command.target_params, mlp), mlp
         if self.table:
-            return latency.keep_fast(norms, self.table, command.target_latency), mlp
+            return keep_fast(norms, self.table, command.target_latency), mlp
         return keep_above(norms, command.threshold), mlp
 
     def measure(self, model) -> dict:

@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.loading import Data, Loader, naming_dead_workers
-from engine.choosing import choose_kernels
 from engine.compiling import compiled
 from engine.distill import find_loss
 from engine.evaluate import evaluate
 from engine.resume import Position, fingerprint, read_position
 from engine.stages import Stage, select_trainable
+from models.choosing import choose_kernels
 from models.replace import FarConfig, pack, replacements, swap_attention
 from utils import checkpoint, signals
 from utils.configs import Optim, Settings

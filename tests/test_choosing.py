@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import main
-from engine import choosing
-from engine.choosing import FILE, choose_kernels
-from models import kernels
+from models import choosing, kernels
 from models.bigru import GRU
+from models.choosing import FILE, choose_kernels
 from models.kernels.stock import stock
 from models.replace import FarConfig, build, replacements
 from tests.conftest import TRAIN
@@ -130,7 +129,7 @@ TWO = """
 import sys
 import torch
 from torch import distributed as dist
-from engine import choosing
+from models import choosing
 from models.replace import FarConfig, build
 from utils.distributed import Context
 rank = int(sys.argv[1])

@@ -11,8 +11,8 @@ import torch
 import main
 import prune
 import visualization
-from engine.choosing import CANDIDATES, FILE, choose_kernels
 from models import kernels
+from models.choosing import CANDIDATES, FILE, choose_kernels
 from models.replace import FarConfig, build, load_model, replacements
 from tests.conftest import EVAL, ROOT, TRAIN, launch, lines_in, spawn, torchrun, wait_for
 from tests.test_kernels import UNITS, cells, gradient_errors, layer

@@ -9,8 +9,7 @@ import torch
 import benchmark
 from deploy import gpu_speed
 from deploy.gpu_speed import Case, Config
-from engine import choosing
-from models import kernels
+from models import choosing, kernels
 
 CPU = torch.device("cpu")
 

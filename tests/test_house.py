@@ -34,6 +34,8 @@ ABOVE = {
     "utils": {"datasets", "models", "engine", "deploy", "plots"},
     "datasets": {"models", "engine", "deploy", "plots"},
     "models": {"datasets", "engine", "deploy", "plots"},
+    "deploy": {"engine", "plots"},
+    "plots": {"engine", "deploy"},
 }
 
 

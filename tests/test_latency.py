@@ -10,6 +10,7 @@ import torch
 import prune
 from deploy import latency
 from engine.hoyer import unit_norms
+from engine.pruning import keep_fast
 from engine.shrink import shrink
 from models.replace import FarConfig, build, load_model, replacements
 from tests.test_prune import SMALL, lists
@@ -44,7 +45,7 @@ def norms_by_hand():
     ],
 )
 def test_the_place_that_loses_least_for_its_time_goes_first(target, kept):
-    found = latency.keep_fast(_scaled(norms_by_hand()), TABLE, arguments.latency(target))
+    found = keep_fast(_scaled(norms_by_hand()), TABLE, arguments.latency(target))
     assert list(lists(found).values()) == kept
     assert TABLE.predict(map(len, found.values())) <= TABLE.target_ms(arguments.latency(target))
 
@@ -56,20 +57,20 @@ def _scaled(norms):
 
 def test_a_step_that_saves_nothing_is_passed_over():
     table = latency.Table(1, 1, 9.0, {1: 3.0, 2: 5.0, 4: 5.0})
-    found = latency.keep_fast(norms_by_hand(), table, Latency(4.4, False))
+    found = keep_fast(norms_by_hand(), table, Latency(4.4, False))
     assert lists(found) == {(0, 0, 0): [0, 1, 2, 3], (0, 0, 1): [0], (1, 0, 0): [0, 1, 2, 3]}
 
 
 def test_what_was_pruned_before_starts_where_it_is_and_costs_its_whole_step():
     norms = {(0, 0, 0): torch.tensor([3.0, 1.0, 2.0]), (0, 0, 1): torch.tensor([2.0])}
     assert TABLE.predict(map(len, norms.values())) == 9.0
-    assert lists(latency.keep_fast(norms, TABLE, Latency(9.0, False))) == {(0, 0, 0): [0, 1, 2], (0, 0, 1): [0]}
-    assert lists(latency.keep_fast(norms, TABLE, Latency(8.9, False))) == {(0, 0, 0): [0, 2], (0, 0, 1): [0]}
+    assert lists(keep_fast(norms, TABLE, Latency(9.0, False))) == {(0, 0, 0): [0, 1, 2], (0, 0, 1): [0]}
+    assert lists(keep_fast(norms, TABLE, Latency(8.9, False))) == {(0, 0, 0): [0, 2], (0, 0, 1): [0]}
 
 
 def test_a_target_below_one_unit_a_place_is_refused():
     with pytest.raises(FarError, match=r"--target-latency 19%: is 3.80 ms, .* takes 4.00 .*the teacher 20.00"):
-        latency.keep_fast(norms_by_hand(), TABLE, Latency(19, True))
+        keep_fast(norms_by_hand(), TABLE, Latency(19, True))
 
 
 def test_a_table_is_measured_at_full_vectors_and_read_back_as_it_was(tmp_path, monkeypatch):
@@ -100,7 +101,7 @@ def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
     assert {i: attn.sizes for i, attn in replacements(seen["16"]).items()} == dict.fromkeys((1, 3), [[16, 16]] * 2)
     assert [block.mlp.fc1.out_features for block in seen["1"].blocks] == [128, 128, 20, 128]
     assert not replacements(seen["teacher"]) and not any(module.training for module in seen.values())
-    kept = latency.keep_fast(unit_norms(replacements(model)), TABLE_32, Latency(5.0, False))
+    kept = keep_fast(unit_norms(replacements(model)), TABLE_32, Latency(5.0, False))
     small = copy.deepcopy(model)
     shrink(replacements(small), kept)
     found = latency.check(small, config, TABLE_32, Latency(5.0, False))

@@ -42,7 +42,7 @@ KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
 }
-AUTO = ("cpu", "torch")  # auto: the first that can; a run on CUDA times them instead (engine.choosing)
+AUTO = ("cpu", "torch")  # auto: the first that can; a run on CUDA times them instead (models.choosing)
 BACKENDS = ("auto", *KERNELS)
 
 
