@@ -14,22 +14,25 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
 
     0 done, 2 a FarError, 128 + n signal n (0 where SIGTERM found a training, which is then saved), 1 a fault of FAR.
     """
-    with terminal.dependable(), signals.ending_at_once():
-        try:
-            code = main(argv)
-            sys.stdout.flush()
-            return code
-        except FarError as error:
-            if not error.told:
-                tell(f"error: {error}", late=error.code == LostContact.code)
-            return error.code
-        except signals.Stopped as stopped:
-            with contextlib.suppress(FarError, BrokenPipeError):
-                print(stopped, end="\n" if str(stopped) else "", flush=True)
-            return stopped.code
-        except BrokenPipeError:  # `... | head` has read enough
-            return 1
-        except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
-            request = "please report it with the command, its args.json if there is one, and the lines below"
-            tell(f"error: a fault of FAR, not of yours: {request}\n{traceback.format_exc().rstrip()}")
-            return 1
+    try:
+        with terminal.dependable(), signals.ending_at_once():
+            try:
+                code = main(argv)
+                sys.stdout.flush()
+                return code
+            except FarError as error:
+                if not error.told:
+                    tell(f"error: {error}", late=error.code == LostContact.code)
+                return error.code
+            except signals.Stopped as stopped:
+                with contextlib.suppress(FarError, BrokenPipeError):
+                    print(stopped, end="\n" if str(stopped) else "", flush=True)
+                return stopped.code
+            except BrokenPipeError:  # `... | head` has read enough
+                return 1
+            except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
+                request = "please report it with the command, its args.json if there is one, and the lines below"
+                tell(f"error: a fault of FAR, not of yours: {request}\n{traceback.format_exc().rstrip()}")
+                return 1
+    except signals.Stopped as stopped:  # it came while the script was already ending
+        return stopped.code
