@@ -264,19 +264,20 @@ class Trainer:
                     if self.ema:
                         self.ema.update(self.model, self.at.epoch * self.updates + update + 1)
 
-                ended = time.perf_counter()
+                seconds = time.perf_counter() - started
                 bar.update()
                 bar.set_postfix(
                     loss=f"{loss_shown:.4f}",
                     lr=f"{self.optimizer.param_groups[0]['lr']:.2e}",
-                    img_s=f"{count * self.context.world / (ended - started):.0f}",
-                    data=f"{waited / (ended - started):.0%}",
+                    img_s=f"{count * self.context.world / seconds:.0f}",
+                    data=f"{waited / seconds:.0%}",
                     refresh=False,
                 )
                 if updates and (signal_number := self.context.most(self.request.number)):
                     self.read_losses(losses, stage, curve_every)  # a loss that is not finite must not be saved
                     self.at.step = step + 1
                     self.stop(stage, signal_number)
+                ended = time.perf_counter()  # what follows is waiting for images; other processes were waited for above
         return count, waited
 
     def read_losses(self, losses: list, stage: Stage, curve_every: int) -> float:
