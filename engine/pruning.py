@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 
@@ -32,7 +31,7 @@ from models.count import count_all
 from models.parts import BlockPart, Place
 from models.replace import describe, load_model, mlps, pack, replacements, set_backend
 from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
-from utils import names
+from utils import names, terminal
 from utils.arguments import Latency
 from utils.configs import Optim, PruneCommand
 from utils.distributed import Context, say
@@ -246,38 +245,29 @@ class Pruning:
         return {**found, **count_all(model, describe(model, self.config))}
 
 
-class Column(NamedTuple):
-    title: str
-    key: str
-    width: int
-    form: str
-    scale: float = 1
-
-
-BASIC = [Column("top-1 %", "acc1", 9, ".2f"), Column("top-5 %", "acc5", 9, ".2f")]
-TAUGHT = [  # where there is a teacher
-    Column("agrees %", "agreement", 10, ".2f"),
-    Column("KL", "kl", 8, ".4f"),
-    Column("repeats", "repeated_errors", 9, ""),
-    Column("least z", "least_z", 9, ".3f"),
-    Column("error", "most_error", 7, ".3f"),
-]
-SIZES = [
-    Column("units", "units", 8, ""),
-    Column("parameters", "parameters", 13, ","),
-    Column("M MACs", "macs", 9, ".1f", 1e-6),
-    Column("kB", "bytes", 9, ".0f", 1e-3),
-]
+# Heads of the report's table: the key in a row, how it is written, and what it is multiplied by.
+BASIC = {"top-1 %": ("acc1", ".2f", 1), "top-5 %": ("acc5", ".2f", 1)}
+BESIDE_TEACHER = {
+    "agrees %": ("agreement", ".2f", 1),
+    "KL": ("kl", ".4f", 1),
+    "repeats": ("repeated_errors", "", 1),
+    "least z": ("least_z", ".3f", 1),
+    "error": ("most_error", ".3f", 1),
+}
+SIZES = {
+    "units": ("units", "", 1),
+    "parameters": ("parameters", ",", 1),
+    "M MACs": ("macs", ".1f", 1e-6),
+    "kB": ("bytes", ".0f", 1e-3),
+}
 
 
 def table(report: dict) -> str:
     """The report as text: one line a step, or a keep ratio."""
     rows = [*report["rows"], *({**r, "when": f"keep {r['keep_ratio']:g}"} for r in report.get("sweep", []))]
+    columns = {**BASIC, **SIZES}
     if "teacher" in report:
+        columns = {**BASIC, **BESIDE_TEACHER, **SIZES}
         rows = [{**row, **farthest(row)} for row in (report["teacher"], *rows)]
-    columns = [*BASIC, *(TAUGHT if "teacher" in report else []), *SIZES]
-    lines = [" " * 13 + "".join(f"{c.title:>{c.width}}" for c in columns)]
-    for row in rows:
-        values = (f"{row[c.key] * c.scale:>{c.width}{c.form}}" for c in columns)
-        lines.append(f"{row['when']:<13}" + "".join(values))
-    return "\n".join(lines)
+    cells = ([row["when"], *(f"{row[key] * scale:{form}}" for key, form, scale in columns.values())] for row in rows)
+    return terminal.table([["", *columns], *cells])
