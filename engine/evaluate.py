@@ -12,12 +12,24 @@ from datasets.loading import naming_dead_workers
 from utils.distributed import Context
 
 
-def batches(loader: DataLoader, context: Context) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's batches (images, targets) on its device, behind a progress bar of rank 0."""
+def batches(
+    loader: DataLoader, context: Context, check: Callable[[], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's batches (images, targets) on its device, behind a progress bar of rank 0.
+
+    check: called before each batch, by all processes equally often; it may raise to end the evaluation.
+    """
     device, hidden = context.device, None if context.main else True  # None: hidden unless a terminal shows it
+    common = -context.most(-len(loader)) if check else 0  # shares differ by an image, and so by a batch
     with naming_dead_workers(loader.num_workers):
-        for images, targets in tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=hidden):
+        bar = tqdm(loader, desc="evaluation", unit="batch", leave=False, disable=hidden)
+        for number, (images, targets) in enumerate(bar):
+            if number < common:
+                check()
             yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+ACCURACY = ("loss", "acc1", "acc5", "balanced_acc1")  # of what `accuracy` returns, what a teacher has too
 
 
 def sums_of(classes: int, context: Context) -> Tensor:
@@ -56,17 +68,11 @@ def accuracy(sums: Tensor) -> dict[str, float]:
 def evaluate(
     model: nn.Module, loader: DataLoader, context: Context, autocast, check: Callable[[], None] | None = None
 ) -> dict[str, float]:
-    """`accuracy` of a model over the shares of all processes.
-
-    check: called between batches, by all processes equally often; it may raise to end the evaluation.
-    """
+    """`accuracy` of a model over the shares of all processes; check as in `batches`."""
     training = model.training
     model.eval()
     totals = sums_of(model.num_classes, context)
-    common = -context.most(-len(loader)) if check else 0  # shares differ by an image, and so by a batch
-    for number, (images, targets) in enumerate(batches(loader, context)):
-        if number < common:
-            check()
+    for images, targets in batches(loader, context, check):
         with autocast():
             logits = model(images)
         totals += score(logits, targets)

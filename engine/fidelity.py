@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
-from engine.evaluate import accuracy, batches, score, sums_of
+from engine.evaluate import ACCURACY, accuracy, batches, score, sums_of
 from models.features import Features, forward_features
 from utils.distributed import Context
-
-OF_BOTH = ("loss", "acc1", "acc5", "balanced_acc1")
 
 
 @torch.no_grad()
@@ -23,10 +21,12 @@ def fidelity(
     context: Context,
     autocast: Callable,
     blocks: Iterable[int] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a student and its teacher in one pass, each on its own running state, over the shares of all processes.
 
     blocks: those compared inside, of both models' indices; all by default, none for a student whose blocks were fused.
+    check: as in `batches`.
 
     Returns a dictionary with
         loss, acc1, acc5, balanced_acc1, images: the student's, as `evaluate` has them; and the same of the teacher but
@@ -44,7 +44,7 @@ def fidelity(
     student.eval(), teacher.eval()
     scores = torch.stack([sums_of(teacher.num_classes, context)] * 2)
     totals = torch.zeros(4 + 3 * len(blocks), dtype=torch.float64, device=context.device)
-    for images, targets in batches(loader, context):
+    for images, targets in batches(loader, context, check):
         with autocast():
             if blocks:
                 ours, theirs = (forward_features(model, images, blocks) for model in (student, teacher))
@@ -69,7 +69,7 @@ def fidelity(
     agreed, kl, wrong, repeated, *by_block = context.sum(totals).tolist()
     report = {
         **student_report,
-        **{f"teacher_{name}": teacher_report[name] for name in OF_BOTH},
+        **{f"teacher_{name}": teacher_report[name] for name in ACCURACY},
         "agreement": 100 * agreed / count,
         "kl": max(kl / count, 0.0),  # of equal logits rounding gives a hair less
         "teacher_errors": int(wrong),
@@ -84,7 +84,7 @@ def fidelity(
 
 def of_teacher(report: dict[str, Any]) -> dict[str, Any]:
     """The row of the teacher itself, from a comparison with it."""
-    accuracies = {name: report[f"teacher_{name}"] for name in OF_BOTH}
+    accuracies = {name: report[f"teacher_{name}"] for name in ACCURACY}
     same = {"agreement": 100.0, "kl": 0.0, "repeated_errors": report["teacher_errors"]}
     inside = {"z_similarity": dict.fromkeys(report["z_similarity"], 1.0)}
     return {**report, **accuracies, **same, **inside, "output_error": dict.fromkeys(report["output_error"], 0.0)}

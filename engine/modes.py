@@ -92,19 +92,18 @@ def run_stages(
     config: FarConfig,
     stages: list[Stage],
     data: Data,
-    batch_size: int,
     reference: VisionTransformer | None = None,
 ) -> dict[str, Any] | None:
     """Trains the stages in the run's folder and reports on the model that they hand on; --dry-run only says what would.
 
     reference: the teacher, where the stages distil from one; the report then tells how close the model is to it.
-    batch_size: of the report's evaluation. Returns the report.
+    Returns the report.
     """
 
     def make_task(model: VisionTransformer, stage: Stage, criterion: nn.Module) -> nn.Module:
         return Distillation(model, reference, stage, criterion, command.distill_input)
 
-    settings, autocast = command.settings, command.settings.autocast(context.device)
+    settings = command.settings
     stages = planned(stages, data, settings)
     if command.run.dry_run:
         show_plan(model, config, stages, make_task, data, command.run, context, settings)
@@ -113,13 +112,8 @@ def run_stages(
         model, last = resumed(run, model, config, command.model)
         if reference is not None:
             reference.to(context.device)
-        Trainer(model, config, stages, make_task, data, run, context, settings, last).fit()
+        result = Trainer(model, config, stages, make_task, data, run, context, settings, last, reference).fit()
         draw_curves(run)
-        loader = data.val_loader(batch_size)
-        if reference is None:
-            result = evaluate(model, loader, context, autocast)
-        else:
-            result = fidelity(model, reference, loader, context, autocast)
         run.write_json("result.json", {**result, "parameters": count_parameters(model)})
     say(
         context,
@@ -141,7 +135,7 @@ def teacher(command: ModeCommand, context: Context) -> None:
         load_teacher_weights(model, weights, keep_head=keeps)
     optim = command.scaled(command.optim, context.world)
     stage = Stage("teacher", (), (), "full", "classification", "output", optim)
-    run_stages(command, context, model, config, [stage], data, optim.batch_size)
+    run_stages(command, context, model, config, [stage], data)
 
 
 def train(command: ModeCommand, context: Context) -> None:
@@ -156,7 +150,7 @@ def train(command: ModeCommand, context: Context) -> None:
     block = command.scaled(command.block_ft_optim, context.world)
     attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
     stages = distillation(blocks, command.plan, attn, block)
-    result = run_stages(command, context, model, config, stages, data, block.batch_size, reference)
+    result = run_stages(command, context, model, config, stages, data, reference)
     if result:
         say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
 
@@ -222,7 +216,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     config, blocks = reading(config, data), tuple(range(len(model.blocks)))
     optim = command.scaled(command.optim, context.world)
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
-    run_stages(command, context, model, config, [stage], data, optim.batch_size)
+    run_stages(command, context, model, config, [stage], data)
 
 
 def load_evaluated(command: ModeCommand, context: Context):

@@ -174,19 +174,22 @@ class Pruning:
 
         before: what was measured of the model, which holds where nothing trains.
         """
-        finished, last = run.resumed and run.has("result.json"), None
-        if finished:
+        settings, context = self.settings, self.context
+        if run.resumed and run.has("result.json"):
             model = self.load(run, "--resume")
-        else:
-            model, last = resumed(run, model, self.config, self.command.model)
-        set_backend(model, self.settings.lstm_backend)
-        if stage.optim.epochs and not finished:
-            settings, context = self.settings, self.context
-            Trainer(model, self.config, [stage], self.task, self.data, run, context, settings, last).fit()
+            set_backend(model, settings.lstm_backend)
+            measured = self.measure(model) if stage.optim.epochs else before
+            return model, {**measured, "when": AFTER[stage.name]}
+        model, last = resumed(run, model, self.config, self.command.model)
+        set_backend(model, settings.lstm_backend)
+        measured = before
+        if stage.optim.epochs:
+            how = self.data, run, context, settings, last, self.teacher
+            measured = self.sized(model, Trainer(model, self.config, [stage], self.task, *how).fit())
             draw_curves(run)
-        elif not finished:
+        else:
             run.save("best.pth", pack(model, self.config))
-        row = {**(self.measure(model) if stage.optim.epochs else before), "when": AFTER[stage.name]}
+        row = {**measured, "when": AFTER[stage.name]}
         run.write_json("result.json", row)
         return model, row
 
@@ -241,8 +244,11 @@ class Pruning:
         """Accuracy, and fidelity where there is a teacher, in one pass; sizes."""
         loader = self.data.val_loader(self.regularize.optim.batch_size)
         how = loader, self.context, self.settings.autocast(self.context.device)
-        found = evaluate(model, *how) if self.teacher is None else fidelity(model, self.teacher, *how)
-        return {**found, **count_all(model, describe(model, self.config))}
+        return self.sized(model, evaluate(model, *how) if self.teacher is None else fidelity(model, self.teacher, *how))
+
+    def sized(self, model, measured: dict) -> dict:
+        """What was measured of a model, and its sizes."""
+        return {**measured, **count_all(model, describe(model, self.config))}
 
 
 # Heads of the report's table: the key in a row, how it is written, and what it is multiplied by.

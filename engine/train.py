@@ -19,7 +19,8 @@ from tqdm import tqdm
 from datasets.loading import Data, Loader, naming_dead_workers
 from engine.compiling import compiled
 from engine.distill import find_loss
-from engine.evaluate import evaluate
+from engine.evaluate import ACCURACY, evaluate
+from engine.fidelity import fidelity
 from engine.resume import Position, fingerprint, read_position
 from engine.stages import Stage, select_trainable
 from models.choosing import choose_kernels
@@ -103,6 +104,7 @@ class Trainer:
         context: this process among the others.
         settings: what all stages share.
         resumed: the content of last.pth, where the run goes on.
+        teacher: what the student is compared with after the last epoch, if anything.
     """
 
     def __init__(
@@ -116,22 +118,27 @@ class Trainer:
         context: Context,
         settings: Settings,
         resumed: dict[str, Any] | None = None,
+        teacher: VisionTransformer | None = None,
     ):
         self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
         self.data, self.run, self.context, self.settings, self.resumed = data, run, context, settings, resumed
+        self.teacher = teacher
         device = context.device
         self.fingerprint = fingerprint(config, stages, context.world)
         self.at = read_position(resumed, self.fingerprint, run.path / "last.pth") if resumed else Position()
         if not context.main:  # a stopped epoch's totals are stored once, for all processes
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)
         self.curves: list[dict[str, float]] = []  # this process's losses by step, not yet written
-        self.handed_on: tuple[int, dict[str, float]] | None = None  # (batch size, evaluation) of what best.pth holds
+        self.handed_on: tuple[int, dict[str, Any]] | None = None  # (batch size, evaluation) of what best.pth holds
         self.autocast = settings.autocast(device)
         self.mixup = settings.mixer(data.num_classes)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision(device) == "fp16")
 
-    def fit(self) -> None:
-        """Trains every stage; the model then has the weights handed on. Raises signals.Stopped, FarError."""
+    def fit(self) -> dict[str, Any]:
+        """Trains every stage; the model then has the weights handed on. Raises signals.Stopped, FarError.
+
+        Returns `evaluate` of these weights, or `fidelity` where there is a teacher.
+        """
         device = self.context.device
         if device.type == "cuda":
             self.say(f"{torch.cuda.get_device_name(device)}: {self.settings.products(device)}")
@@ -139,24 +146,39 @@ class Trainer:
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
                 self.train_stage(self.stages[self.at.stage])
+        last = self.stages[-1].optim.batch_size
+        batch_size, val = self.handed_on or (0, {})
+        if batch_size == last and (self.teacher is None or "agreement" in val):
+            return val
+        return self.evaluate(self.model, self.data.val_loader(last), compare=True)  # an epoch before it was the best
 
     def train_stage(self, stage: Stage) -> None:
         """The stage's epochs from the position on; the model then has the weights that it hands on."""
         optim, settings, at = stage.optim, self.settings, self.at
         loader, val_loader = self.data.train_loader(optim.batch_size), self.data.val_loader(optim.batch_size)
         task = self.prepare(stage, len(loader))
+
+        def stop_if_asked() -> None:
+            if signal_number := self.context.most(self.request.number):
+                self.stop(stage, signal_number)  # the epoch's steps are saved, its evaluation comes again
+
         with compiled(task) if settings.compile else contextlib.nullcontext():
             if at.epoch == 0 and at.step == 0:
                 self.save_last()  # before best.pth changes: a kill in between must find weights of one stage
-                batch_size, val = self.handed_on or (0, {})  # evaluated by the stage before, with the same batches
-                self.report(stage, {}, val if batch_size == optim.batch_size else self.evaluate(stage, val_loader))
+                batch_size, val = self.handed_on or (0, {})
+                if batch_size != optim.batch_size:  # else the stage before has evaluated it, in the same batches
+                    val = self.evaluate(self.evaluated, val_loader, check=stop_if_asked)
+                self.report(stage, {}, val)
             while at.epoch < optim.epochs:
                 started = time.perf_counter()
                 images, waited = self.train_one_epoch(task, stage, loader)
                 seconds = time.perf_counter() - started
                 at.step = len(loader)  # where a stop during the evaluation goes on
                 number, last = at.epoch + 1, at.epoch + 1 == optim.epochs
-                val = self.evaluate(stage, val_loader) if last or number % settings.eval_every == 0 else {}
+                val = {}
+                if last or number % settings.eval_every == 0:
+                    compare = last and stage is self.stages[-1]
+                    val = self.evaluate(self.evaluated, val_loader, compare, stop_if_asked)
                 train = means(self.totals())
                 at.epoch, at.step, at.sums = number, 0, {}
                 self.report(stage, train, val, seconds, images * self.context.world, waited)
@@ -317,14 +339,13 @@ class Trainer:
         """What is evaluated and handed on: the averaged weights where there are some, else the trained ones."""
         return self.ema.module if self.ema else self.model
 
-    def evaluate(self, stage: Stage, loader: Loader) -> dict[str, float]:
-        """`evaluate`, which a signal interrupts: the epoch's steps are saved, its evaluation comes again."""
-
-        def stop_if_asked() -> None:
-            if signal_number := self.context.most(self.request.number):
-                self.stop(stage, signal_number)
-
-        return evaluate(self.evaluated, loader, self.context, self.autocast, stop_if_asked)
+    def evaluate(
+        self, model: VisionTransformer, loader: Loader, compare: bool = False, check: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        """`evaluate` or, to compare with the teacher where there is one, `fidelity`."""
+        if compare and self.teacher is not None:
+            return fidelity(model, self.teacher, loader, self.context, self.autocast, check=check)
+        return evaluate(model, loader, self.context, self.autocast, check)
 
     def stop(self, stage: Stage, signal_number: int) -> None:
         self.save_last()
@@ -366,7 +387,7 @@ class Trainer:
             "epoch": self.at.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train": train,
-            "val": val,
+            "val": {name: val[name] for name in (*ACCURACY, "images")} if val else {},
             "seconds": round(seconds, 3),
             "images_per_s": round(images / seconds, 1) if seconds else 0.0,
             "data_seconds": round(waited, 3),

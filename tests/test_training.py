@@ -17,6 +17,7 @@ from datasets.loading import Data
 from engine import train
 from engine.distill import Distillation
 from engine.evaluate import evaluate
+from engine.fidelity import fidelity
 from engine.resume import fingerprint
 from engine.stages import Stage
 from engine.train import Trainer, make_optimizer
@@ -463,19 +464,19 @@ def test_the_log_says_how_long_steps_waited_for_images_and_the_memory_held(far):
     assert any(row["data_seconds"] > 0 for row in rows(far))
 
 
-@pytest.mark.parametrize(("block_batch", "evaluations"), [("64", 3), ("32", 4)])
-def test_a_stage_does_not_evaluate_again_what_the_one_before_handed_on(
-    block_batch, evaluations, teacher, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize(("block_batch", "evaluations"), [("64", 2), ("32", 3)])
+def test_no_weights_are_evaluated_twice(block_batch, evaluations, teacher, tmp_path, monkeypatch):
     counted = []
 
-    def counting(*args):
-        counted.append(args)
-        return evaluate(*args)
+    def counting(function):
+        return lambda *args, **kwargs: counted.append(function) or function(*args, **kwargs)
 
-    monkeypatch.setattr("engine.train.evaluate", counting)
+    for function in (evaluate, fidelity):
+        monkeypatch.setattr(f"engine.train.{function.__name__}", counting(function))
     line = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1", "--select", "last"]
     assert main.main([*line, "--block-ft-batch-size", block_batch, "--output-dir", str(tmp_path / "run")]) == 0
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     attn, before_block = rows[1]["val"], rows[2]["val"]
-    assert len(counted) == evaluations and before_block == pytest.approx(attn)
+    assert counted == [evaluate] * evaluations + [fidelity] and before_block == pytest.approx(attn)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert rows[3]["val"] == {name: result[name] for name in rows[3]["val"]}
