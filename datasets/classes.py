@@ -35,10 +35,10 @@ def match_classes(known: Sequence[str], names: Sequence[str]) -> list[int]:
     for listing in (known, folders):
         for number, name in enumerate(map(_composed, listing)):
             numbers[name] = None if name in numbers else number
-    found = [numbers.get(_composed(name)) for name in names]
-    if None in found:
-        raise UnknownClass(names[found.index(None)])
-    return found
+    indices = [numbers.get(_composed(name)) for name in names]
+    if None in indices:
+        raise UnknownClass(names[indices.index(None)])
+    return indices
 
 
 def _composed(name: str) -> str:

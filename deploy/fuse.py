@@ -35,14 +35,14 @@ class ClassTokenViT(VisionTransformer):
 def merge_blocks(model: VisionTransformer) -> VisionTransformer:
     """A frozen copy of the model in eval mode, each replacement in its merged form, on any device, by any kernel."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    found = replacements(model)
-    for index, attn in found.items():
+    replaced = replacements(model)
+    for index, attn in replaced.items():
         model.blocks[index].attn = attn.merged()
-    if any(model.blocks[index].attn is not attn for index, attn in found.items()):
+    if any(model.blocks[index].attn is not attn for index, attn in replaced.items()):
         model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
     last = model.blocks[-1]
     known = packed.computes_as_timms(model) and type(last) is Block and not hooked(last)
-    if known and len(model.blocks) - 1 in found and model.global_pool == "token":
+    if known and len(model.blocks) - 1 in replaced and model.global_pool == "token":
         model.__class__ = ClassTokenViT
     return model
 

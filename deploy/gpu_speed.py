@@ -111,8 +111,8 @@ def show(results: dict[Case, dict[str, Any]]) -> None:
     for title, cases in itertools.groupby(sorted(results, key=lambda case: case[:3]), key=lambda case: case[:3]):
         rows = {(case.model, case.by): [case.model, case.by] for case in cases}
         for (model, by), row in rows.items():
-            for found in (results[Case(*title, model, by, batch)] for batch in batches):
-                row.append(found.get("failed") or f"{found['ms']:.3g} ms, {found['bytes'] / 1e6:,.0f} MB")
+            for result in (results[Case(*title, model, by, batch)] for batch in batches):
+                row.append(result.get("failed") or f"{result['ms']:.3g} ms, {result['bytes'] / 1e6:,.0f} MB")
         heads = ["", "computed by", *(f"batch {batch}" for batch in batches)]
         print(f"\n{', '.join(title)}\n{table([heads, *rows.values()])}", flush=True)
 
@@ -131,7 +131,7 @@ def run(config: Config, device: torch.device) -> int:
     results, chosen = {}, []
 
     def write() -> None:
-        cases = [{**case._asdict(), **found} for case, found in results.items()]
+        cases = [{**case._asdict(), **result} for case, result in results.items()]
         content = json.dumps({"about": about, "cases": cases, "auto": chosen}, indent=1).encode()
         write_atomic(config.output_dir / "gpu.json", lambda file: file.write(content))
 

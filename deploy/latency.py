@@ -96,15 +96,15 @@ def measure(model: VisionTransformer, config: FarConfig, batch: int, mlp: float 
 
 def check(model: VisionTransformer, config: FarConfig, table: Table, target: Latency) -> dict[str, Any]:
     """Measures the shrunk model, and the teacher in turns with it, beside what was predicted."""
-    own = copy.deepcopy(model).cpu().eval()
-    set_backend(own, "auto")
+    copied = copy.deepcopy(model).cpu().eval()
+    set_backend(copied, "auto")
     with seeded(0):
         teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
-        times = _times({"model": own, "teacher": teacher}, config.img_size, table.batch)
+        times = _times({"model": copied, "teacher": teacher}, config.img_size, table.batch)
     predicted = table.predict(places(model))
-    found = {"target_ms": table.target_ms(target), "predicted_ms": predicted, "measured_ms": times["model"]}
-    found |= {"measured_teacher_ms": times["teacher"], "measured_threads": torch.get_num_threads()}
-    return {**found, "table": asdict(table)}
+    timing = {"target_ms": table.target_ms(target), "predicted_ms": predicted, "measured_ms": times["model"]}
+    timing |= {"measured_teacher_ms": times["teacher"], "measured_threads": torch.get_num_threads()}
+    return {**timing, "table": asdict(table)}
 
 
 def places(model: VisionTransformer) -> list[int]:
@@ -127,17 +127,17 @@ def _times(models: Mapping[str, nn.Module], side: int, batch: int) -> dict[str, 
     """Milliseconds of each model fused on the CPU, taking turns; lower quartiles, as other work only adds time."""
     images = torch.randn(batch, 3, side, side)
     calls = {name: partial(fuse(model), images) for name, model in models.items()}
-    return {name: found["quartiles_ms"][0] for name, found in compare(calls, SECONDS, rounds=10).items()}
+    return {name: timing["quartiles_ms"][0] for name, timing in compare(calls, SECONDS, rounds=10).items()}
 
 
-def summary(found: dict[str, Any]) -> str:
-    """What `check` found, in one line."""
-    over = found["measured_ms"] / found["target_ms"] - 1
-    table, share = found["table"], found["measured_ms"] / found["measured_teacher_ms"]
-    other = f" for {table['threads']} threads" * (table["threads"] != found["measured_threads"])  # a resumed run
+def summary(timing: dict[str, Any]) -> str:
+    """What `check` measured, in one line."""
+    over = timing["measured_ms"] / timing["target_ms"] - 1
+    table, share = timing["table"], timing["measured_ms"] / timing["measured_teacher_ms"]
+    other = f" for {table['threads']} threads" * (table["threads"] != timing["measured_threads"])  # a resumed run
     return (
-        f"fused, batch {table['batch']}, {found['measured_threads']} threads: {found['measured_ms']:.2f} ms of "
-        f"{found['target_ms']:.2f} asked ({found['predicted_ms']:.2f} predicted{other}), the teacher "
-        f"{found['measured_teacher_ms']:.2f}: {share:.0%}"
+        f"fused, batch {table['batch']}, {timing['measured_threads']} threads: {timing['measured_ms']:.2f} ms of "
+        f"{timing['target_ms']:.2f} asked ({timing['predicted_ms']:.2f} predicted{other}), the teacher "
+        f"{timing['measured_teacher_ms']:.2f}: {share:.0%}"
         + (f"; the target is missed by {over:.0%}" if over > 0.005 else "")
     )

@@ -37,7 +37,7 @@ def in_turns(
         for name, run in measures.items():
             time.sleep(pause)
             times[name] += run(seconds)
-    return {name: summary(found) for name, found in times.items() if len(found) >= rounds}
+    return {name: summary(measured) for name, measured in times.items() if len(measured) >= rounds}
 
 
 def compare(calls: Mapping[str, Call], seconds: float, rounds: int = ROUNDS) -> Times:

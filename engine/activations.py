@@ -78,12 +78,12 @@ def _covariance(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def activation_score(parts: Mapping[int, BlockPart], grams: Grams) -> Norms:
     """By place, (u,): a unit's standard deviation times the norm of its column in the map behind it."""
-    sizes, found = {place: len(s) for place, s in unit_norms(parts).items()}, {}
-    for places, seen, _ in _consumers(parts):
+    sizes, by_place = {place: len(s) for place, s in unit_norms(parts).items()}, {}
+    for places, consumer, _ in _consumers(parts):
         deviation = _covariance(grams[places])[1].diagonal().clamp_min(0).sqrt()
-        scores = (deviation * seen.weight.detach().norm(dim=0)).to(seen.weight)
-        found |= zip(places, scores.split([sizes[place] for place in places]), strict=True)
-    return found
+        scores = (deviation * consumer.weight.detach().norm(dim=0)).to(consumer.weight)
+        by_place |= zip(places, scores.split([sizes[place] for place in places]), strict=True)
+    return by_place
 
 
 @torch.no_grad()
@@ -97,9 +97,9 @@ def refit(parts: Mapping[int, BlockPart], kept: Kept, grams: Grams) -> None:
     for places, _, readers in _consumers(parts):
         starts = dict(zip(places, torch.tensor([0, *(sizes[p] for p in places)]).cumsum(0).tolist(), strict=False))
         mean, covariance = _covariance(grams[places])
-        for weight, bias, own in readers:
-            index = torch.cat([starts[p] + torch.arange(sizes[p]) for p in own]).to(mean.device)
-            stays = torch.cat([_mask(kept.get(p, torch.arange(sizes[p])), sizes[p]) for p in own]).to(mean.device)
+        for weight, bias, read in readers:
+            index = torch.cat([starts[p] + torch.arange(sizes[p]) for p in read]).to(mean.device)
+            stays = torch.cat([_mask(kept.get(p, torch.arange(sizes[p])), sizes[p]) for p in read]).to(mean.device)
             _redirect(weight, bias, stays, mean[index], covariance[index][:, index])
 
 

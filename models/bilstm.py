@@ -50,8 +50,8 @@ class MultiHeadBiLSTM(MultiHeadBiRNN):
         """Weights out of that layout; returns what is left of its tensors, zero but where no head has a weight."""
         layout = self._layout(per_head)
         left = {name: zeros.copy_(tensors[name]) for name, zeros in self._zeros(layout).items()}
-        for own, block in self._blocks(layout, left):
-            own.copy_(block)
+        for weight, block in self._blocks(layout, left):
+            weight.copy_(block)
             block.zero_()
         return left
 
@@ -81,8 +81,8 @@ class MultiHeadBiLSTM(MultiHeadBiRNN):
     @torch.no_grad()
     def _filled(self, layout: Layout) -> dict[str, Tensor]:
         tensors = self._zeros(layout)
-        for own, block in self._blocks(layout, tensors):
-            block.copy_(own)
+        for weight, block in self._blocks(layout, tensors):
+            block.copy_(weight)
         return tensors
 
     def _blocks(self, layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -134,17 +134,17 @@ def find_images(args: PictureConfig, config: FarConfig) -> Images:
         total, read = len(photos), photos.__getitem__
     else:
         data, source = Data(data_config, Context(), trains=False), SOURCES[name]
-        split, own = data.val.data, data.class_names
+        split, labels = data.val.data, data.class_names
         try:
-            match_classes(classes or own, data.names)
+            match_classes(classes or labels, data.names)
         except UnknownClass as error:
             unknown = shown(error)
             log.warning("--dataset %s: the models do not know its class %r; labels are as it has them", name, unknown)
-        classes = classes or (own if data.num_classes == config.num_classes else ())
+        classes = classes or (labels if data.num_classes == config.num_classes else ())
 
         def read(i: int) -> tuple:
             image, label = split[i]
-            return f"{name}, evaluation image {i}" + (f", labelled “{short(own[label])}”" if own else ""), image
+            return f"{name}, evaluation image {i}" + (f", labelled “{short(labels[label])}”" if labels else ""), image
 
         total = len(split)
     indices = np.linspace(0, total - 1, min(args.count, total)).round().astype(int).tolist()

@@ -37,8 +37,8 @@ def cache_folders() -> list[Path]:
 
 def _openmp_library() -> list[str]:
     """Link flags for the OpenMP library torch runs on: a second one would bring a second pool of spinning threads."""
-    own = sorted((TORCH / "lib").glob("libgomp*.so*"))
-    return [str(own[0]), f"-Wl,-rpath,{own[0].parent}"] if own else ["-fopenmp"]
+    libraries = sorted((TORCH / "lib").glob("libgomp*.so*"))
+    return [str(libraries[0]), f"-Wl,-rpath,{libraries[0].parent}"] if libraries else ["-fopenmp"]
 
 
 def _call(command: Sequence[str], text: str = "") -> str:
@@ -188,9 +188,9 @@ def _backward(operators):
         wanted = [needs_x]
         for i in range(0, 4 * n, 4):
             wanted += [needs[i], needs[i + 1], needs[i + 2] or needs[i + 3]]
-        found = operators.backward(grad, x, weights, hidden, gates, states, wanted)
-        by_weight = [found[1 + 3 * (i // 4) + min(i % 4, 2)] if needed else None for i, needed in enumerate(needs)]
-        return found[0] if needs_x else None, by_weight
+        gradients = operators.backward(grad, x, weights, hidden, gates, states, wanted)
+        by_weight = [gradients[1 + 3 * (i // 4) + min(i % 4, 2)] if needed else None for i, needed in enumerate(needs)]
+        return gradients[0] if needs_x else None, by_weight
 
     return backward
 
