@@ -1,10 +1,12 @@
 """Shared fixtures: small runs of main.py, fake data in real layouts, weights made here."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 import main
 import models  # noqa: F401  (makes torchvision importable, which test files import first)
+from tests import child
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
@@ -47,18 +50,60 @@ def image_folder(root: Path, classes: int = 2, count: int = 4, size: int = 40) -
     return root
 
 
+ALONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def launch(*command: str, cwd: Path, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
     """Runs a command of the README from `cwd`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env=environment,
+        env={**os.environ, **ALONE, **env},
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+
+
+SERVER = multiprocessing.get_context("forkserver")  # imports all of FAR once, and forks what `start` asks for
+SERVER.set_forkserver_preload(["tests.child"])
+
+
+class Started:
+    """A script of ours in a process of its own, as `python3 script.py` runs it."""
+
+    def __init__(self, script: str, *argv: str, cwd: Path, **env: str):
+        self.files = [cwd / f".{uuid.uuid4().hex}.{name}" for name in ("stdout", "stderr")]
+        with pytest.MonkeyPatch.context() as patch:  # the server is started with these
+            for name, value in ALONE.items():
+                patch.setenv(name, value)
+            args = Path(script).stem, [str(word) for word in argv], cwd, {**ALONE, **env}, *self.files
+            self.process = SERVER.Process(target=child.run, args=args)
+            self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it does not end"
+        out, err = (file.read_text() if file.exists() else "" for file in self.files)
+        for file in self.files:
+            file.unlink(missing_ok=True)
+        return subprocess.CompletedProcess([], self.process.exitcode, out, err)
+
+
+def run_ranks(script: str, *argv: str, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    """A script with --distributed in several processes, as torchrun starts them: rank 0, or the one that failed."""
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = free_port()
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    done = [job.finish() for job in [Started(script, "--distributed", *argv, cwd=cwd, **rank) for rank in ranks]]
+    return next((result for result in done if result.returncode), done[0])
 
 
 def free_port() -> str:
@@ -81,15 +126,15 @@ def spawn(*command: str, cwd: Path, **env: str) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+        env={**os.environ, **ALONE, **env},
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | Started, seconds: float = 120) -> None:
     """Until the condition holds; fails where the process ends first."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=10)[0]
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
 
 

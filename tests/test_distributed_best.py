@@ -10,7 +10,7 @@ from datasets.loading import Data
 from engine.evaluate import evaluate
 from models.deit import create_teacher
 from models.replace import load_model
-from tests.conftest import QUIET, launch, torchrun, write_images
+from tests.conftest import QUIET, run_ranks, write_images
 from utils.checkpoint import load
 from utils.configs import DataConfig, Settings
 from utils.distributed import Context
@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
         *"--epochs 2 --drop-path 0 --accum-steps 2 --select best --opt sgd --lr 0.03 --warmup-epochs 0".split(),
         *"--unscale-lr".split(),
     ]
-    two = launch(*torchrun(*common, "--batch-size", "7", "--output-dir", "two"), cwd=folder)
+    two = run_ranks("main.py", *common, "--batch-size", "7", "--output-dir", "two", cwd=folder)
     assert two.returncode == 0, two.stderr
     assert main.main([*common, "--batch-size", "14", "--output-dir", str(folder / "one")]) == 0
     return folder

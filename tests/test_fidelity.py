@@ -15,7 +15,7 @@ from engine.pruning import table
 from models.deit import create_teacher
 from models.replace import swap_attention
 from plots.figures import fidelity_by_block
-from tests.conftest import BATCH, EVAL, QUIET, launch, torchrun
+from tests.conftest import BATCH, EVAL, QUIET, run_ranks
 from utils.configs import Settings
 from utils.distributed import Context
 
@@ -123,7 +123,7 @@ def test_a_model_keeps_all_of_itself():
 def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
     argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
     assert main.main([*argv, "--output-dir", str(tmp_path / "one")]) == 0
-    two = launch(*torchrun(*argv, "--batch-size", "37", "--output-dir", "two"), cwd=tmp_path)
+    two = run_ranks("main.py", *argv, "--batch-size", "37", "--output-dir", "two", cwd=tmp_path)
     assert two.returncode == 0 and "agrees with its teacher" in two.stdout, two.stderr
     one, two = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("one", "two"))
     assert one.keys() == two.keys() >= KEYS

@@ -20,7 +20,19 @@ from engine.pruning import SCORES
 from models.deit import TEACHERS, create_teacher
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
-from tests.conftest import BLOCK_BATCH, DIGITS, EVAL, PLAIN, QUIET, ROOT, TRAIN, image_folder, launch, torchrun
+from tests.conftest import (
+    BLOCK_BATCH,
+    DIGITS,
+    EVAL,
+    PLAIN,
+    QUIET,
+    ROOT,
+    TRAIN,
+    image_folder,
+    launch,
+    run_ranks,
+    torchrun,
+)
 from utils import names
 from utils.checkpoint import load
 
@@ -140,13 +152,11 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(teacher, tmp_
         *"--epochs 2 --block-ft-epochs 1 --drop-path 0 --select last".split(),
     ]
     # Augmentation follows from the sample, not the process, so even the random crops agree.
-    one = launch(
-        str(ROOT / "main.py"), *common, *"--batch-size 32 --block-ft-batch-size 32 --output-dir a".split(), cwd=tmp_path
-    )
-    two = launch(
-        *torchrun(*common, "--batch-size", "16", "--block-ft-batch-size", "16", "--output-dir", "b"), cwd=tmp_path
-    )
-    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    one = [*common, "--batch-size", "32", "--block-ft-batch-size", "32", "--output-dir", str(tmp_path / "a")]
+    assert main.main(one) == 0
+    two = [*common, "--batch-size", "16", "--block-ft-batch-size", "16", "--output-dir", "b"]
+    two = run_ranks("main.py", *two, cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
     a, b = (load(tmp_path / run / "best.pth", "--test")["model"] for run in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)

@@ -1,11 +1,7 @@
 """Scores and regularizers against written-out loops, shrinking against zeroed groups, prune.py from the outside."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -19,7 +15,7 @@ from models.bilstm import DirectionLSTM
 from models.count import count_macs
 from models.deit import create_teacher
 from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
-from tests.conftest import EVAL, QUIET, ROOT, launch
+from tests.conftest import EVAL, QUIET, Started, run_ranks, wait_for
 from utils.checkpoint import load
 
 UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
@@ -301,23 +297,13 @@ def once(tmp_path_factory):
 
 def test_a_killed_pruning_resumes_bit_equal(far, tmp_path):
     argv = ["--model-path", str(far / "best.pth"), *SMALL, *"--ft-epochs 2 --ft-lr 1e-2 --keep-ratio 0.5".split()]
-    command, fine_tuning = [str(ROOT / "prune.py"), *argv], tmp_path / "b/last.pth"
-    whole = launch(*command, "--output-dir", "a", cwd=tmp_path)
+    whole = Started("prune.py", *argv, "--output-dir", "a", cwd=tmp_path).finish()
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, *command, "--output-dir", "b"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not fine_tuning.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert fine_tuning.exists()
-    again = launch(*command, "--output-dir", "b", "--resume", cwd=tmp_path)
+    job = Started("prune.py", *argv, "--output-dir", "b", cwd=tmp_path)
+    wait_for((tmp_path / "b/last.pth").exists, job)  # it fine-tunes
+    job.send_signal(signal.SIGKILL)
+    assert job.finish().returncode == -signal.SIGKILL
+    again = Started("prune.py", *argv, "--output-dir", "b", "--resume", cwd=tmp_path).finish()
     assert again.returncode == 0, again.stderr
     a, b = (load(tmp_path / run / "best.pth", "--test")["model"] for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -326,16 +312,10 @@ def test_a_killed_pruning_resumes_bit_equal(far, tmp_path):
 def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
     argv = ["--model-path", str(far / "best.pth"), *SMALL, "--drop-path", "0", "--sweep", "0.5,0.2", "--select", "last"]
     argv += ["--score", "carried", "--refit"]
-    one = launch(str(ROOT / "prune.py"), *argv, "--output-dir", "a", cwd=tmp_path)
-    two = launch(
-        *"-m torch.distributed.run --standalone --nproc_per_node=2".split(),
-        str(ROOT / "prune.py"),
-        "--distributed",
-        *argv,
-        *"--batch-size 12 --ft-batch-size 12 --output-dir b".split(),
-        cwd=tmp_path,
-    )
-    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert prune.main([*argv, "--output-dir", str(tmp_path / "a")]) == 0
+    half = "--batch-size 12 --ft-batch-size 12 --output-dir b".split()
+    two = run_ranks("prune.py", *argv, *half, cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
     for keep in ("keep-0.5", "keep-0.2"):
         a, b = (load(tmp_path / run / keep / "best.pth", "--test") for run in "ab")
         assert a["config"]["units"] == b["config"]["units"]

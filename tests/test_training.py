@@ -1,11 +1,8 @@
 """The loop keeps its promises: resumable to the bit, exact over processes, stopping cleanly."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -24,7 +21,7 @@ from engine.train import Trainer, make_optimizer
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model
-from tests.conftest import ROOT, TEACH, TRAIN, launch
+from tests.conftest import TEACH, TRAIN, Started, lines_in, wait_for
 from utils.checkpoint import load
 from utils.configs import DataConfig, Optim, Settings
 from utils.distributed import Context, prepare
@@ -51,7 +48,7 @@ def long(teacher):
         *TRAIN,
         "--base-weight",
         str(teacher),
-        *"--epochs 2 --block-ft-epochs 2 --batch-size 16 --block-ft-batch-size 16 --train-mode sequential".split(),
+        *"--epochs 1 --block-ft-epochs 1 --batch-size 16 --block-ft-batch-size 16 --train-mode sequential".split(),
         *"--step 2 --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5".split(),
     ]
 
@@ -59,34 +56,21 @@ def long(teacher):
 @pytest.fixture(scope="module")
 def uninterrupted(long, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    done = launch(str(ROOT / "main.py"), *long, "--output-dir", "run", cwd=folder)
+    done = Started("main.py", *long, "--output-dir", "run", cwd=folder).finish()
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
-def interrupt(command, folder, number, after):
-    """Starts a run, sends it a signal a moment after log.jsonl has `after` lines, returns (code, output)."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *command, "--output-dir", "run"],
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    log, deadline = folder / "run/log.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= after):
-        time.sleep(0.01)
-    time.sleep(0.15)  # into the epoch
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    return process.returncode, output
-
-
-def test_a_run_killed_mid_epoch_ends_bit_equal_after_resume(long, uninterrupted, tmp_path):
-    code, _ = interrupt(long, tmp_path, signal.SIGKILL, after=5)
-    assert code == -signal.SIGKILL
-    done = launch(str(ROOT / "main.py"), *long, "--output-dir", "run", "--resume", cwd=tmp_path)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_stopped_mid_epoch_ends_bit_equal_after_resume(number, code, long, uninterrupted, tmp_path):
+    job = Started("main.py", *long, "--output-dir", "run", cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 5, job)
+    time.sleep(0.1)  # into the epoch
+    job.send_signal(number)
+    done = job.finish()
+    assert done.returncode == code and done.stdout.count("--resume goes on") == (number != signal.SIGKILL), done
+    assert "Traceback" not in done.stderr
+    done = Started("main.py", *long, "--output-dir", "run", "--resume", cwd=tmp_path).finish()
     assert done.returncode == 0, done.stderr
     assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
     assert_equal(weights(tmp_path / "run", "best.pth"), weights(uninterrupted, "best.pth"))
@@ -94,15 +78,6 @@ def test_a_run_killed_mid_epoch_ends_bit_equal_after_resume(long, uninterrupted,
         [(r["stage"], r["epoch"], r["train"], r["val"]) for r in rows(run)] for run in (tmp_path / "run", uninterrupted)
     )
     assert a == b
-
-
-def test_sigterm_finishes_the_step_saves_and_exits_cleanly_then_resume_is_bit_equal(long, uninterrupted, tmp_path):
-    code, output = interrupt(long, tmp_path, signal.SIGTERM, 3)
-    assert code == 0 and "--resume goes on" in output
-    done = launch(str(ROOT / "main.py"), *long, "--output-dir", "run", "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
-    assert [r["train"] for r in rows(tmp_path / "run")] == [r["train"] for r in rows(uninterrupted)]
 
 
 def test_run_folder_holds_what_the_readme_says(far):

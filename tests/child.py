@@ -1,0 +1,26 @@
+"""What a child of the tests runs: one of our scripts, forked from a process that has imported all of it.
+
+`python3 main.py` spends seconds on imports; a child forked from such a process spends none of them again.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import engine.modes
+import engine.pruning  # noqa: F401
+import main  # noqa: F401
+import prune  # noqa: F401
+from utils.script import run_script
+
+
+def run(script: str, argv: list[str], cwd: Path, env: dict[str, str], stdout: Path, stderr: Path) -> None:
+    os.chdir(cwd)
+    os.environ.update(env)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    sys.exit(run_script(importlib.import_module(script).main, argv))
