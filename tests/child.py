@@ -1,4 +1,4 @@
-"""What a child of the tests runs: one of our scripts, forked from a process that has imported all of it.
+"""What a child of the tests runs: one of our scripts or a program, forked from a process that has imported all of it.
 
 `python3 main.py` spends seconds on imports; a child forked from such a process spends none of them again.
 """
@@ -23,4 +23,8 @@ def run(script: str, argv: list[str], cwd: Path, env: dict[str, str], stdout: Pa
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
+    if script == "-c":
+        sys.argv = ["-c", *argv[1:]]
+        exec(argv[0], {"__name__": "__main__"})
+        return
     sys.exit(run_script(importlib.import_module(script).main, argv))

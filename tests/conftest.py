@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
 QUIET = [*PLAIN, "--num-workers", "0"]
 EVAL = ["--dataset", "DIGITS", "--num-workers", "0"]
-DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.1", *QUIET]
+DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.104", "--holdout", "0.04", *QUIET]
 BATCH, BLOCK_BATCH = ["--batch-size", "64"], ["--block-ft-batch-size", "64"]
 TEACH = ["--mode", "teacher", *DIGITS, *BATCH]
 TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
@@ -71,7 +71,7 @@ SERVER.set_forkserver_preload(["tests.child"])
 
 
 class Started:
-    """A script of ours in a process of its own, as `python3 script.py` runs it."""
+    """A script of ours, or "-c" and a program, in a process of its own, as python3 runs it."""
 
     def __init__(self, script: str, *argv: str, cwd: Path, **env: str):
         self.files = [cwd / f".{uuid.uuid4().hex}.{name}" for name in ("stdout", "stderr")]
@@ -84,6 +84,9 @@ class Started:
 
     def poll(self) -> int | None:
         return self.process.exitcode
+
+    def said(self) -> str:
+        return "".join(file.read_text() for file in self.files if file.exists())
 
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -102,7 +105,8 @@ def run_ranks(script: str, *argv: str, cwd: Path, processes: int = 2) -> subproc
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = free_port()
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    done = [job.finish() for job in [Started(script, "--distributed", *argv, cwd=cwd, **rank) for rank in ranks]]
+    argv = argv if script == "-c" else ("--distributed", *argv)
+    done = [job.finish() for job in [Started(script, *argv, cwd=cwd, **rank) for rank in ranks]]
     return next((result for result in done if result.returncode), done[0])
 
 

@@ -3,8 +3,6 @@
 import math
 import os
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import PosixPath
 
@@ -17,7 +15,7 @@ import main
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model, pack, parse_blocks
 from models.weights import load_teacher_weights, read
-from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, ROOT, free_port
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, EVAL, run_ranks
 from utils import checkpoint
 from utils.errors import FarError
 
@@ -308,15 +306,5 @@ with distributed.joined(True, "cpu") as context:
 def test_a_file_of_rank_0_alone_is_loaded_by_all_over_the_control_group(tmp_path):
     write(tmp_path / "a.pth", {"x": torch.tensor([1, 2])})
     (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(tmp_path)],
-            env={**os.environ, **address, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    done = run_ranks("-c", SHARED, str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

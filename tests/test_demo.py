@@ -5,11 +5,11 @@ import re
 import shutil
 
 import demo
+import main
 import visualization
 from deploy.timing import ROUNDS
-from tests.conftest import ROOT, launch
+from tests.conftest import EVAL, ROOT, launch
 from utils.recipe import Recipe
-from utils.terminal import table
 
 
 def test_the_demo_writes_its_summary_page_and_figures(tmp_path, monkeypatch, capsys):
@@ -53,14 +53,6 @@ def test_epochs_are_cut_but_for_stages_left_out(tmp_path, monkeypatch):
     ]
 
 
-def test_a_table_is_aligned():
-    assert table([["model", "top-1 %"], ["FAR", "9"], ["a teacher", "10.5"]]).splitlines() == [
-        "model      top-1 %",
-        "FAR              9",
-        "a teacher     10.5",
-    ]
-
-
 def test_benchmark_compares_and_writes(tmp_path, teacher, far):
     for name, weights in (("teacher", teacher), ("far", far / "best.pth"), ("sweep/keep-0.5", far / "best.pth")):
         (tmp_path / "run" / name).mkdir(parents=True)
@@ -85,7 +77,9 @@ def test_benchmark_compares_and_writes(tmp_path, teacher, far):
         assert (tmp_path / "runs/benchmark" / figure).stat().st_size > 5000
     rows = {row["name"]: row for row in out["accuracy"]}
     assert {"DeiT-Micro (attention)", "FAR fused", "FAR fused, keep 0.5"} <= rows.keys()
-    recorded = json.loads((far / "result.json").read_text())
+    argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--output-dir", str(tmp_path / "eval")]
+    assert main.main(argv) == 0
+    recorded = json.loads((tmp_path / "eval/result.json").read_text())
     assert abs(rows["FAR fused"]["acc1"] - recorded["acc1"]) < 2  # barely trained: ties tip over when maps are merged
     assert (
         out["size"]["DeiT-Tiny"]["parameters"] == 5_717_416

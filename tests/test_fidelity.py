@@ -133,7 +133,17 @@ def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
 
 def test_training_and_eval_report_the_same_of_the_same_weights(far, teacher, tmp_path, capsys):
     trained = json.loads((far / "result.json").read_text())
-    argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
+    argv = [
+        "--mode",
+        "eval",
+        *EVAL,
+        "--holdout",
+        "0.04",
+        "--far-weight",
+        str(far / "best.pth"),
+        "--base-weight",
+        str(teacher),
+    ]
     for name, more in (("run", []), ("fused", ["--fuse", "float32"])):
         assert main.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
         assert f"agrees with its teacher on {trained['agreement']:.2f} %" in capsys.readouterr().out or more

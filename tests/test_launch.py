@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, free_port, launch, lines_in, spawn, torchrun, wait_for
+import main
+from tests.conftest import ROOT, Started, free_port, launch, lines_in, run_ranks, spawn, torchrun, wait_for
 from utils import distributed
 from utils.checkpoint import load
 from utils.configs import Record, RunConfig
@@ -33,8 +33,8 @@ def assert_same(a: Path, b: Path, name: str = "last.pth"):
 def short(teacher):
     """A run of two stages with fresh modules in each, eight steps an epoch for two processes."""
     return [
-        *"--mode train --dataset DIGITS --scale Micro --num-workers 0 --train-subset 0.18 --batch-size 16".split(),
-        *"--block-ft-batch-size 16 --base-weight".split(),
+        *"--mode train --dataset DIGITS --scale Micro --num-workers 0 --train-subset 0.185 --holdout 0.02".split(),
+        *"--batch-size 16 --block-ft-batch-size 16 --base-weight".split(),
         str(teacher),
         *"--epochs 2 --block-ft-epochs 1 --step 2 --drop-path 0.2 --accum-steps 2".split(),
     ]
@@ -43,7 +43,7 @@ def short(teacher):
 @pytest.fixture(scope="module")
 def undisturbed(short, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    done = launch(*torchrun(*short, "--output-dir", "run"), cwd=folder)
+    done = run_ranks("main.py", *short, "--output-dir", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -60,22 +60,6 @@ def process_of_rank(rank: int, folder: Path) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_those_of_the_undisturbed_run(
-    short, undisturbed, tmp_path
-):
-    job = spawn(
-        *torchrun(*short, "--output-dir", "run", "--resume", "auto", before=("--max-restarts=2",)), cwd=tmp_path
-    )
-    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 2, job)
-    time.sleep(0.1)  # into the epoch
-    os.kill(process_of_rank(1, tmp_path), signal.SIGKILL)
-    output = job.communicate(timeout=200)[0]
-    assert job.returncode == 0, output
-    assert_same(tmp_path / "run", undisturbed)
-    assert_same(tmp_path / "run", undisturbed, "best.pth")
-    assert output.count("lost contact") == 1 and "Traceback" not in output, output  # the survivor's one line
-
-
 def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(short, undisturbed, tmp_path):
     job = spawn(*torchrun(*short, "--output-dir", "run"), cwd=tmp_path)
     wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 3, job)
@@ -85,19 +69,9 @@ def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(sho
     assert output.count("--resume goes on") == 1, output
     place = load(tmp_path / "run/last.pth", "--test")["position"]
     assert place["step"] % 2 == 0 or place["step"] == 4  # whole groups of --accum-steps
-    done = launch(*torchrun(*short, "--output-dir", "run", "--resume"), cwd=tmp_path)
+    done = run_ranks("main.py", *short, "--output-dir", "run", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "run", undisturbed)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_signals_save_and_exit_with_their_codes(number, code, short, tmp_path):
-    run = spawn(MAIN, *short, "--output-dir", "run", cwd=tmp_path)
-    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, run)
-    run.send_signal(number)
-    output = run.communicate(timeout=60)[0]
-    assert run.returncode == code and output.count("--resume goes on") == 1 and "Traceback" not in output, output
-    assert load(tmp_path / "run/last.pth", "--test")["position"]["stage"] == 0
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -131,10 +105,11 @@ from utils.script import run_script
 argv = "--mode eval --dataset DIGITS --num-workers 0 --far-weight".split()
 sys.exit(run_script(main.main, [*argv, {str(far / "best.pth")!r}]))
 """
-    run = spawn("-c", program, cwd=tmp_path)
-    assert run.stdout.readline() == "ready\n"
+    run = Started("-c", program, cwd=tmp_path)
+    wait_for(lambda: run.said() == "ready\n", run)
     run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=30)[0] == "stopped by SIGINT\n" and run.returncode == 130
+    done = run.finish(timeout=30)
+    assert (done.stdout, done.stderr, done.returncode) == ("ready\nstopped by SIGINT\n", "", 130)
 
 
 def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_weights(
@@ -158,6 +133,7 @@ def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert_same(folders[0] / "run", undisturbed)
     assert_same(folders[0] / "run", undisturbed, "best.pth")
+    assert outputs[0].count("lost contact") == 1 and "Traceback" not in outputs[0], outputs  # the survivor's one line
 
 
 def test_an_error_of_one_rank_is_its_one_line(short, tmp_path):
@@ -184,20 +160,19 @@ sys.exit(run_script(main.main))
     assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
 
 
-def test_what_all_ranks_meet_is_told_once_an_attempt_and_last(tmp_path):
-    flags, restarts = ["--data-path", "nowhere"], 1
+def test_what_all_ranks_meet_is_told_once_and_last(tmp_path):
+    flags = ["--data-path", "nowhere"]
     command = torchrun(*"--mode teacher --dataset FOLDER --scale Micro --device cpu --output-dir run".split(), *flags)
-    command.insert(command.index(MAIN), f"--max-restarts={restarts}")
     done = launch(*command, cwd=tmp_path)
     lines = done.stderr.splitlines()
     said = [k for k, line in enumerate(lines) if "error: " in line and (flags[0] in line)]
-    assert len(said) == 1 + restarts and said[-1] == len(lines) - 2, done.stderr  # below it a line of = signs alone
-    assert said[-1] > lines.index("Root Cause (first observed failure):") and not (tmp_path / "run").exists()
+    assert len(said) == 1 and said[0] == len(lines) - 2, done.stderr  # below it a line of = signs alone
+    assert said[0] > lines.index("Root Cause (first observed failure):") and not (tmp_path / "run").exists()
 
 
 def test_a_process_that_does_not_come_is_missed_after_the_time_given(short, tmp_path):
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    done = launch(MAIN, "--distributed", "--dist-timeout", "0.02", *short, cwd=tmp_path, **alone)
+    done = Started("main.py", "--distributed", "--dist-timeout", "0.02", *short, cwd=tmp_path, **alone).finish()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "did not find one another within 0:00:01.2" in line and "Traceback" not in done.stderr, done.stderr
 
@@ -247,18 +222,17 @@ def test_no_memory_left_is_one_line():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_resume_auto_begins_where_there_is_nothing_and_continues_where_there_is_a_run(short, tmp_path):
+def test_resume_auto_begins_where_there_is_nothing_and_continues_where_there_is_a_run(short, tmp_path, capsys):
+    results = []
     for finished in (False, True):
-        done = launch(MAIN, *short, "--output-dir", "run", "--resume", "auto", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert ("before training" in done.stdout) != finished
-    first, again = (json.loads(re.sub("NaN", "null", (tmp_path / "run/result.json").read_text())) for _ in range(2))
-    assert first == again
+        assert main.main([*short, "--epochs", "1", "--output-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
+        assert ("before training" in capsys.readouterr().out) != finished
+        results.append(json.loads((tmp_path / "run/result.json").read_text()))
+    assert results[0] == results[1]
 
 
-def test_another_number_of_processes_is_refused(short, undisturbed, tmp_path):
-    done = launch(MAIN, *short, "--output-dir", str(undisturbed), "--resume", cwd=tmp_path)
-    assert done.returncode == 2 and "number of processes 2, not 1" in done.stderr
+def test_another_number_of_processes_is_refused(short, undisturbed, failure):
+    assert "number of processes 2, not 1" in failure(*short, "--output-dir", undisturbed, "--resume")
 
 
 def test_files_of_others_in_a_run_folder_stay(tmp_path):

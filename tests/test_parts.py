@@ -76,13 +76,13 @@ def test_a_replacement_without_a_part_of_the_interface_cannot_be_made(missing):
         type("Incomplete", (Replacement,), members)(64, 2, 65)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_a_whole_model_compiles_as_one_graph_with_its_gradients(train, monkeypatch):
+@pytest.mark.parametrize(("train", "compiler"), [(False, "inductor"), (True, "aot_eager")])
+def test_a_whole_model_compiles_as_one_graph_with_its_gradients(train, compiler, monkeypatch):
     model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2, 3))).train(train).requires_grad_(train)
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
     monkeypatch.setattr(cpu, "_build", None)  # the operators are there; a trace hashes and builds nothing
-    got = torch.compile(model, fullgraph=True)(x)
+    got = torch.compile(model, fullgraph=True, backend=compiler)(x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     if train:
         ours, theirs = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (got, expected))

@@ -12,14 +12,20 @@ from deploy.timing import ROUNDS, in_turns, measure
 PROGRAMS = [p for p in rivals.programs(rivals.RUNTIMES) if p.model == rivals.BASE and "compile" not in p.runtime]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where programs share their model's ONNX file."""
+    return str(tmp_path_factory.mktemp("onnx"))
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
-def test_every_runtime_computes_the_model(program, tmp_path):
+def test_every_runtime_computes_the_model(program, folder):
     if reason := program.lacks():
         pytest.skip(reason)
     model, images = rivals.VARIANTS[program.model].build(32), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)
-        got = rivals.RUNTIMES[program.runtime].make(model, program.precision, rivals.Setting(1, str(tmp_path)))(images)
+        got = rivals.RUNTIMES[program.runtime].make(model, program.precision, rivals.Setting(1, folder))(images)
     got = torch.as_tensor(got if isinstance(got, torch.Tensor) else got[0])
     error = (got - expected).norm() / expected.norm()
     assert error < {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.2}[program.precision], error
