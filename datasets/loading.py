@@ -220,6 +220,7 @@ class Data:
 
     Attributes:
         train, val: the transformed splits; train is None where nothing trains.
+        aside: training images kept out of training, as they are evaluated; None where none are asked for.
         names: the classes that the data set has images of; empty where it knows none.
         class_names: the `num_classes` classes that a model is to know.
     """
@@ -254,6 +255,11 @@ class Data:
             held = share(len(train), config.holdout, 0)
             rest = np.setdiff1d(np.arange(len(train)), held)
             train, val = Subset(train, rest.tolist()), Subset(train, held.tolist())
+        self.aside = None
+        if train is not None and config.aside:
+            part = share(len(train), config.aside, 1)
+            rest = np.setdiff1d(np.arange(len(train)), part)
+            self.aside, train = Subset(train, part.tolist()), Subset(train, rest.tolist())
         if train is not None and config.train_subset < 1:
             train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):
@@ -268,7 +274,9 @@ class Data:
         self.train = None
         if trains:
             self.train = Augmented(train, train_transform(config, source, self.preprocessing), config.seed)
-        self.val = Transformed(val, self.preprocessing.transform(config.input_size))
+        plain = self.preprocessing.transform(config.input_size)
+        self.val = Transformed(val, plain)
+        self.aside = Transformed(self.aside, plain) if self.aside else None
 
     def fingerprint(self) -> str:
         """SHA-256 of what the splits hold, wherever they lie. Raises FarError where a file cannot be read."""
@@ -329,6 +337,11 @@ class Data:
 
     def _val_indices(self) -> range:
         return range(self.context.rank, len(self.val), self.context.world)
+
+    def aside_loader(self, batch_size: int, most: int) -> Loader:
+        """This process's share of the first `most` images kept aside."""
+        indices = range(self.context.rank, min(most, len(self.aside)), self.context.world)
+        return self._loader(Subset(self.aside, indices), batch_size=batch_size)
 
     def val_loader(self, batch_size: int) -> Loader:
         """This process's share of the evaluation split: every image once over all processes, none twice."""

@@ -201,6 +201,7 @@ class Streams(Data):
         self.config, self.context = config, context
         for flag, given in (
             ("--holdout", config.holdout),
+            ("--replace auto", config.aside),
             ("--train-subset", config.train_subset < 1),
             ("--repeated-aug", config.repeated_aug),
             ("--inat-category", config.inat_category != "name"),

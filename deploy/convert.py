@@ -1,8 +1,6 @@
 """What convert.py does: weights of the published code to a FAR checkpoint and back, DINOv2 to a teacher."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 import safetensors.torch
 
@@ -13,25 +11,11 @@ from models.published import from_published, to_published
 from models.replace import count_parameters, load_model, mlps, pack, replacements
 from models.weights import read
 from utils.checkpoint import save, write_atomic
-from utils.configs import ModelName
+from utils.configs import ConvertConfig
 from utils.errors import FarError
 from utils.files import check_writable
 
 SUFFIXES = (".pth", ".pt")
-
-
-@dataclass(frozen=True)
-class ConvertConfig(ModelName):
-    """Flags of convert.py; one of `published`, `onnx` and `far_weight` is given."""
-
-    output: Path = Path()
-    published: Path | None = None
-    onnx: Path | None = None
-    far_weight: Path | None = None
-    per_head: bool = False
-    rep_by: str = "multi-lstm"
-    tolerance: float = 0.0
-    remove_zeroed: bool = False
 
 
 def convert(args: ConvertConfig) -> str:

@@ -1,7 +1,10 @@
 """The modes of main.py: each opens weights and data, lists its stages, trains and reports."""
 
+import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
+from engine.ranking import FILE, MOST, SHARE, Hybrids, as_record, of_each_block, rank_blocks, read_ranking
 from engine.stages import Stage, distillation
 from engine.steps import (
     answer_by,
@@ -46,11 +50,11 @@ from models.replace import (
     set_backend,
 )
 from models.weights import Weights, load_teacher_weights
-from plots.figures import draw_curves
-from utils.configs import ModeCommand, ModelConfig
+from plots.figures import cost_of_blocks, draw_curves, save_figure
+from utils.configs import ModeCommand, ModelConfig, Optim
 from utils.distributed import Context, say
 from utils.errors import FarError
-from utils.run_folder import open_run
+from utils.run_folder import RunFolder, open_run
 
 FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,10 +97,12 @@ def run_stages(
     stages: list[Stage],
     data: Data,
     reference: VisionTransformer | None = None,
+    choose: Callable[[RunFolder, VisionTransformer], tuple[VisionTransformer, list[Stage]]] | None = None,
 ) -> dict[str, Any] | None:
     """Trains the stages in the run's folder and reports on the model that they hand on; --dry-run only says what would.
 
     reference: the teacher, where the stages distil from one; the report then tells how close the model is to it.
+    choose: what makes model and stages from the model, in the run's folder; `stages` is then what it will be like.
     Returns the report.
     """
 
@@ -109,9 +115,11 @@ def run_stages(
         show_plan(model, config, stages, make_task, data, command.run, context, settings)
         return None
     with open_run(command.run, context, data.fingerprint) as run:
-        model, last = resumed(run, model, config, command.model)
         if reference is not None:
             reference.to(context.device)
+        if choose:
+            model, stages = choose(run, model)
+        model, last = resumed(run, model, config, command.model)
         result = Trainer(model, config, stages, make_task, data, run, context, settings, last, reference).fit()
         draw_curves(run)
         run.write_json("result.json", {**result, "parameters": count_parameters(model)})
@@ -140,19 +148,88 @@ def teacher(command: ModeCommand, context: Context) -> None:
 
 def train(command: ModeCommand, context: Context) -> None:
     """--mode train and block-distill: swap, then the stages of distillation."""
+    if command.auto is not None:
+        command = ranked_command(command)
     data, known, weights = start(command, context)
     config = taught(command, known, data)
     check_backend(config, command.settings, context)
     reference = load_teacher(weights, config)
     answer_by(reference, data, command.settings, context)
-    blocks = parse_blocks(command.replace, len(reference.blocks))
+    depth = len(reference.blocks)
+    blocks = parse_blocks("all" if command.auto is not None else command.replace, depth)
+    if command.auto and command.auto > depth:
+        raise FarError(f"--replace auto:{command.auto}: this model has {depth} blocks; give a smaller number")
     model, config = student(command, context, reference, config, blocks)
     block = command.scaled(command.block_ft_optim, context.world)
     attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
-    stages = distillation(blocks, command.plan, attn, block)
-    result = run_stages(command, context, model, config, stages, data, reference)
+    stages, choose = distillation(blocks, command.plan, attn, block), None
+    if command.auto is not None:
+        first = [replace(stage, select="last") for stage in stages if stage.parts == "mixing"]
+        stages = [*first, *distillation(blocks[: command.auto or depth], command.plan, None, block)]
+        choose = partial(choose_blocks, command, context, config, data, reference, first, block)
+    result = run_stages(command, context, model, config, stages, data, reference, choose)
     if result:
         say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
+
+
+def ranked_command(command: ModeCommand) -> ModeCommand:
+    """What --replace auto makes of the other flags. Raises FarError where there would be nothing to rank."""
+    plan = command.plan
+    if plan.skip_train_attn and not plan.attn_weight:
+        raise FarError("--replace auto: ranks trained replacements; name them with --attn-weight, or train stage attn")
+    plan = plan if plan.skip_train_attn else replace(plan, train_loss=of_each_block(plan.train_loss))
+    return replace(command, plan=plan, data=replace(command.data, aside=SHARE))
+
+
+def choose_blocks(
+    command: ModeCommand,
+    context: Context,
+    config: FarConfig,
+    data: Data,
+    teacher: VisionTransformer,
+    first: list[Stage],
+    block: Optim,
+    run: RunFolder,
+    model: VisionTransformer,
+) -> tuple[VisionTransformer, list[Stage]]:
+    """--replace auto: the model with the best blocks replaced and the teacher's others, and their block stages.
+
+    first: the stages attn of all blocks, trained in the run's folder attn/ unless an earlier call has; none where
+    --attn-weight brings them.
+    """
+    settings, folder, wanted = command.settings, run.child("attn"), (command.auto, command.min_agreement)
+
+    def make_task(model: VisionTransformer, stage: Stage, criterion: nn.Module) -> nn.Module:
+        return Distillation(model, teacher, stage, criterion, "teacher")
+
+    if first and folder.resumed and folder.has("result.json"):
+        drop, drop_path = command.model.drop, command.model.drop_path
+        model = load_model(folder.path / "best.pth", "--output-dir", drop, drop_path)[0].to(context.device)
+    elif first:
+        model, last = resumed(folder, model, config, command.model)
+        result = Trainer(model, config, first, make_task, data, folder, context, settings, last, teacher).fit()
+        draw_curves(folder)
+        folder.write_json("result.json", result)
+    model.to(context.device)
+    if run.resumed and run.has(FILE):
+        ranking = context.on_main(lambda: read_ranking(run.path / FILE))
+    else:
+        choose_kernels(model, settings.lstm_backend, block.batch_size, context, needs_grad=False)
+        images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size, MOST)]
+        hybrids = Hybrids(teacher, model, images, context, settings.autocast(context.device))
+        ranking = rank_blocks(command.rank or "greedy", hybrids)
+        chosen = ranking.choose(*wanted)
+        run.write_json(FILE, {**as_record(ranking), "replaced": chosen})
+        if context.main:
+            save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
+    chosen = ranking.choose(*wanted)
+    cost = ranking.path[len(chosen) - 1]
+    kept = f"{cost.agreement:.2f} % of the teacher's answers stay, KL {cost.kl:.4f}"
+    say(context, f"--replace auto keeps blocks {', '.join(map(str, chosen))}, cheapest by {ranking.rank}: {kept}")
+    for i in sorted(set(range(len(model.blocks))) - set(chosen)):
+        model.blocks[i].attn = copy.deepcopy(teacher.blocks[i].attn)
+        model.blocks[i].load_state_dict(teacher.blocks[i].state_dict())
+    return model, distillation(chosen, command.plan, None, block)
 
 
 def student(

@@ -210,3 +210,24 @@ def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
         logarithmic(axes.yaxis, [p[key] / scale for points in curve.values() for p in points])
     legend_above(figure, axes)
     return figure
+
+
+def cost_of_blocks(ranking: Any, chosen: int) -> Figure:
+    """A ranking of blocks: a bar a block, filled where it is replaced; what the cheapest of them cost together."""
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    bars, path = figure.subplots(1, 2)
+    blocks = sorted(ranking.scores)
+    fills = [COLOURS[0] if i in ranking.order[:chosen] else "white" for i in blocks]
+    bars.bar(blocks, [ranking.scores[i] for i in blocks], color=fills, edgecolor=COLOURS[0])
+    bars.set_xticks(blocks)
+    bars.set(xlabel="block (filled: replaced)", ylabel=f"score, {ranking.rank}")
+    counts = range(1, len(ranking.path) + 1)
+    path.plot(counts, [cost.agreement for cost in ranking.path], **STYLES[0])
+    path.axvline(chosen, color="0.6", ls="--", lw=0.8, zorder=0)
+    path.set_xticks(counts)
+    path.set(xlabel="blocks replaced, cheapest first", ylabel="teacher's answers kept (%)")
+    divergence = path.twinx()
+    divergence.plot(counts, [cost.kl for cost in ranking.path], **STYLES[1])
+    divergence.set_ylabel("KL to the teacher", color=COLOURS[1])
+    path.yaxis.label.set_color(COLOURS[0])
+    return figure

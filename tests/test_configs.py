@@ -28,7 +28,16 @@ from utils.configs import (
 )
 from utils.errors import FarError
 
-NOT_FLAGS = {"mode", "record", "published", "family", "rep_by", "rep_init"}  # in prune.py, which has no --rep-by
+# rep_by and rep_init: in prune.py, which has no such flags.
+NOT_FLAGS = {"aside", "mode", "record", "published", "family", "rep_by", "rep_init"}
+    "aside",
+    "mode",
+    "record",
+    "published",
+    "family",
+    "rep_by",
+    "rep_init",
+}  # in prune.py, which has no --rep-by
 
 
 @pytest.mark.parametrize("config", [ModelConfig, DataConfig, Settings, Optim, Plan, Prediction])

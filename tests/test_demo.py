@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import demo
 import main
@@ -14,6 +15,7 @@ from utils.recipe import Recipe
 
 def test_the_demo_writes_its_summary_page_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "one_image", partial(demo.one_image, seconds=0.05))
     assert demo.demo(["--epochs", "1", "--train-subset", "0.05"]) == 0
     said, run = capsys.readouterr().out, tmp_path / "runs/demo"
     summary = json.loads((run / "summary.json").read_text())

@@ -355,6 +355,7 @@ ELSEWHERE = {  # what a table cannot hold: below, or in the file of its subject
     "test_datasets": "--inat-category",
     "test_unlabelled": "--images-only",
     "test_prune": "--ds-pruned",
+    "test_ranking": "--rank --min-agreement",
 }
 
 

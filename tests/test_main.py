@@ -26,8 +26,8 @@ from tests.conftest import (
     EVAL,
     PLAIN,
     QUIET,
-    ROOT,
     TRAIN,
+    Started,
     image_folder,
     launch,
     run_ranks,
@@ -72,8 +72,8 @@ def test_section_7_torchrun_line_runs_as_written_on_a_fake_imnet(imnet):
 
 
 def test_section_7_single_process_line_runs_with_timms_published_layout(imnet):
-    done = launch(
-        str(ROOT / "main.py"),
+    done = Started(
+        "main.py",
         *"--mode train --rep-by multi-lstm --base-weight tiny.safetensors --batch-size 4".split(),
         *"--block-ft-batch-size 4".split(),
         *SMALL,
@@ -81,7 +81,7 @@ def test_section_7_single_process_line_runs_with_timms_published_layout(imnet):
         "--output-dir",
         "runs/one",
         cwd=imnet,
-    )
+    ).finish()
     assert done.returncode == 0, done.stderr
     state = load(imnet / "runs/one/best.pth", "--test")
     assert state["config"]["replaced"] == tuple(range(12)) and state["config"]["base_model"] == "DeiT-Tiny"

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 import real
-from deploy.speed import ENGINE
+from deploy.speed import ENGINE, one_image
 from tests.test_datasets import solar_cells
 from utils.errors import FarError
 from utils.recipe import Recipe
@@ -22,7 +24,11 @@ def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch,
     shutil.copy(teacher, tmp_path / "runs/real/dinov2.pth")  # a small model where the converted one is kept
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(real, "one_image", partial(one_image, seconds=0.05))
+    monkeypatch.setattr(real, "visualize", lambda config: drawn.append(config) or (Path(), []))  # has tests of its own
     assert real.main(["--input-size", "28", "--epochs", "1", "--all"]) == 0
+    assert all(path.is_file() for path in (drawn[0].base_weight, drawn[0].far_weight, drawn[0].pruned_weight))
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "runs/real/28px/rows.json").read_text())["0"]
     assert set(rows) == {"teacher", *real.SWAPPED, *real.PRUNED}

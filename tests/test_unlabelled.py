@@ -56,7 +56,8 @@ def test_a_folder_of_pictures_is_enough(pictures, teacher, tmp_path):
     reference = create_teacher("DeiT-Micro", 10, 32).eval()
     load_teacher_weights(reference, read(teacher))
     files = sorted(pictures.rglob("*.jpg"))
-    transform = preprocessing(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"]).transform(32)
+    read_as = preprocessing(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"], config.reading)
+    transform = read_as.transform(32)
     batch = torch.stack([transform(registry.read_image(file)) for file in files[::10]])
     with torch.no_grad():
         same = (student(batch).argmax(1) == reference(batch).argmax(1)).sum().item()

@@ -140,6 +140,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 COUNT, SIZE, SEED, EPOCHS = number(int, 0), number(int, 1), number(int, 0, 2**31 - 1), number(int, 0, 9999)
 RATE, SHARE, PART = number(float, 0), number(float, 0, 1), number(float, 0, 1, open_low=True)
+PERCENT = number(float, 0, 100, open_low=True)
 SECONDS, MINUTES = number(float, 0, 86400, open_low=True), number(float, 0, 10080, open_low=True)
 OnOff = argparse.BooleanOptionalAction
 

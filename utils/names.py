@@ -19,6 +19,7 @@ AMP = ("auto", "off", "bf16", "fp16")  # what utils.configs.Settings.autocast kn
 PRECISIONS = ("float32", "bfloat16")  # engine.modes.FUSE
 EXPORTS = ("onnx", "pt2", "safetensors")  # deploy.export.TARGETS
 TABLES = (".csv", ".json")  # deploy.predict.TABLES
+RANKINGS = ("alone", "restore", "greedy", "spacing", "entropy")  # engine.ranking.RANKINGS
 SCORES = ("norm", "carried")  # engine.pruning.SCORES
 REGULARIZERS = (0, 1, 2, 3)  # engine.hoyer.REGULARIZERS
 SENSITIVITY = {"norm": 1.0, "carried": 0.6}  # prune's defaults: two fifths of the digits model's units are weaker

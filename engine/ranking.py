@@ -1,0 +1,202 @@
+"""Which blocks to replace (--replace auto): what each replacement costs the teacher's function, and the cheapest first.
+
+The student's replacements were trained on the teacher's own inputs, so that each is right on its own. A hybrid is the
+teacher with the student's blocks in some places.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.distill import FEATURES, TERMS, find_loss
+from utils.distributed import Context
+from utils.errors import FarError
+from utils.records import read_record
+
+FILE = "ranking.json"  # in a run's folder: what is decided twice is decided alike
+SHARE = 1 / 8  # of the training images are kept out of training: blocks are ranked on them
+MOST = 512  # of those are looked at
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a hybrid loses, over images: KL(teacher || hybrid) in nats, and the teacher's answers that stay in %."""
+
+    kl: float
+    agreement: float
+
+
+class Hybrids:
+    """Measures hybrids of teacher and student, on one device, on this process's batches of images (B, 3, S, S)."""
+
+    def __init__(
+        self,
+        teacher: VisionTransformer,
+        student: VisionTransformer,
+        images: Sequence[Tensor],
+        context: Context,
+        autocast: Callable,
+    ):
+        self.teacher, self.student, self.images = teacher.eval(), student.eval(), images
+        self.context, self.autocast = context, autocast
+        self.depth = len(teacher.blocks)
+
+    def _blocks(self, replaced: Iterable[int]) -> list[nn.Module]:
+        return [(self.student if i in replaced else self.teacher).blocks[i] for i in range(self.depth)]
+
+    @torch.no_grad()
+    def toggled(self, replaced: Iterable[int], blocks: Sequence[int], desc: str = "ranking") -> dict[int, Cost]:
+        """By each of `blocks`: the cost of the hybrid with `replaced` blocks, but that one on the other side."""
+        replaced, model = set(replaced), self.teacher
+        given, hidden = self._blocks(replaced), None if self.context.main else True
+        sums = torch.zeros(len(blocks), 3, dtype=torch.float64, device=self.context.device)
+        for images in tqdm(self.images, desc=desc, unit="batch", leave=False, disable=hidden):
+            with self.autocast():
+                inputs = [model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))]  # (B, N, D)
+                for block in given[:-1]:
+                    inputs.append(block(inputs[-1]))
+                theirs = model(images).double().log_softmax(1)
+                for row, b in enumerate(blocks):
+                    x = inputs[b]
+                    for block in self._blocks(replaced ^ {b})[b:]:
+                        x = block(x)
+                    ours = model.forward_head(model.norm(x)).double().log_softmax(1)
+                    kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+                    same = (ours.argmax(1) == theirs.argmax(1)).sum()
+                    sums[row] += torch.tensor([kl, same, len(images)], dtype=torch.float64, device=sums.device)
+        rows = self.context.sum(sums).tolist()
+        return {b: Cost(max(kl / n, 0.0), 100 * same / n) for b, (kl, same, n) in zip(blocks, rows, strict=True)}
+
+    @torch.no_grad()
+    def entropy(self) -> dict[int, float]:
+        """By block, the entropy of the teacher's attention in nats: mean over images, heads and tokens."""
+        sums = torch.zeros(self.depth, 2, dtype=torch.float64, device=self.context.device)
+
+        def add(row: Tensor, attn: nn.Module, x: Tensor) -> None:
+            b, n, _ = x.shape
+            q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+            weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).float().softmax(-1)
+            entropies = torch.special.entr(weights).sum(-1)  # (B, H, N)
+            row += torch.stack([entropies.double().sum(), entropies.new_tensor(entropies.numel()).double()])
+
+        handles = [
+            block.attn.register_forward_pre_hook(lambda attn, args, row=sums[i]: add(row, attn, args[0]))
+            for i, block in enumerate(self.teacher.blocks)
+        ]
+        for images in self.images:
+            with self.autocast():
+                self.teacher(images)
+        for handle in handles:
+            handle.remove()
+        return {i: total / count for i, (total, count) in enumerate(self.context.sum(sums).tolist())}
+
+
+def alone(hybrids: Hybrids) -> dict[int, float]:
+    """KL with that block alone replaced."""
+    return {i: cost.kl for i, cost in hybrids.toggled((), range(hybrids.depth)).items()}
+
+
+def restore(hybrids: Hybrids) -> dict[int, float]:
+    """By how much KL falls where all blocks are replaced and that one gets its attention back."""
+    every = range(hybrids.depth)
+    without = hybrids.toggled(every, every)
+    most = max(cost.kl for cost in without.values())
+    return {i: most - cost.kl for i, cost in without.items()}
+
+
+def greedy(hybrids: Hybrids) -> dict[int, float]:
+    """KL after each step of taking, by turns, the block that costs least beside those taken."""
+    scores: dict[int, float] = {}
+    while left := [i for i in range(hybrids.depth) if i not in scores]:
+        costs = hybrids.toggled(scores, left, f"ranking {len(scores) + 1}/{hybrids.depth}")
+        best = min(left, key=lambda i: costs[i].kl)
+        scores[best] = max([costs[best].kl, *scores.values()])  # a step that gains something does not come earlier
+    return scores
+
+
+def spacing(hybrids: Hybrids) -> dict[int, float]:
+    """Evenly spread over the depth, whatever is measured: each next block is the farthest from those taken."""
+    order: list[int] = []
+    while left := [i for i in range(hybrids.depth) if i not in order]:
+        ends = (-1, hybrids.depth, *order)
+        order.append(max(left, key=lambda i: min(abs(i - end) for end in ends)))
+    return {i: float(place) for place, i in enumerate(order)}
+
+
+# What --rank names: from hybrids to a score by block, the cheapest to replace lowest. Of equals the first stands first.
+RANKINGS: dict[str, Callable[[Hybrids], dict[int, float]]] = {
+    "alone": alone,
+    "restore": restore,
+    "greedy": greedy,
+    "spacing": spacing,
+    "entropy": Hybrids.entropy,
+}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """scores: by block. order: the blocks, cheapest first. path: the cost of replacing the first 1, 2, ... of them."""
+
+    rank: str
+    scores: dict[int, float]
+    order: tuple[int, ...]
+    path: tuple[Cost, ...]
+
+    def choose(self, count: int | None, min_agreement: float | None) -> tuple[int, ...]:
+        """The first `count` blocks, else as many as keep the agreement. Raises FarError where not even one does."""
+        if min_agreement is not None:
+            kept = [k for k, cost in enumerate(self.path, start=1) if cost.agreement >= min_agreement]
+            if not kept:
+                best = max(self.path, key=lambda cost: cost.agreement)
+                raise FarError(
+                    f"--min-agreement {min_agreement:g}: with {self.path.index(best) + 1} of {len(self.order)} blocks "
+                    f"replaced {best.agreement:.2f} % stay, the most; ask for that, or train stage attn for longer"
+                )
+            count = kept[-1]
+        return tuple(sorted(self.order[:count]))
+
+
+def rank_blocks(name: str, hybrids: Hybrids) -> Ranking:
+    """Ranks all blocks, and measures what the first so many of them cost together."""
+    scores = RANKINGS[name](hybrids)
+    order = tuple(sorted(scores, key=scores.get))
+    path = [hybrids.toggled(order[:k], [i], "costs")[i] for k, i in enumerate(order)]
+    return Ranking(name, scores, order, tuple(path))
+
+
+def as_record(ranking: Ranking) -> dict[str, Any]:
+    return {"ranking": asdict(ranking)}
+
+
+def read_ranking(path: Path) -> Ranking:
+    """What `as_record` holds, from a file. Raises FarError where that is damaged."""
+    record = read_record(path, "ranking")["ranking"]
+    try:
+        scores = {int(i): float(score) for i, score in record["scores"].items()}
+        path_of_costs = tuple(Cost(float(cost["kl"]), float(cost["agreement"])) for cost in record["path"])
+        ranking = Ranking(str(record["rank"]), scores, tuple(map(int, record["order"])), path_of_costs)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FarError(f"{path}: damaged; remove it, and the blocks are ranked again") from error
+    if sorted(ranking.order) != sorted(scores) or len(ranking.path) != len(scores):
+        raise FarError(f"{path}: damaged; remove it, and the blocks are ranked again")
+    return ranking
+
+
+def of_each_block(loss: str) -> str:
+    """The terms of a loss that compare block by block. Raises FarError where there is none.
+
+    The others look at the whole model's answers, by which blocks would depend on one another.
+    """
+    terms = {name: weight for name, weight in find_loss(loss).terms.items() if TERMS[name].reads <= FEATURES}
+    if not terms:
+        raise FarError(
+            f"--train-loss {loss}: compares no block with its teacher's, as --replace auto needs it; add similarity"
+        )
+    return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in terms.items())

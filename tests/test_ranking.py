@@ -1,0 +1,180 @@
+"""--replace auto: what blocks cost against hybrids built by hand, the choice, and the run around it."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import main
+from engine import modes, ranking
+from engine.ranking import RANKINGS, Cost, Hybrids, Ranking, rank_blocks
+from models.deit import create_teacher
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, run_ranks
+from utils.checkpoint import load
+from utils.configs import Settings
+from utils.distributed import Context
+from utils.errors import FarError
+
+PLAIN = Settings().autocast(torch.device("cpu"))
+NOISE = {0: 0.06, 1: 0.002, 2: 0.4, 3: 0.01}  # how far the student's blocks are from its: 1 costs least, then 3, 0, 2
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A teacher with much to say, and the same with noise in the weights of its blocks, in float64."""
+    torch.manual_seed(0)
+    teacher = create_teacher("DeiT-Micro", 6, 32).double().eval()
+    for name, p in teacher.named_parameters():
+        if "weight" in name and p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.2)
+    student = copy.deepcopy(teacher)
+    for i, scale in NOISE.items():
+        for p in student.blocks[i].attn.parameters():
+            p.data += scale * p.std(correction=0) * torch.randn_like(p)
+    return teacher, student
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(3 * torch.randn(5, 12, 3, 32, 32, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def hybrids(pair, images):
+    return Hybrids(*pair, images, Context(), PLAIN)
+
+
+@torch.no_grad()
+def cost_by_hand(pair, images, replaced) -> Cost:
+    teacher, student = pair
+    hybrid = copy.deepcopy(teacher)
+    for i in replaced:
+        hybrid.blocks[i].load_state_dict(student.blocks[i].state_dict())
+    p, q = (model(torch.cat(images)).softmax(1) for model in (teacher, hybrid))
+    kl = sum(sum(a * (a.log() - b.log()) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True))
+    return Cost(kl.item() / len(p), 100 * (p.argmax(1) == q.argmax(1)).double().mean().item())
+
+
+@pytest.mark.parametrize("replaced", [(), (2,), (0, 1, 3), (0, 1, 2, 3)])
+def test_costs_are_those_of_hybrids_built_by_hand(replaced, pair, images, hybrids):
+    for block, cost in hybrids.toggled(replaced, (3, 0, 2)).items():
+        expected = cost_by_hand(pair, images, set(replaced) ^ {block})
+        assert cost.kl == pytest.approx(expected.kl, rel=1e-5, abs=1e-6) and cost.agreement == pytest.approx(
+            expected.agreement
+        )
+
+
+@pytest.mark.parametrize("name", ["alone", "restore", "greedy"])
+def test_blocks_of_known_effect_are_ranked_by_it(name, hybrids):
+    order = rank_blocks(name, hybrids).order
+    # Beside the errors of all the others, what the two best add is less than how it happens to fall.
+    assert order == (1, 3, 0, 2) or name == "restore" and order == (3, 1, 0, 2)
+
+
+def test_greedy_takes_what_brute_force_finds_cheapest_at_each_step(pair, images, hybrids):
+    found, taken = RANKINGS["greedy"](hybrids), []
+    for _ in range(4):
+        costs = {b: cost_by_hand(pair, images, [*taken, b]).kl for b in range(4) if b not in taken}
+        taken.append(min(costs, key=costs.get))
+        assert found[taken[-1]] == pytest.approx(costs[taken[-1]], rel=1e-5)
+    assert list(found) == taken
+
+
+def test_the_path_is_what_the_first_blocks_cost_together(pair, images, hybrids):
+    result = rank_blocks("spacing", hybrids)
+    expected = [cost_by_hand(pair, images, result.order[:k]).agreement for k in range(1, 5)]
+    assert [cost.agreement for cost in result.path] == pytest.approx(expected)
+    assert min(cost.agreement for cost in result.path) < 100
+
+
+def test_entropy_is_that_of_the_attention_weights(pair, images, hybrids):
+    teacher, seen = pair[0], []
+    for block in teacher.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        teacher(torch.cat(images))
+    expected = [-(w * w.log()).sum(-1).mean().item() for w in seen]
+    assert list(hybrids.entropy().values()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "first"), [(12, {3, 7, 11, 0}), (4, {1, 3, 0, 2})])
+def test_spacing_spreads_whatever_is_measured(depth, first):
+    order = sorted(scores := ranking.spacing(type("Deep", (), {"depth": depth})), key=scores.get)
+    assert sorted(order) == list(range(depth))
+    gaps = torch.tensor(sorted([-1, *order[: depth // 2], depth])).diff()
+    assert gaps.max() <= 4, order
+
+
+PATH = (Cost(0.0, 100.0), Cost(0.1, 97.5), Cost(0.2, 98.0), Cost(0.9, 60.0))
+
+
+def test_the_choice_keeps_as_many_as_agree_enough_also_at_equality():
+    ranked = Ranking("greedy", {0: 3.0, 1: 0.0, 2: 2.0, 3: 1.0}, (1, 3, 2, 0), PATH)
+    assert ranked.choose(2, None) == (1, 3)
+    for least, expected in ((98.0, (1, 2, 3)), (98.1, (1,)), (100, (1,)), (10, (0, 1, 2, 3))):
+        assert ranked.choose(None, least) == expected
+    worse = Ranking("greedy", ranked.scores, ranked.order, PATH[1:] + PATH[3:])
+    with pytest.raises(FarError, match=r"--min-agreement 99: with 2 of 4 blocks replaced 98\.00 % stay"):
+        worse.choose(None, 99)
+
+
+RUN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH, *"--epochs 1 --block-ft-epochs 1 --select last".split()]
+AUTO = [*RUN, "--train-loss", "preserve", "--replace", "auto:2"]
+
+
+def test_a_run_ranks_between_its_stages_and_resumes_in_the_middle(teacher, tmp_path, monkeypatch, capsys):
+    flags = [*AUTO, "--base-weight", str(teacher), "--rank", "alone"]
+    assert main.main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
+    assert "stage attn: " in (said := capsys.readouterr().out) and "similarity+squared_error" in said
+    record = json.loads((tmp_path / "whole/ranking.json").read_text())
+    kept = record["replaced"]
+    assert kept == sorted(record["ranking"]["order"][:2]) and (tmp_path / "whole/ranking.png").stat().st_size > 5000
+    whole, before = load(tmp_path / "whole/best.pth", "--t"), load(teacher, "--t")["model"]
+    assert list(whole["config"]["replaced"]) == kept
+    for i in set(range(4)) - set(kept):
+        block = {name: w for name, w in before.items() if name.startswith(f"blocks.{i}.")}
+        assert block and all(torch.equal(whole["model"][name], w) for name, w in block.items())
+
+    def broken(*_):
+        raise RuntimeError("power is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modes, "rank_blocks", broken)
+        with pytest.raises(RuntimeError, match="power"):
+            main.main([*flags, "--output-dir", str(tmp_path / "cut")])
+    assert main.main([*flags, "--output-dir", str(tmp_path / "cut"), "--resume"]) == 0
+    cut = load(tmp_path / "cut/best.pth", "--t")["model"]
+    assert all(torch.equal(cut[name], w) for name, w in whole["model"].items())
+    trained = len((tmp_path / "cut/attn/log.jsonl").read_text().splitlines())
+    assert trained == 2 and "stage attn" not in capsys.readouterr().out.partition("power")[2].partition("keeps")[2]
+
+
+def test_two_processes_choose_alike(teacher, far, tmp_path):
+    flags = ["--base-weight", str(teacher), "--attn-weight", str(far / "best.pth"), "--skip-train-attn"]
+    flags = [*RUN, *flags, "--replace", "auto", "--min-agreement", "0.1"]
+    assert main.main([*flags, "--output-dir", str(tmp_path / "one")]) == 0
+    two = run_ranks("main.py", *flags, "--output-dir", "two", cwd=tmp_path)
+    assert two.returncode == 0 and two.stdout.count("--replace auto keeps blocks") == 1, two
+    one, two = (json.loads((tmp_path / name / "ranking.json").read_text()) for name in ("one", "two"))
+    assert one["replaced"] == two["replaced"] and one["ranking"]["order"] == two["ranking"]["order"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--replace auto", "give either a number of blocks"),
+        ("--replace auto:2 --min-agreement 98", "give either a number of blocks"),
+        ("--replace auto:0", "write auto:8"),
+        ("--replace auto:2 3", "no block beside it"),
+        ("--replace auto:5", "--replace auto:5: this model has 4 blocks"),
+        ("--replace 0-2 --rank alone", "--rank, --min-agreement: choose blocks for --replace auto"),
+        ("--replace auto:2 --train-loss kl", "--train-loss kl: compares no block"),
+        ("--replace auto:2 --skip-train-attn", "ranks trained replacements"),
+        ("--replace auto:2 --dataset wds/x --holdout 0 --train-subset 1", "--replace auto: not with --dataset wds/x"),
+    ],
+)
+def test_what_cannot_be_ranked_is_one_line(flags, said, failure, teacher, tmp_path):
+    assert said in failure(*RUN, "--base-weight", teacher, "--output-dir", tmp_path / "run", *flags.split())
+    assert not (tmp_path / "run").exists()
