@@ -30,14 +30,6 @@ from utils.errors import FarError
 
 # rep_by and rep_init: in prune.py, which has no such flags.
 NOT_FLAGS = {"aside", "mode", "record", "published", "family", "rep_by", "rep_init"}
-    "aside",
-    "mode",
-    "record",
-    "published",
-    "family",
-    "rep_by",
-    "rep_init",
-}  # in prune.py, which has no --rep-by
 
 
 @pytest.mark.parametrize("config", [ModelConfig, DataConfig, Settings, Optim, Plan, Prediction])
