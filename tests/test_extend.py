@@ -14,6 +14,7 @@ from datasets.registry import SOURCES, Digits
 from engine.distill import TERMS, Term
 from engine.hoyer import REGULARIZERS, unit_norms
 from engine.pruning import SCORES
+from engine.ranking import RANKINGS
 from models import kernels
 from models.deit import TEACHERS, Teacher
 from models.kernels.reference import reference
@@ -64,7 +65,12 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
         calls.add("score")
         return {place: torch.ones_like(s) for place, s in unit_norms(parts).items()}
 
+    def last_first(hybrids):
+        calls.add("ranking")
+        return {i: -i for i in range(hybrids.depth)}
+
     for table, name, entry, listed in (
+        (RANKINGS, "last first", last_first, "RANKINGS"),
         (TERMS, "gap", Term(gap, frozenset({"student_logits", "teacher_logits"})), "TERMS"),
         (SCORES, "alike", alike, "SCORES"),
         (REPLACEMENTS, "mean", Mean, "REPLACEMENTS"),
@@ -75,7 +81,7 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
     ):
         monkeypatch.setitem(table, name, entry)
         monkeypatch.setattr(names, listed, (*getattr(names, listed), name))
-    choices = {"score": names.SCORES, "rep_by": names.REPLACEMENTS, "reg": names.REGULARIZERS}
+    choices = {"score": names.SCORES, "rep_by": names.REPLACEMENTS, "reg": names.REGULARIZERS, "rank": names.RANKINGS}
     choices["lstm_backend"] = names.BACKENDS
 
     def reopened(build):
@@ -93,6 +99,7 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
     for rep_by in ("mean", "multi-lstm"):
         argv = ["--mode", "train", *short, *BLOCK_BATCH, *"--block-ft-epochs 1 --lstm-backend slow".split()]
         argv += ["--block-ft-train-loss", "similarity+2*gap", "--rep-by", rep_by]
+        argv += ["--replace", "auto:1", "--rank", "last first"] if rep_by == "multi-lstm" else []
         assert (
             main.main([*argv, "--base-weight", f"{tmp_path}/teacher/best.pth", "--output-dir", f"{tmp_path}/{rep_by}"])
             == 0
@@ -102,6 +109,7 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
     weight = ["--model-path", f"{tmp_path}/multi-lstm/best.pth", "--output-dir", f"{tmp_path}/prune"]
     few = "--ft-epochs 1 --ft-batch-size 64 --keep-ratio 0.5 --reg 4 --score alike".split()
     assert prune.main([*short, *few, *weight]) == 0
+    assert load_model(tmp_path / "multi-lstm/best.pth")[1].replaced == (1,)
     report = json.loads((tmp_path / "prune/prune_report.json").read_text())
     assert report["rows"][-1]["units"] == report["rows"][0]["units"] / 2
-    assert calls == {"replacement", "kernel", "data set", "regularizer", "term", "score"}
+    assert calls == {"replacement", "kernel", "data set", "regularizer", "term", "score", "ranking"}
