@@ -257,7 +257,7 @@ class Data:
             train, val = Subset(train, rest.tolist()), Subset(train, held.tolist())
         self.aside = None
         if train is not None and config.aside:
-            part = share(len(train), config.aside, 1)
+            part = share(len(train), min(1 / 8, config.aside / len(train)), 1)
             rest = np.setdiff1d(np.arange(len(train)), part)
             self.aside, train = Subset(train, part.tolist()), Subset(train, rest.tolist())
         if train is not None and config.train_subset < 1:
@@ -338,9 +338,9 @@ class Data:
     def _val_indices(self) -> range:
         return range(self.context.rank, len(self.val), self.context.world)
 
-    def aside_loader(self, batch_size: int, most: int) -> Loader:
-        """This process's share of the first `most` images kept aside."""
-        indices = range(self.context.rank, min(most, len(self.aside)), self.context.world)
+    def aside_loader(self, batch_size: int) -> Loader:
+        """This process's share of the images kept aside."""
+        indices = range(self.context.rank, len(self.aside), self.context.world)
         return self._loader(Subset(self.aside, indices), batch_size=batch_size)
 
     def val_loader(self, batch_size: int) -> Loader:

@@ -1,6 +1,5 @@
 """The modes of main.py: each opens weights and data, lists its stages, trains and reports."""
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,11 +16,11 @@ from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
-from engine.distill import Distillation
+from engine.distill import Distillation, find_loss
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.ranking import FILE, MOST, SHARE, Hybrids, as_record, of_each_block, rank_blocks, read_ranking
+from engine.ranking import ASIDE, FILE, Hybrids, as_record, loss_of_each_block, rank_blocks, read_ranking
 from engine.stages import Stage, distillation
 from engine.steps import (
     answer_by,
@@ -112,7 +111,8 @@ def run_stages(
     settings = command.settings
     stages = planned(stages, data, settings)
     if command.run.dry_run:
-        show_plan(model, config, stages, make_task, data, command.run, context, settings)
+        more = f", {FILE}, ranking.png, attn/" if choose else ""
+        show_plan(model, config, stages, make_task, data, command.run, context, settings, more)
         return None
     with open_run(command.run, context, data.fingerprint) as run:
         if reference is not None:
@@ -164,7 +164,7 @@ def train(command: ModeCommand, context: Context) -> None:
     attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
     stages, choose = distillation(blocks, command.plan, attn, block), None
     if command.auto is not None:
-        first = [replace(stage, select="last") for stage in stages if stage.parts == "mixing"]
+        first = [of_each_block(stage) for stage in stages if stage.parts == "mixing"]
         stages = [*first, *distillation(blocks[: command.auto or depth], command.plan, None, block)]
         choose = partial(choose_blocks, command, context, config, data, reference, first, block)
     result = run_stages(command, context, model, config, stages, data, reference, choose)
@@ -175,10 +175,19 @@ def train(command: ModeCommand, context: Context) -> None:
 def ranked_command(command: ModeCommand) -> ModeCommand:
     """What --replace auto makes of the other flags. Raises FarError where there would be nothing to rank."""
     plan = command.plan
-    if plan.skip_train_attn and not plan.attn_weight:
+    if not plan.attn_weight and (plan.skip_train_attn or not command.optim.epochs):
         raise FarError("--replace auto: ranks trained replacements; name them with --attn-weight, or train stage attn")
-    plan = plan if plan.skip_train_attn else replace(plan, train_loss=of_each_block(plan.train_loss))
-    return replace(command, plan=plan, data=replace(command.data, aside=SHARE))
+    if not plan.skip_train_attn:
+        loss_of_each_block(plan.train_loss)
+    if not command.block_ft_optim.epochs:
+        raise FarError("--block-ft-epochs 0: --replace auto ends with stage block; set it above 0")
+    return replace(command, data=replace(command.data, aside=ASIDE))
+
+
+def of_each_block(stage: Stage) -> Stage:
+    """The stage with a loss by which no block depends on another."""
+    loss, target = loss_of_each_block(stage.loss), find_loss(stage.loss).compares or stage.target
+    return replace(stage, loss=loss, target=target, select="last")
 
 
 def choose_blocks(
@@ -197,14 +206,14 @@ def choose_blocks(
     first: the stages attn of all blocks, trained in the run's folder attn/ unless an earlier call has; none where
     --attn-weight brings them.
     """
-    settings, folder, wanted = command.settings, run.child("attn"), (command.auto, command.min_agreement)
+    settings, folder = command.settings, run.child("attn") if first else run
 
     def make_task(model: VisionTransformer, stage: Stage, criterion: nn.Module) -> nn.Module:
         return Distillation(model, teacher, stage, criterion, "teacher")
 
     if first and folder.resumed and folder.has("result.json"):
         drop, drop_path = command.model.drop, command.model.drop_path
-        model = load_model(folder.path / "best.pth", "--output-dir", drop, drop_path)[0].to(context.device)
+        model = load_model(folder.path / "best.pth", "--output-dir", drop, drop_path)[0]
     elif first:
         model, last = resumed(folder, model, config, command.model)
         result = Trainer(model, config, first, make_task, data, folder, context, settings, last, teacher).fit()
@@ -212,24 +221,24 @@ def choose_blocks(
         folder.write_json("result.json", result)
     model.to(context.device)
     if run.resumed and run.has(FILE):
-        ranking = context.on_main(lambda: read_ranking(run.path / FILE))
+        ranking = context.on_main(lambda: read_ranking(run.path / FILE, len(model.blocks)))
     else:
         choose_kernels(model, settings.lstm_backend, block.batch_size, context, needs_grad=False)
-        images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size, MOST)]
+        images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size)]
         hybrids = Hybrids(teacher, model, images, context, settings.autocast(context.device))
         ranking = rank_blocks(command.rank or "greedy", hybrids)
-        chosen = ranking.choose(*wanted)
-        run.write_json(FILE, {**as_record(ranking), "replaced": chosen})
-        if context.main:
-            save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
-    chosen = ranking.choose(*wanted)
+        run.write_json(FILE, as_record(ranking))
+    chosen = context.on_main(lambda: ranking.choose(command.auto, command.min_agreement))
+    if context.main:
+        save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
     cost = ranking.path[len(chosen) - 1]
     kept = f"{cost.agreement:.2f} % of the teacher's answers stay, KL {cost.kl:.4f}"
     say(context, f"--replace auto keeps blocks {', '.join(map(str, chosen))}, cheapest by {ranking.rank}: {kept}")
-    for i in sorted(set(range(len(model.blocks))) - set(chosen)):
-        model.blocks[i].attn = copy.deepcopy(teacher.blocks[i].attn)
-        model.blocks[i].load_state_dict(teacher.blocks[i].state_dict())
-    return model, distillation(chosen, command.plan, None, block)
+    hybrid = fresh(command.model, config)
+    hybrid.load_state_dict(teacher.state_dict())
+    for i in chosen:
+        hybrid.blocks[i] = model.blocks[i]
+    return hybrid, distillation(chosen, command.plan, None, block)
 
 
 def student(
@@ -241,6 +250,9 @@ def student(
         model, stored = load_model(weight, "--attn-weight", model_config.drop, model_config.drop_path)
         if stored.num_classes == config.num_classes:
             order_classes(model, stored.classes, config.classes, f"--attn-weight {weight}")
+        if command.auto is not None and replaced_blocks(model) != blocks:
+            held = ", ".join(map(str, replaced_blocks(model)))
+            raise FarError(f"--attn-weight {weight}: has blocks {held} replaced, --replace auto ranks all; name them")
         stored = replace(stored, preprocessing=config.preprocessing, classes=config.classes or stored.classes)
         check_same(weight, replace(config, replaced=blocks), replace(stored, replaced=replaced_blocks(model)))
         if stored.img_size != config.img_size:

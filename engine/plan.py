@@ -1,5 +1,6 @@
 """What a training would do, said before it begins: --dry-run."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from torch import nn
 
 from datasets.loading import Data
 from engine.stages import Stage, select_trainable
-from models.replace import FarConfig, count_parameters, describe, set_backend, swap_attention
+from models.replace import FarConfig, count_parameters, describe, replacements, set_backend, swap_attention
 from utils.configs import RunConfig, Settings
 from utils.distributed import Context
 
@@ -62,8 +63,10 @@ def describe_data(data: Data) -> str:
     classes = f"{data.num_classes} classes" if data.labelled else "no labels"
     shown = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
     where = "" if data.config.dataset == "DIGITS" else f" in {config.root}"
+    aside = f", {len(data.aside):,} to rank blocks on" if data.aside else ""
     return (
-        f"{config.dataset}{where}: {len(data.train):,} training, {len(data.val):,} evaluation images, {classes}{shown}"
+        f"{config.dataset}{where}: {len(data.train):,} training{aside}, {len(data.val):,} evaluation images, "
+        f"{classes}{shown}"
     )
 
 
@@ -76,14 +79,18 @@ def show_plan(
     run: RunConfig,
     context: Context,
     settings: Settings,
+    more: str = "",
 ) -> None:
-    """Prints data, model, stages, memory and files; the model is swapped as the stages would."""
+    """Prints data, model, stages, memory and files; the model is swapped as the stages would. more: files besides."""
     if not context.main:
         return
     lines = [("data", describe_data(data))]
     lines.append(("", f"{rate(data):,.0f} images a second and loader process, {data.workers} of them"))
     lines.append(("model", f"{config.base_model}, {config.img_size} px: {count_parameters(model):,} parameters"))
+    start = copy.deepcopy(model)
     for stage in stages:
+        if set(replacements(model)) - set(stage.swapped):  # behind --replace auto, fewer
+            model = copy.deepcopy(start)
         swap_attention(model, stage.swapped, config.rep_by, settings.rep_init)
         set_backend(model, settings.lstm_backend)
         model.to(context.device)
@@ -101,5 +108,5 @@ def show_plan(
         )
     left = describe(model, config)
     lines.append(("leaves", f"{len(left.replaced)} of {len(model.blocks)} blocks replaced by {config.rep_by}"))
-    lines.append(("files", f"{run.output_dir or f'runs/{run.mode}-<time>'}: {WRITTEN}"))
+    lines.append(("files", f"{run.output_dir or f'runs/{run.mode}-<time>'}: {WRITTEN}{more}"))
     print("\n".join(f"{title:<14}{text}" for title, text in lines), flush=True)

@@ -178,8 +178,7 @@ class Pruning:
         if run.resumed and run.has("result.json"):
             model = self.load(run, "--resume")
             set_backend(model, settings.lstm_backend)
-            measured = self.measure(model) if stage.optim.epochs else before
-            return model, {**measured, "when": AFTER[stage.name]}
+            return model, run.read_json("result.json")
         model, last = resumed(run, model, self.config, self.command.model)
         set_backend(model, settings.lstm_backend)
         measured = before

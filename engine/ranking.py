@@ -21,8 +21,7 @@ from utils.errors import FarError
 from utils.records import read_record
 
 FILE = "ranking.json"  # in a run's folder: what is decided twice is decided alike
-SHARE = 1 / 8  # of the training images are kept out of training: blocks are ranked on them
-MOST = 512  # of those are looked at
+ASIDE = 512  # images, at most an eighth of the training split, on which blocks are ranked
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,8 @@ class Ranking:
                 best = max(self.path, key=lambda cost: cost.agreement)
                 raise FarError(
                     f"--min-agreement {min_agreement:g}: with {self.path.index(best) + 1} of {len(self.order)} blocks "
-                    f"replaced {best.agreement:.2f} % stay, the most; ask for that, or train stage attn for longer"
+                    f"replaced {best.agreement:.2f} % stay, the most; ask for that, in a run of --mode block-distill "
+                    "from this one's replacements (--attn-weight), or train them for longer"
                 )
             count = kept[-1]
         return tuple(sorted(self.order[:count]))
@@ -175,21 +175,21 @@ def as_record(ranking: Ranking) -> dict[str, Any]:
     return {"ranking": asdict(ranking)}
 
 
-def read_ranking(path: Path) -> Ranking:
-    """What `as_record` holds, from a file. Raises FarError where that is damaged."""
-    record = read_record(path, "ranking")["ranking"]
+def read_ranking(path: Path, depth: int) -> Ranking:
+    """What `as_record` holds of a model with so many blocks, from a file. Raises FarError where that is damaged."""
     try:
+        record = read_record(path, "ranking")["ranking"]
         scores = {int(i): float(score) for i, score in record["scores"].items()}
         path_of_costs = tuple(Cost(float(cost["kl"]), float(cost["agreement"])) for cost in record["path"])
         ranking = Ranking(str(record["rank"]), scores, tuple(map(int, record["order"])), path_of_costs)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not list(range(depth)) == sorted(ranking.order) == sorted(scores) or len(ranking.path) != depth:
+            raise ValueError("other blocks")
+    except (AttributeError, KeyError, TypeError, ValueError, FarError) as error:
         raise FarError(f"{path}: damaged; remove it, and the blocks are ranked again") from error
-    if sorted(ranking.order) != sorted(scores) or len(ranking.path) != len(scores):
-        raise FarError(f"{path}: damaged; remove it, and the blocks are ranked again")
     return ranking
 
 
-def of_each_block(loss: str) -> str:
+def loss_of_each_block(loss: str) -> str:
     """The terms of a loss that compare block by block. Raises FarError where there is none.
 
     The others look at the whole model's answers, by which blocks would depend on one another.

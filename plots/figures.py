@@ -212,6 +212,15 @@ def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
     return figure
 
 
+SCORED = {  # what a ranking's scores are
+    "alone": "KL with it alone replaced (nats)",
+    "restore": "KL that its attention saves (nats)",
+    "greedy": "KL with those before it (nats)",
+    "spacing": "turn",
+    "entropy": "entropy of attention (nats)",
+}
+
+
 def cost_of_blocks(ranking: Any, chosen: int) -> Figure:
     """A ranking of blocks: a bar a block, filled where it is replaced; what the cheapest of them cost together."""
     figure = Figure(figsize=(9, 3.3), layout="constrained")
@@ -219,8 +228,11 @@ def cost_of_blocks(ranking: Any, chosen: int) -> Figure:
     blocks = sorted(ranking.scores)
     fills = [COLOURS[0] if i in ranking.order[:chosen] else "white" for i in blocks]
     bars.bar(blocks, [ranking.scores[i] for i in blocks], color=fills, edgecolor=COLOURS[0])
+    logarithmic(bars.yaxis, ranking.scores.values())
     bars.set_xticks(blocks)
-    bars.set(xlabel="block (filled: replaced)", ylabel=f"score, {ranking.rank}")
+    for i, tick in zip(blocks, bars.get_xticklabels(), strict=True):
+        tick.set(fontweight="bold" if i in ranking.order[:chosen] else "normal", color=COLOURS[0])
+    bars.set(xlabel="block (bold, filled: replaced)", ylabel=SCORED.get(ranking.rank, ranking.rank))
     counts = range(1, len(ranking.path) + 1)
     path.plot(counts, [cost.agreement for cost in ranking.path], **STYLES[0])
     path.axvline(chosen, color="0.6", ls="--", lw=0.8, zorder=0)
@@ -228,6 +240,6 @@ def cost_of_blocks(ranking: Any, chosen: int) -> Figure:
     path.set(xlabel="blocks replaced, cheapest first", ylabel="teacher's answers kept (%)")
     divergence = path.twinx()
     divergence.plot(counts, [cost.kl for cost in ranking.path], **STYLES[1])
-    divergence.set_ylabel("KL to the teacher", color=COLOURS[1])
+    divergence.set_ylabel("KL to the teacher (nats)", color=COLOURS[1])
     path.yaxis.label.set_color(COLOURS[0])
     return figure

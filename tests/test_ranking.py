@@ -2,17 +2,22 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import main
+from datasets.loading import Data
 from engine import modes, ranking
-from engine.ranking import RANKINGS, Cost, Hybrids, Ranking, rank_blocks
+from engine.fidelity import fidelity
+from engine.ranking import ASIDE, RANKINGS, Cost, Hybrids, Ranking, as_record, rank_blocks, read_ranking
+from engine.train import Trainer
 from models.deit import create_teacher
-from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, run_ranks
-from utils.checkpoint import load
-from utils.configs import Settings
+from models.replace import load_model
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, image_folder, run_ranks
+from utils.checkpoint import load, save
+from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 from utils.errors import FarError
 
@@ -129,8 +134,8 @@ def test_a_run_ranks_between_its_stages_and_resumes_in_the_middle(teacher, tmp_p
     assert main.main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
     assert "stage attn: " in (said := capsys.readouterr().out) and "similarity+squared_error" in said
     record = json.loads((tmp_path / "whole/ranking.json").read_text())
-    kept = record["replaced"]
-    assert kept == sorted(record["ranking"]["order"][:2]) and (tmp_path / "whole/ranking.png").stat().st_size > 5000
+    kept = sorted(record["ranking"]["order"][:2])
+    assert (tmp_path / "whole/ranking.png").stat().st_size > 5000
     whole, before = load(tmp_path / "whole/best.pth", "--t"), load(teacher, "--t")["model"]
     assert list(whole["config"]["replaced"]) == kept
     for i in set(range(4)) - set(kept):
@@ -158,7 +163,56 @@ def test_two_processes_choose_alike(teacher, far, tmp_path):
     two = run_ranks("main.py", *flags, "--output-dir", "two", cwd=tmp_path)
     assert two.returncode == 0 and two.stdout.count("--replace auto keeps blocks") == 1, two
     one, two = (json.loads((tmp_path / name / "ranking.json").read_text()) for name in ("one", "two"))
-    assert one["replaced"] == two["replaced"] and one["ranking"]["order"] == two["ranking"]["order"]
+    assert one["ranking"]["order"] == two["ranking"]["order"]
+    kept = [load(tmp_path / name / "best.pth", "--t")["config"]["replaced"] for name in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
+def test_what_was_measured_is_what_goes_on(teacher, far, tmp_path, monkeypatch):
+    """Also where the replacements come from a file whose other weights are not the teacher's."""
+    content, seen = load(far / "best.pth", "--t"), []
+    content["model"]["head.bias"] += torch.arange(10)
+    save(tmp_path / "moved.pth", content)
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: seen.append(copy.deepcopy(self.model)) or fit(self))
+    flags = [*RUN, "--base-weight", str(teacher), "--attn-weight", str(tmp_path / "moved.pth"), "--skip-train-attn"]
+    assert main.main([*flags, "--replace", "auto:3", "--output-dir", str(tmp_path / "run")]) == 0
+    path = json.loads((tmp_path / "run/ranking.json").read_text())["ranking"]["path"]
+    config, reference = load_model(teacher)[1], load_model(teacher)[0]
+    data = Data(DataConfig("DIGITS", None, 32, holdout=0.04, aside=ASIDE, num_workers=0), Context(), config.reading)
+    result = fidelity(seen[0], reference, data.aside_loader(64), Context(), PLAIN)
+    assert result["agreement"] == pytest.approx(path[2]["agreement"])
+    assert result["kl"] == pytest.approx(path[2]["kl"], rel=1e-4)
+
+
+def test_images_are_kept_aside_from_all_of_a_sorted_folder_and_never_trained_on(tmp_path):
+    config = DataConfig("FOLDER", image_folder(tmp_path, classes=6, count=20, size=8), 32, num_workers=0)
+    data = Data(replace(config, aside=12), Context())
+    labels = [label for _, batch in data.aside_loader(5) for label in batch.tolist()]
+    assert len(labels) == 12 and len(set(labels)) > 3 and len(Data(replace(config, aside=99), Context()).aside) == 15
+    assert not set(data.aside.data.indices) & set(data.train.data.indices)
+    assert len(data.aside) + len(data.train) == 120
+    shares = [Data(replace(config, aside=12), Context(rank, 5)).aside_loader(2).dataset.indices for rank in range(5)]
+    assert sorted(i for share in shares for i in share) == list(range(12))
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"ranking": {"scores": {"0": 1}}}'])
+def test_a_damaged_ranking_is_told(text, tmp_path):
+    (tmp_path / "ranking.json").write_text(text)
+    with pytest.raises(FarError, match="damaged; remove it, and the blocks are ranked again"):
+        read_ranking(tmp_path / "ranking.json", 4)
+    whole = as_record(Ranking("greedy", {0: 3.0, 1: 0.0, 2: 2.0, 3: 1.0}, (1, 3, 2, 0), PATH))
+    (tmp_path / "ranking.json").write_text(json.dumps(whole))
+    assert as_record(read_ranking(tmp_path / "ranking.json", 4)) == whole
+    with pytest.raises(FarError, match="damaged"):
+        read_ranking(tmp_path / "ranking.json", 12)
+
+
+def test_a_dry_run_says_what_is_left_and_written(teacher, capsys):
+    assert main.main([*AUTO, "--base-weight", str(teacher), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "leaves        2 of 4 blocks" in said and "ranking.json, ranking.png, attn/" in said
+    assert "126 training, 172 to rank blocks on" in said
 
 
 @pytest.mark.parametrize(
@@ -172,6 +226,8 @@ def test_two_processes_choose_alike(teacher, far, tmp_path):
         ("--replace 0-2 --rank alone", "--rank, --min-agreement: choose blocks for --replace auto"),
         ("--replace auto:2 --train-loss kl", "--train-loss kl: compares no block"),
         ("--replace auto:2 --skip-train-attn", "ranks trained replacements"),
+        ("--replace auto:2 --epochs 0", "ranks trained replacements"),
+        ("--replace auto:2 --block-ft-epochs 0", "ends with stage block"),
         ("--replace auto:2 --dataset wds/x --holdout 0 --train-subset 1", "--replace auto: not with --dataset wds/x"),
     ],
 )

@@ -315,7 +315,7 @@ class DataConfig:
         type=number(int, 0, 1024),
     )
     seed: int = Settings.seed
-    aside: float = 0.0  # no flag: the share of the training images that --replace auto ranks blocks on
+    aside: int = 0  # no flag: how many training images --replace auto ranks blocks on, at most an eighth
     nb_classes: int | None = flag(
         None,
         "classes of the model; default: the data set's, which must not be more. Weights of another number get a "
@@ -466,7 +466,8 @@ class ModeCommand(Command):
     )
     rank: str | None = flag(
         None,
-        "--replace auto: what a block costs, on an eighth of the training images, kept out of training. alone: KL "
+        "--replace auto: what a block costs, on an eighth of the training images (at most 512), which stage attn and "
+        "stage block do not see. alone: KL "
         "with it alone replaced; restore: what its attention saves where all are replaced; greedy, the default: by "
         "turns what costs least beside the blocks taken; spacing: spread evenly; entropy: of the teacher's attention",
         "replacement",

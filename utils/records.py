@@ -32,10 +32,18 @@ def read_lines(path: str | Path, place: Sequence[str] = PLACE) -> tuple[list[dic
     return rows, cut
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises FarError on anything else."""
+    record = _parse(_read(path))
+    if not isinstance(record, dict):
+        raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
+    return record
+
+
 def read_record(path: str | Path, part: str = "args") -> dict[str, Any]:
     """A JSON file that holds an object with another one, `part`, in it. Raises FarError on anything else."""
-    record = _parse(_read(path))
-    if not isinstance(record, dict) or not isinstance(record.get(part), dict):
+    record = read_object(path)
+    if not isinstance(record.get(part), dict):
         raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
     return record
 

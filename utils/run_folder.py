@@ -19,7 +19,7 @@ from utils.configs import RunConfig
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.files import check_writable, fingerprint
-from utils.records import read_lines, read_record
+from utils.records import read_lines, read_object, read_record
 
 LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
 # Flags that change where or how fast a run goes, not what it computes: a resumed run may change them.
@@ -88,6 +88,10 @@ class RunFolder:
         if self.context.main:
             text = json.dumps(content, indent=2).encode()
             checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What `write_json` wrote, on every process. Raises FarError where it is damaged."""
+        return self.context.on_main(lambda: read_object(self.path / name))
 
     def rows(self, name: str = "log.jsonl") -> list[dict[str, Any]]:
         """A log's rows; a last line cut by a kill is dropped."""
