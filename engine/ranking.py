@@ -46,6 +46,13 @@ class Hybrids:
         self.teacher, self.student, self.images = teacher.eval(), student.eval(), images
         self.context, self.autocast = context, autocast
         self.depth = len(teacher.blocks)
+        self.known: dict[frozenset[int], Cost] = {}  # by the blocks replaced
+        with torch.no_grad(), autocast():
+            self.answers = [self._log_probabilities(teacher(batch)) for batch in images]
+
+    @staticmethod
+    def _log_probabilities(logits: Tensor) -> Tensor:
+        return logits.double().log_softmax(1)
 
     def _blocks(self, replaced: Iterable[int]) -> list[nn.Module]:
         return [(self.student if i in replaced else self.teacher).blocks[i] for i in range(self.depth)]
@@ -53,25 +60,28 @@ class Hybrids:
     @torch.no_grad()
     def toggled(self, replaced: Iterable[int], blocks: Sequence[int], desc: str = "ranking") -> dict[int, Cost]:
         """By each of `blocks`: the cost of the hybrid with `replaced` blocks, but that one on the other side."""
-        replaced, model = set(replaced), self.teacher
+        replaced, model = frozenset(replaced), self.teacher
         given, hidden = self._blocks(replaced), None if self.context.main else True
-        sums = torch.zeros(len(blocks), 3, dtype=torch.float64, device=self.context.device)
-        for images in tqdm(self.images, desc=desc, unit="batch", leave=False, disable=hidden):
+        new = [b for b in blocks if replaced ^ {b} not in self.known]
+        sums = torch.zeros(len(new), 3, dtype=torch.float64, device=self.context.device)
+        batches = list(zip(self.images, self.answers, strict=True)) if new else []
+        for images, theirs in tqdm(batches, desc=desc, unit="batch", leave=False, disable=hidden):
             with self.autocast():
                 inputs = [model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))]  # (B, N, D)
                 for block in given[:-1]:
                     inputs.append(block(inputs[-1]))
-                theirs = model(images).double().log_softmax(1)
-                for row, b in enumerate(blocks):
+                for row, b in enumerate(new):
                     x = inputs[b]
                     for block in self._blocks(replaced ^ {b})[b:]:
                         x = block(x)
-                    ours = model.forward_head(model.norm(x)).double().log_softmax(1)
+                    ours = self._log_probabilities(model.forward_head(model.norm(x)))
                     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
                     same = (ours.argmax(1) == theirs.argmax(1)).sum()
                     sums[row] += torch.tensor([kl, same, len(images)], dtype=torch.float64, device=sums.device)
-        rows = self.context.sum(sums).tolist()
-        return {b: Cost(max(kl / n, 0.0), 100 * same / n) for b, (kl, same, n) in zip(blocks, rows, strict=True)}
+        rows = self.context.sum(sums).tolist() if new else []
+        for b, (kl, same, n) in zip(new, rows, strict=True):
+            self.known[replaced ^ {b}] = Cost(max(kl / n, 0.0), 100 * same / n)
+        return {b: self.known[replaced ^ {b}] for b in blocks}
 
     @torch.no_grad()
     def entropy(self) -> dict[int, float]:
