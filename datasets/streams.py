@@ -198,7 +198,7 @@ class Streams(Data):
     """Both splits of a stream, named train and validation. tfds/NAME takes the same path, but no test reads one."""
 
     def __init__(self, config: DataConfig, context: Context, model: Preprocessing | None = None, trains: bool = True):
-        self.config, self.context = config, context
+        self.config, self.context, self.aside = config, context, None
         for flag, given in (
             ("--holdout", config.holdout),
             ("--replace auto", config.aside),
