@@ -182,6 +182,13 @@ def share(size: int, part: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(size)[: max(1, round(size * part))])
 
 
+def apart(split: Dataset, part: float, seed: int) -> tuple[Subset, Subset]:
+    """A fixed random share of a split, and the rest."""
+    held = share(len(split), part, seed)
+    rest = np.setdiff1d(np.arange(len(split)), held)
+    return Subset(split, held.tolist()), Subset(split, rest.tolist())
+
+
 def filled(names: Sequence[str], count: int) -> tuple[str, ...]:
     """`count` names: those given, then "class 3" and so on, skipping any that are taken."""
     free = (name for k in itertools.count(len(names)) if (name := f"class {k}") not in names)
@@ -252,14 +259,10 @@ class Data:
             log.warning("%s", skipping(f"--data-path {shown(root)}", skipped))
 
         if config.holdout:  # evaluate on a share of the training split, so that the evaluation split stays unseen
-            held = share(len(train), config.holdout, 0)
-            rest = np.setdiff1d(np.arange(len(train)), held)
-            train, val = Subset(train, rest.tolist()), Subset(train, held.tolist())
+            val, train = apart(train, config.holdout, 0)
         self.aside = None
         if train is not None and config.aside:
-            part = share(len(train), min(1 / 8, config.aside / len(train)), 1)
-            rest = np.setdiff1d(np.arange(len(train)), part)
-            self.aside, train = Subset(train, part.tolist()), Subset(train, rest.tolist())
+            self.aside, train = apart(train, min(1 / 8, config.aside / len(train)), 1)
         if train is not None and config.train_subset < 1:
             train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):
@@ -293,7 +296,7 @@ class Data:
     def answer(self, answers: Iterable[int], num_classes: int) -> None:
         """Replaces the labels of this process's share by a model's predictions, in `val_loader`'s order."""
         self.num_classes = num_classes
-        self.val = Answered(self.val, dict(zip(self._val_indices(), answers, strict=True)))
+        self.val = Answered(self.val, dict(zip(self._indices(self.val), answers, strict=True)))
 
     @property
     def workers(self) -> int:
@@ -335,14 +338,14 @@ class Data:
         loader.batch_sampler.start, loader.batch_sampler.epoch = start, epoch
         return loader
 
-    def _val_indices(self) -> range:
-        return range(self.context.rank, len(self.val), self.context.world)
+    def _indices(self, split: Dataset) -> range:
+        """This process's share of a split: every image once over all processes, none twice."""
+        return range(self.context.rank, len(split), self.context.world)
 
     def aside_loader(self, batch_size: int) -> Loader:
         """This process's share of the images kept aside."""
-        indices = range(self.context.rank, len(self.aside), self.context.world)
-        return self._loader(Subset(self.aside, indices), batch_size=batch_size)
+        return self._loader(Subset(self.aside, self._indices(self.aside)), batch_size=batch_size)
 
     def val_loader(self, batch_size: int) -> Loader:
-        """This process's share of the evaluation split: every image once over all processes, none twice."""
-        return self._loader(Subset(self.val, self._val_indices()), batch_size=batch_size)
+        """This process's share of the evaluation split."""
+        return self._loader(Subset(self.val, self._indices(self.val)), batch_size=batch_size)

@@ -25,6 +25,7 @@ from engine.stages import Stage, distillation
 from engine.steps import (
     answer_by,
     check_backend,
+    load_best,
     load_data,
     load_far,
     load_labelled,
@@ -148,7 +149,7 @@ def teacher(command: ModeCommand, context: Context) -> None:
 
 def train(command: ModeCommand, context: Context) -> None:
     """--mode train and block-distill: swap, then the stages of distillation."""
-    if command.auto is not None:
+    if command.ranks:
         command = ranked_command(command)
     data, known, weights = start(command, context)
     config = taught(command, known, data)
@@ -156,16 +157,16 @@ def train(command: ModeCommand, context: Context) -> None:
     reference = load_teacher(weights, config)
     answer_by(reference, data, command.settings, context)
     depth = len(reference.blocks)
-    blocks = parse_blocks("all" if command.auto is not None else command.replace, depth)
-    if command.auto and command.auto > depth:
-        raise FarError(f"--replace auto:{command.auto}: this model has {depth} blocks; give a smaller number")
+    blocks = parse_blocks("all" if command.ranks else command.replace, depth)
+    if command.keep and command.keep > depth:
+        raise FarError(f"--replace auto:{command.keep}: this model has {depth} blocks; give a smaller number")
     model, config = student(command, context, reference, config, blocks)
     block = command.scaled(command.block_ft_optim, context.world)
     attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
     stages, choose = distillation(blocks, command.plan, attn, block), None
-    if command.auto is not None:
+    if command.ranks:
         first = [of_each_block(stage) for stage in stages if stage.parts == "mixing"]
-        stages = [*first, *distillation(blocks[: command.auto or depth], command.plan, None, block)]
+        stages = [*first, *distillation(blocks[: command.keep], command.plan, None, block)]
         choose = partial(choose_blocks, command, context, config, data, reference, first, block)
     result = run_stages(command, context, model, config, stages, data, reference, choose)
     if result:
@@ -212,8 +213,7 @@ def choose_blocks(
         return Distillation(model, teacher, stage, criterion, "teacher")
 
     if first and folder.resumed and folder.has("result.json"):
-        drop, drop_path = command.model.drop, command.model.drop_path
-        model = load_model(folder.path / "best.pth", "--output-dir", drop, drop_path)[0]
+        model = load_best(folder, command.model, "--resume")
     elif first:
         model, last = resumed(folder, model, config, command.model)
         result = Trainer(model, config, first, make_task, data, folder, context, settings, last, teacher).fit()
@@ -228,7 +228,7 @@ def choose_blocks(
         hybrids = Hybrids(teacher, model, images, context, settings.autocast(context.device))
         ranking = rank_blocks(command.rank or "greedy", hybrids)
         run.write_json(FILE, as_record(ranking))
-    chosen = context.on_main(lambda: ranking.choose(command.auto, command.min_agreement))
+    chosen = context.on_main(lambda: ranking.choose(command.keep, command.min_agreement))
     if context.main:
         save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
     cost = ranking.path[len(chosen) - 1]
@@ -250,7 +250,7 @@ def student(
         model, stored = load_model(weight, "--attn-weight", model_config.drop, model_config.drop_path)
         if stored.num_classes == config.num_classes:
             order_classes(model, stored.classes, config.classes, f"--attn-weight {weight}")
-        if command.auto is not None and replaced_blocks(model) != blocks:
+        if command.ranks and replaced_blocks(model) != blocks:
             held = ", ".join(map(str, replaced_blocks(model)))
             raise FarError(f"--attn-weight {weight}: has blocks {held} replaced, --replace auto ranks all; name them")
         stored = replace(stored, preprocessing=config.preprocessing, classes=config.classes or stored.classes)

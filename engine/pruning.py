@@ -18,6 +18,7 @@ from engine.stages import Stage
 from engine.steps import (
     answer_by,
     check_backend,
+    load_best,
     load_data,
     load_far,
     load_teacher,
@@ -29,7 +30,7 @@ from engine.steps import (
 from engine.train import Trainer
 from models.count import count_all
 from models.parts import BlockPart, Place
-from models.replace import describe, load_model, mlps, pack, replacements, set_backend
+from models.replace import describe, mlps, pack, replacements, set_backend
 from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names, terminal
 from utils.arguments import Latency
@@ -152,7 +153,7 @@ class Pruning:
             if command.sweep:
                 report["sweep"] = []
                 for ratio in command.sweep:
-                    model = self.load(folder, "--output-dir")
+                    model = load_best(folder, command.model, "--output-dir").to(context.device)
                     _, (pruned, tuned) = self.prune(run.child(f"keep-{ratio:g}"), model, ratio)
                     report["sweep"].append({"keep_ratio": ratio, "pruned_acc1": pruned["acc1"], **tuned})
                 if context.main:
@@ -176,7 +177,7 @@ class Pruning:
         """
         settings, context = self.settings, self.context
         if run.resumed and run.has("result.json"):
-            model = self.load(run, "--resume")
+            model = load_best(run, self.command.model, "--resume").to(context.device)
             set_backend(model, settings.lstm_backend)
             return model, run.read_json("result.json")
         model, last = resumed(run, model, self.config, self.command.model)
@@ -191,11 +192,6 @@ class Pruning:
         row = {**measured, "when": AFTER[stage.name]}
         run.write_json("result.json", row)
         return model, row
-
-    def load(self, run: RunFolder, flag: str) -> torch.nn.Module:
-        """What a finished training handed on."""
-        drop, drop_path = self.command.model.drop, self.command.model.drop_path
-        return load_model(run.path / "best.pth", flag, drop, drop_path)[0].to(self.context.device)
 
     def prune(self, run: RunFolder, model, ratio: float | None) -> tuple[torch.nn.Module, list[dict]]:
         """Selects, refits, shrinks and fine-tunes. Returns the model and what was measured after each training."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.distill import FEATURES, TERMS, find_loss
+from models.features import attention_inputs, attention_weights, embed
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.records import read_record
@@ -67,7 +68,7 @@ class Hybrids:
         batches = list(zip(self.images, self.answers, strict=True)) if new else []
         for images, theirs in tqdm(batches, desc=desc, unit="batch", leave=False, disable=hidden):
             with self.autocast():
-                inputs = [model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))]  # (B, N, D)
+                inputs = [embed(model, images)]
                 for block in given[:-1]:
                     inputs.append(block(inputs[-1]))
                 for row, b in enumerate(new):
@@ -87,23 +88,12 @@ class Hybrids:
     def entropy(self) -> dict[int, float]:
         """By block, the entropy of the teacher's attention in nats: mean over images, heads and tokens."""
         sums = torch.zeros(self.depth, 2, dtype=torch.float64, device=self.context.device)
-
-        def add(row: Tensor, attn: nn.Module, x: Tensor) -> None:
-            b, n, _ = x.shape
-            q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-            weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).float().softmax(-1)
-            entropies = torch.special.entr(weights).sum(-1)  # (B, H, N)
-            row += torch.stack([entropies.double().sum(), entropies.new_tensor(entropies.numel()).double()])
-
-        handles = [
-            block.attn.register_forward_pre_hook(lambda attn, args, row=sums[i]: add(row, attn, args[0]))
-            for i, block in enumerate(self.teacher.blocks)
-        ]
         for images in self.images:
             with self.autocast():
-                self.teacher(images)
-        for handle in handles:
-            handle.remove()
+                for i, x in attention_inputs(self.teacher, images, range(self.depth)).items():
+                    weights = attention_weights(self.teacher.blocks[i].attn, x)  # (B, H, N, N)
+                    entropies = torch.special.entr(weights.double()).sum(-1)
+                    sums[i] += torch.stack([entropies.sum(), entropies.new_tensor(entropies.numel())])
         return {i: total / count for i, (total, count) in enumerate(self.context.sum(sums).tolist())}
 
 

@@ -105,6 +105,11 @@ def load_far(source: FarSource, model_config: ModelConfig) -> tuple[Path, Vision
     return path, model, config
 
 
+def load_best(run: RunFolder, model_config: ModelConfig, flag: str) -> VisionTransformer:
+    """What a finished training handed on."""
+    return load_model(run.path / "best.pth", flag, model_config.drop, model_config.drop_path)[0]
+
+
 def check_backend(config: FarConfig, settings: Settings, context: Context) -> None:
     """Raises FarError where --lstm-backend cannot compute what replaces attention."""
     REPLACEMENTS[config.rep_by].check_backend(settings.lstm_backend, context.device)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -43,6 +44,11 @@ def take_z(block: nn.Module) -> Tensor | None:
     return vars(block.attn.proj).pop("z", None)
 
 
+def embed(model: VisionTransformer, images: Tensor) -> Tensor:
+    """What enters the first block, (B, N, D)."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
 def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[int], answers: bool = True) -> Features:
     """A forward pass, keeping inputs, z and outputs of the named blocks.
 
@@ -52,7 +58,7 @@ def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[
     seen = Features(None, {}, {}, {})
     depth = len(model.blocks) if answers else 1 + max(blocks, default=-1)
     with keeping_z(model, blocks):
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))  # (B, N, D)
+        x = embed(model, images)
         for i, block in enumerate(islice(model.blocks, depth)):
             before, x = x, block(x)
             z = take_z(block)  # compiled ones all leave it
@@ -66,3 +72,17 @@ def forward_blocks(model: VisionTransformer, inputs: dict[int, Tensor]) -> Featu
     with keeping_z(model, inputs):
         output = {i: model.blocks[i](x) for i, x in inputs.items()}
         return Features(None, inputs, {i: take_z(model.blocks[i]) for i in inputs}, output)
+
+
+def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
+    """What enters each block's attention (or its replacement): norm1 of the running state, (B, N, D)."""
+    with torch.no_grad():
+        seen = forward_features(model, images, blocks)
+        return {i: model.blocks[i].norm1(x) for i, x in seen.inputs.items()}
+
+
+def attention_weights(attn: nn.Module, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of timm's attention on x (B, N, D): (B, H, N, N), rows summing to 1."""
+    b, n, _ = x.shape
+    q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    return (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(-1)

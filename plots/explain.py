@@ -3,14 +3,12 @@
 All maps are over tokens, class token first. Models are put in eval mode by the caller.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-
-from models.features import forward_features
 
 
 def integrated_gradients(model: VisionTransformer, images: Tensor, classes: Tensor, steps: int = 32) -> Tensor:
@@ -32,20 +30,6 @@ def integrated_gradients(model: VisionTransformer, images: Tensor, classes: Tens
             logits = model(point).gather(1, classes[:, None])
             gradient += torch.autograd.grad(logits.sum(), point)[0] / steps
     return ((images - baseline) * gradient).sum(1)
-
-
-def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:
-    """What enters each block's attention (or its replacement): norm1 of the running state, (B, N, D)."""
-    with torch.no_grad():
-        seen = forward_features(model, images, blocks)
-        return {i: model.blocks[i].norm1(x) for i, x in seen.inputs.items()}
-
-
-def attention_weights(attn: nn.Module, x: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) of timm's attention on x (B, N, D): (B, H, N, N), rows summing to 1."""
-    b, n, _ = x.shape
-    q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    return (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(-1)
 
 
 def token_similarity(z: Tensor) -> Tensor:

@@ -18,17 +18,10 @@ from datasets.images import find_files, read_image, shown
 from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, photographs
 from models import kernels
-from models.features import forward_features
+from models.features import attention_inputs, attention_weights, forward_features
 from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
 from models.weights import load_any
-from plots.explain import (
-    attention_inputs,
-    attention_weights,
-    influence,
-    integrated_gradients,
-    rank_correlation,
-    token_similarity,
-)
+from plots.explain import influence, integrated_gradients, rank_correlation, token_similarity
 from plots.figures import save_figure
 from plots.map_figures import Row, importance_maps, signed, token_matrices
 from plots.page import Section, write_page

@@ -138,7 +138,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen | Started,
     """Until the condition holds; fails where the process ends first."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end
+        if process.poll() is not None or time.monotonic() >= end:
+            said = getattr(process, "said", None) or (lambda: process.communicate(timeout=10)[0])
+            raise AssertionError(said())
         time.sleep(0.01)
 
 

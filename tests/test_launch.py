@@ -160,14 +160,15 @@ sys.exit(run_script(main.main))
     assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
 
 
-def test_what_all_ranks_meet_is_told_once_and_last(tmp_path):
-    flags = ["--data-path", "nowhere"]
+def test_what_all_ranks_meet_is_told_once_an_attempt_and_last(tmp_path):
+    flags, restarts = ["--data-path", "nowhere"], 1
     command = torchrun(*"--mode teacher --dataset FOLDER --scale Micro --device cpu --output-dir run".split(), *flags)
+    command.insert(command.index(MAIN), f"--max-restarts={restarts}")
     done = launch(*command, cwd=tmp_path)
     lines = done.stderr.splitlines()
     said = [k for k, line in enumerate(lines) if "error: " in line and (flags[0] in line)]
-    assert len(said) == 1 and said[0] == len(lines) - 2, done.stderr  # below it a line of = signs alone
-    assert said[0] > lines.index("Root Cause (first observed failure):") and not (tmp_path / "run").exists()
+    assert len(said) == 1 + restarts and said[-1] == len(lines) - 2, done.stderr  # below it a line of = signs alone
+    assert said[-1] > lines.index("Root Cause (first observed failure):") and not (tmp_path / "run").exists()
 
 
 def test_a_process_that_does_not_come_is_missed_after_the_time_given(short, tmp_path):

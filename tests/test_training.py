@@ -61,7 +61,9 @@ def uninterrupted(long, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_run_stopped_mid_epoch_ends_bit_equal_after_resume(number, code, long, uninterrupted, tmp_path):
     job = Started("main.py", *long, "--output-dir", "run", cwd=tmp_path)
     wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 5, job)

@@ -60,6 +60,7 @@ def test_idle_threads_sleep_soon_so_that_two_trainings_share_the_cores(tmp_path,
     assert "GOMP_SPINCOUNT = '5000'" in done.stderr  # as libgomp read it
     program = "import os, main; print(os.environ['GOMP_SPINCOUNT'])"
     assert launch("-c", program, cwd=tmp_path, GOMP_SPINCOUNT="7").stdout == "7\n"
+    assert launch("-c", program.replace("main", "demo"), cwd=tmp_path).stdout == "10000\n"
 
 
 FAULTS = """

@@ -18,8 +18,9 @@ import visualization
 from datasets.registry import photographs
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
+from models.features import attention_weights
 from models.replace import FarConfig, build, pack, swap_attention
-from plots.explain import attention_weights, influence, integrated_gradients, rank_correlation, z_of
+from plots.explain import influence, integrated_gradients, rank_correlation, z_of
 from plots.figures import fidelity_by_block, logarithmic, plain, training_curves
 from plots.map_figures import Row, importance_maps, signed, token_matrices
 from plots.page import Section, write_page

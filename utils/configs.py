@@ -467,9 +467,9 @@ class ModeCommand(Command):
     rank: str | None = flag(
         None,
         "--replace auto: what a block costs, on an eighth of the training images (at most 512), which stage attn and "
-        "stage block do not see. alone: KL "
-        "with it alone replaced; restore: what its attention saves where all are replaced; greedy, the default: by "
-        "turns what costs least beside the blocks taken; spacing: spread evenly; entropy: of the teacher's attention",
+        "stage block do not see. alone: KL with it alone replaced; restore: what its attention saves where all are "
+        "replaced; greedy, the default: by turns what costs least beside the blocks taken; spacing: spread evenly; "
+        "entropy: of the teacher's attention",
         "replacement",
         choices=names.RANKINGS,
     )
@@ -498,19 +498,24 @@ class ModeCommand(Command):
 
     def __post_init__(self):
         words = " ".join(self.replace)
-        if self.auto is None:
+        if not self.ranks:
             if self.rank or self.min_agreement:
                 raise FarError("--rank, --min-agreement: choose blocks for --replace auto; give that too")
         elif not re.fullmatch("auto(:[1-9][0-9]{0,5})?", words):
             raise FarError(f"--replace {words}: write auto:8, or auto with --min-agreement, and no block beside it")
-        elif bool(self.auto) == bool(self.min_agreement):
+        elif bool(self.keep) == bool(self.min_agreement):
             raise FarError(f"--replace {words}: give either a number of blocks, auto:8, or --min-agreement PERCENT")
 
     @property
-    def auto(self) -> int | None:
-        """How many blocks --replace auto:K keeps, 0 where --min-agreement says; None: the blocks are named."""
-        kind, _, count = " ".join(self.replace).partition(":")
-        return None if not kind.startswith("auto") else int(count) if count.isdecimal() else 0
+    def ranks(self) -> bool:
+        """Whether the blocks are chosen by a ranking, --replace auto, and not named."""
+        return self.replace[0].startswith("auto")
+
+    @property
+    def keep(self) -> int | None:
+        """The K of --replace auto:K; None where --min-agreement says how many."""
+        count = self.replace[0].partition(":")[2]
+        return int(count) if self.ranks and count else None
 
     @property
     def far(self) -> FarSource:
