@@ -16,6 +16,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from deploy.onnx_scan import hidden_states
 from deploy.packed import structure_faults, without_scales
 from models.kernels import Cell, CellKind
 from models.merged import Merged
@@ -27,6 +28,7 @@ OPSET = 20  # with GELU as one operator
 OPSETS = (17, onnx.defs.onnx_opset_version())  # from 17 on there is LayerNormalization
 # kind of cell: ONNX's name, ONNX's order of torch's gates, attributes
 CELLS = {"lstm": ("LSTM", (0, 3, 1, 2), {}), "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1})}
+SCANNED = "mingru"  # the kind of cell that ONNX does not have
 
 
 class Graph:
@@ -71,9 +73,19 @@ class Graph:
         """0 keeps a size, -1 is what is left."""
         return self.node("Reshape", name, x, self.shape(*sizes))
 
+    def tokens(self, name: str, x: str, start: int, end: int) -> str:
+        """Some tokens of (N, B, ...)."""
+        return self.node("Slice", name, x, self.shape(start), self.shape(end), self.shape(0))
+
     def first(self, x: str) -> str:
         """The class token of (N, B, ...), (1, B, ...)."""
-        return self.node("Slice", f"{x}/class-token", x, self.shape(0), self.shape(1), self.shape(0))
+        return self.tokens(f"{x}/class-token", x, 0, 1)
+
+    def split(self, name: str, x: str, sizes: Sequence[int]) -> list[str]:
+        """(N, B, sum of sizes) along the last axis."""
+        parts = [f"{name}{k}" for k in range(len(sizes))]
+        self.node("Split", name, x, self.shape(*sizes), outputs=parts, axis=2)
+        return parts
 
     def recurrent(self, name: str, x: str, kind: CellKind, cells: Sequence[Cell], way: str, last: bool = False) -> str:
         """Cells of one size, one a direction, on x (N, B, d): hidden states (N, directions, B, u), or the last ones."""
@@ -129,40 +141,56 @@ def _joined(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tens
     return value, torch.cat(columns)
 
 
-def _class_token(graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged) -> list[Piece]:
+def _by_cell(values: Sequence[str], cells: Sequence[Cell]) -> list[list[Piece]]:
+    """By head, the hidden states of its two cells."""
+    units = torch.arange(sum(cell.units for cell in cells)).split([cell.units for cell in cells])
+    pieces = [Piece(value, [columns]) for value, columns in zip(values, units, strict=True)]
+    return [pieces[k : k + 2] for k in range(0, len(pieces), 2)]
+
+
+def _class_token(graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged) -> list[list[Piece]]:
     """Of the class token alone, the first: a forward cell sees nothing else, a backward one ends with it."""
-    pieces, start = [], 0
+    values = []
     for k, cell in enumerate(maps.cells):
         way, x = (("forward", fronts), ("reverse", xs))[k % 2]
         title = f"{name}/head{k // 2}/{maps.kind.name}/{way}"
-        value = graph.recurrent(title, x[k // 2], maps.kind, [cell], way, last=True)
-        pieces.append(Piece(value, [torch.arange(start, start := start + cell.units)]))
-    return pieces
+        values.append(graph.recurrent(title, x[k // 2], maps.kind, [cell], way, last=True))
+    return _by_cell(values, maps.cells)
 
 
-def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool) -> str:
+def _scanned(
+    graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged, tokens: int
+) -> list[list[Piece]]:
+    """minGRUs, of which `_class_token` holds too where there are `fronts`."""
+    cells, values = maps.cells, [""] * len(maps.cells)
+    forward = hidden_states(graph, f"{name}/forward", fronts or xs, cells[::2], 1 if fronts else tokens, False)
+    reverse = hidden_states(graph, f"{name}/reverse", xs, cells[1::2], tokens, True)
+    for r, value in enumerate((forward, graph.first(reverse) if fronts else reverse)):
+        values[r::2] = graph.split(f"{value}/head", value, [cell.units for cell in cells[r::2]])
+    return _by_cell(values, cells)
+
+
+def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool, tokens: int) -> str:
     """Merged maps of recurrent cells on x (N, B, D)."""
 
     def sources(x: str) -> list[str]:
-        if not maps.pre:
-            return [x] * maps.num_heads
-        heads = [f"{x}/head{h}" for h in range(maps.num_heads)]
-        sizes = graph.shape(*[maps.cells[0].weight_ih.shape[1]] * maps.num_heads)
-        graph.node("Split", f"{x}/heads", x, sizes, outputs=heads, axis=2)
-        return heads
+        d = maps.cells[0].weight_ih.shape[1]
+        return graph.split(f"{x}/head", x, [d] * maps.num_heads) if maps.pre else [x] * maps.num_heads
 
     x = graph.linear(f"{name}/pre_proj", x, *maps.pre) if maps.pre else x
-    xs, by_head, start = sources(x), [], 0
-    if last:
-        pieces = _class_token(graph, name, xs, sources(graph.first(x)), maps)
-        by_head = [pieces[k : k + 2] for k in range(0, len(pieces), 2)]
-    for h in range(0 if last else maps.num_heads):
+    xs, by_head, start, scanned = sources(x), [], 0, maps.kind.name == SCANNED
+    fronts = sources(graph.first(x)) if last else []
+    if scanned:
+        by_head = _scanned(graph, name, xs, fronts, maps, tokens)
+    elif last:
+        by_head = _class_token(graph, name, xs, fronts, maps)
+    for h in range(0 if by_head else maps.num_heads):
         pair = maps.cells[2 * h : 2 * h + 2]
         by_head.append(_head(graph, f"{name}/head{h}/{maps.kind.name}", xs[h], maps.kind, pair, start))
         start += sum(cell.units for cell in pair)
 
     def join(title: str, pieces: list[Piece]) -> tuple[str, Tensor]:
-        if not last:
+        if not (last or scanned):
             return _joined(graph, title, pieces)
         value = graph.node("Concat", f"{title}/hidden", *(piece.value for piece in pieces), axis=2)
         return value, torch.cat([piece.columns[0] for piece in pieces])
@@ -216,7 +244,7 @@ def find_faults(model: VisionTransformer) -> str:
     """Which part has no form in this graph, in words; empty where all have."""
     for index, attn in replacements(model).items():
         maps = attn.maps()
-        if maps is None or maps.kind.name not in CELLS:
+        if maps is None or maps.kind.name not in (*CELLS, SCANNED):
             return f"block {index}: {type(attn).__name__}"
     return next(structure_faults(model), "")
 
@@ -227,7 +255,8 @@ def _block(graph: Graph, model: VisionTransformer, index: int, x: str) -> str:
     normed = graph.norm(f"{name}/norm1", x, block.norm1)
     if index in replaced:  # merged in float64, so that only what is written is rounded
         maps = copy.deepcopy(replaced[index]).double().maps()
-        y = _recurrence(graph, name, maps, normed, last)
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        y = _recurrence(graph, name, maps, normed, last, tokens)
     else:
         y = _attention(graph, name, block.attn, normed, last)
     x = graph.node("Add", f"{name}/mixed", graph.first(x) if last else x, y)

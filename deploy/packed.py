@@ -11,14 +11,14 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from models import kernels
-from models.kernels import cpu
+from models.kernels import Cell, cpu
 from models.merged import Merged, hooked, plain, refuse_loading
+from models.mingru import MinGRUCell
 from models.parts import Mlp, Replacement
 from models.replace import replacements
 from utils.errors import FarError
 
-LAYOUT = 2  # that of kernels/cpp/model.h
+LAYOUT = 3  # that of kernels/cpp/model.h
 NONE = [0, 0, 0, 0]  # the record of a map that is not there
 
 
@@ -72,44 +72,55 @@ class Packer:
         b = w.new_zeros(len(w)) if b is None else b
         return [self.depth(w.shape[1]), len(w), self.panels(w, self.panel), self.rows(b[None])]
 
-    def gates(self, w: Tensor) -> Tensor:
-        """Rows (4 u, m) in torch's order, gate by gate, to (4 U, m), unit block by unit block."""
-        w = w.unflatten(0, (4, -1))
-        w = F.pad(w, (0, 0, 0, -w.shape[1] % self.v)).unflatten(1, (-1, self.v))
-        return w.transpose(0, 1).flatten(0, 2)
+    def gates(self, w: Tensor, count: int) -> Tensor:
+        """Rows (G u, m), gate by gate, to (G, U, m), padded to whole vectors."""
+        w = w.unflatten(0, (count, -1))
+        return F.pad(w, (0, 0, 0, -w.shape[1] % self.v))
 
-    def cell(self, w_ih: Tensor, w_hh: Tensor, bias: Tensor) -> list[int]:
+    def interleaved(self, w: Tensor) -> Tensor:
+        """Rows (4 u, m) in torch's order, gate by gate, to (4 U, m), unit block by unit block."""
+        return self.gates(w, 4).unflatten(1, (-1, self.v)).transpose(0, 1).flatten(0, 2)
+
+    def min_gru(self, cell: MinGRUCell) -> list[int]:
+        """As `lstm`, of a minGRU, which has no W_hh."""
+        w, bias = (self.gates(t, 2).flatten(0, 1) for t in (cell.weight_ih, cell.bias_ih[:, None]))
+        return [self.panels(w, self.panel), 0, self.rows(bias.t())]
+
+    def lstm(self, cell: Cell) -> list[int]:
         """Places of W_ih, W_hh and the bias of one direction (CellPlan)."""
-        recurrent = self.gates(w_hh).t()  # (u, 4 U)
+        recurrent = self.interleaved(cell.weight_hh).t()  # (u, 4 U)
         if self.half:
             recurrent = F.pad(recurrent, (0, 0, 0, self.depth(len(recurrent)) - len(recurrent)))
             recurrent = recurrent.unflatten(0, (-1, 2)).transpose(1, 2)
         return [
-            self.panels(self.gates(w_ih), 4 * self.v),
+            self.panels(self.interleaved(cell.weight_ih), 4 * self.v),
             self.matrix(recurrent),
-            self.rows(self.gates(bias[:, None]).t()),
+            self.rows(self.interleaved((cell.bias_ih + cell.bias_hh)[:, None]).t()),
         ]
 
 
+# By kind of cell: how the engine's cells are packed.
+PACKED = {"lstm": Packer.lstm, "mingru": Packer.min_gru}
+
+
 def _recurrence(packer: Packer, maps: Merged) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
-    """Of a block with LSTMs: [heads, depth, mixed], cell records, head records, `before` and `out` as one record.
+    """Of a block with cells: [heads, gates, depth, mixed], cell and head records, `before` and `out` as one record.
 
     Packed in the order of use, in which products fetch ahead.
     """
     before = packer.map(*maps.pre) if maps.pre else NONE
     depth = maps.cells[0].weight_ih.shape[1]
-    cells, column = [], 0
+    cells, column, pack_cell = [], 0, PACKED[maps.kind.name]
     for i, cell in enumerate(maps.cells):
         start = i // 2 * depth if maps.pre else 0
-        places = packer.cell(cell.weight_ih, cell.weight_hh, cell.bias_ih + cell.bias_hh)
-        cells.append([cell.units, i % 2, start, column, *places])
+        cells.append([cell.units, i % 2, start, column, *pack_cell(packer, cell)])
         column += cell.units
     heads, start = [], 0
     for h, (weight, bias) in enumerate(maps.heads):
         heads.append([start, h * len(weight), *packer.map(weight, bias)])
         start += weight.shape[1]
     cells.sort(key=lambda cell: -cell[0])
-    return [0, packer.depth(depth), column], cells, heads, before + packer.map(*maps.out)
+    return [0, maps.kind.gates, packer.depth(depth), column], cells, heads, before + packer.map(*maps.out)
 
 
 def _attention(packer: Packer, attn: Attention) -> tuple[list[int], list, list, list[int]]:
@@ -119,7 +130,8 @@ def _attention(packer: Packer, attn: Attention) -> tuple[list[int], list, list, 
     scale = torch.ones_like(b)
     scale[: attn.attn_dim] = attn.scale
     before = packer.map(w * scale[:, None], b * scale)
-    return [attn.num_heads, attn.head_dim, attn.attn_dim], [], [], before + packer.map(attn.proj.weight, attn.proj.bias)
+    maps = before + packer.map(attn.proj.weight, attn.proj.bias)
+    return [attn.num_heads, 0, attn.head_dim, attn.attn_dim], [], [], maps
 
 
 def _write_plan(packer: Packer, model: VisionTransformer) -> list[int]:
@@ -148,8 +160,8 @@ def _write_plan(packer: Packer, model: VisionTransformer) -> list[int]:
             records[-1] += packer.map(part.weight, part.bias)
     start += sum(map(len, records))
     for record in records:
-        record[5] += start
-        record[7] += start
+        record[6] += start
+        record[8] += start
     plan = header + [number for record in records for number in record] + behind
     return [LAYOUT, packer.v, int(packer.half), 4 + len(plan), *plan]
 
@@ -209,10 +221,10 @@ def _attention_faults(attn: nn.Module, dim: int) -> Iterator[str]:
 
 def _replacement_faults(attn: Replacement) -> Iterator[str]:
     maps = attn.maps()
-    if maps is None or maps.kind != kernels.LSTM:
+    if maps is None or maps.kind.name not in PACKED:
         yield f"{type(attn).__name__} in attention's place"
     elif maps.backend not in ("auto", "cpu"):
-        yield f"its LSTMs are asked of --lstm-backend {maps.backend}"
+        yield f"its cells are asked of --lstm-backend {maps.backend}"
 
 
 def structure_faults(model: nn.Module) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The multi-head bidirectional GRU (Cho et al., arXiv 1406.1078): three gates, no cell state, fewer weights."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ def _step(inputs: Tensor, recurrent: Tensor, states: Sequence[Tensor]) -> Sequen
     return ((1 - z) * n + z * states[0],)
 
 
-def _stock(tokens: Tensor, zero: Tensor, weights: list[Tensor]) -> Tensor:
+def _layer(tokens: Tensor, zero: Tensor, weights: list[Tensor]) -> Tensor:
     return torch._VF.gru(tokens, zero, weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
 
 
-GRU = kernels.CellKind("gru", 3, 1, _step, _stock)
+GRU = kernels.CellKind("gru", 3, 1, _step, partial(kernels.by_head, _layer))
 
 
 class DirectionGRU(Direction):

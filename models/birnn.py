@@ -18,19 +18,17 @@ class Direction(nn.Module):
 
     def __init__(self, input_size: int, units: int):
         super().__init__()
-        rows = self.kind.gates * units
-        self.weight_ih = nn.Parameter(torch.empty(rows, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(rows, units))
-        self.bias_ih = nn.Parameter(torch.zeros(rows))
-        self.bias_hh = nn.Parameter(torch.zeros(rows))
+        columns = {"weight_ih": [input_size], "weight_hh": [units]}
+        for name in self.kind.cell._fields:
+            setattr(self, name, nn.Parameter(torch.zeros(self.kind.gates * units, *columns.get(name, []))))
         self.reset_parameters()
 
     @property
     def units(self) -> int:
-        return self.weight_hh.shape[1]
+        return len(self.bias_ih) // self.kind.gates
 
     def cell(self) -> kernels.Cell:
-        return kernels.Cell(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return self.kind.cell(*(getattr(self, name) for name in self.kind.cell._fields))
 
     def by_gate(self, weight: Tensor) -> Tensor:
         """(G u, ...) as (G, u, ...), a view."""
@@ -39,12 +37,10 @@ class Direction(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Xavier input weights, orthogonal recurrence gate by gate, biases zero."""
-        for w in self.weight_ih.chunk(self.kind.gates):
-            nn.init.xavier_uniform_(w)
-        for w in self.weight_hh.chunk(self.kind.gates):
-            nn.init.orthogonal_(w)
-        nn.init.zeros_(self.bias_hh)
-        nn.init.zeros_(self.bias_ih)
+        starts = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}
+        for name, weight in self.named_parameters():
+            for rows in weight.chunk(self.kind.gates):
+                starts.get(name, nn.init.zeros_)(rows)
 
     def remember_up_to(self, tokens: int) -> None:
         """Chrono initialisation of the biases: time constants spread between 1 and `tokens` - 1."""
@@ -56,10 +52,9 @@ class Direction(nn.Module):
         return (torch.cat(rows, dim=2) == 0).all(2).all(0)
 
     def keep(self, index: Tensor) -> None:
-        rows = [self.by_gate(w)[:, index].flatten(0, 1) for w in self.cell()]
-        rows[1] = rows[1][:, index]
-        for name, w in zip(kernels.Cell._fields, rows, strict=True):
-            setattr(self, name, shrunk(getattr(self, name), w))
+        for name, weight in list(self.named_parameters()):
+            rows = self.by_gate(weight)[:, index].flatten(0, 1)
+            setattr(self, name, shrunk(weight, rows[:, index] if name == "weight_hh" else rows))
 
 
 class MultiHeadBiRNN(Replacement):
@@ -78,6 +73,11 @@ class MultiHeadBiRNN(Replacement):
         # Its name in every checkpoint, whichever the cells are.
         self.lstm = nn.ModuleList(nn.ModuleList(self.direction(self.width, u) for u in pair) for pair in units)
         self.head_proj = nn.ModuleList(nn.Linear(sum(pair), self.width) for pair in units)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the cells read their own hidden state, by a W_hh."""
+        return "weight_hh" in self.direction.kind.cell._fields
 
     @property
     def width(self) -> int:
@@ -154,7 +154,7 @@ class MultiHeadBiRNN(Replacement):
                 yield (h, r), direction, columns[r]
 
     def unit_norms(self) -> dict[Place, Tensor]:
-        """s_j: the gates' rows of W_ih, W_hh and both biases, the columns of W_hh and of head_proj.
+        """s_j: the gates' rows of all weights, W_hh's where the cells have one, the columns of W_hh and of head_proj.
 
         An entry of W_hh that joins a unit with itself lies in its row and its column, and counts once. Places of one
         size are stacked: on a GPU each operation costs its launch, and a DeiT-Base has 288 places.
@@ -166,12 +166,14 @@ class MultiHeadBiRNN(Replacement):
         for entries in by_size.values():
             places, directions, readouts = zip(*entries, strict=True)
             cells = zip(*(direction.cell() for direction in directions), strict=True)
-            w_ih, w_hh, b_ih, b_hh = (torch.stack(w).unflatten(1, (self.direction.kind.gates, -1)) for w in cells)
-            square_hh = w_hh.square()  # (P, G, u, u)
-            squares = w_ih.square().sum((1, 3)) + (b_ih.square() + b_hh.square()).sum(1)
+            square = [torch.stack(w).square().unflatten(1, (self.direction.kind.gates, -1)) for w in cells]
+            cell = self.direction.kind.cell(*square)  # of squares, (P, G, u, ...)
+            squares = cell.weight_ih.sum((1, 3)) + sum(w for w in cell if w.dim() == 3).sum(1)
             squares = squares + torch.stack(readouts).square().sum(1)
-            recurrent = square_hh.sum((1, 3)) + square_hh.sum((1, 2)) - square_hh.diagonal(dim1=2, dim2=3).sum(1)
-            norms.update(zip(places, safe_root(squares + recurrent).unbind(), strict=True))
+            if self.recurrent:
+                w_hh = cell.weight_hh
+                squares = squares + (w_hh.sum((1, 3)) + w_hh.sum((1, 2)) - w_hh.diagonal(dim1=2, dim2=3).sum(1))
+            norms.update(zip(places, safe_root(squares).unbind(), strict=True))
         return dict(sorted(norms.items()))
 
     def dead_units(self) -> dict[Place, Tensor]:
@@ -188,18 +190,19 @@ class MultiHeadBiRNN(Replacement):
             proj.in_features = proj.weight.shape[1]
 
     def consumers(self) -> list[Consumers]:
-        """head_proj reads both directions of a head, the gates read their own direction, a step later."""
+        """head_proj reads both directions of a head, W_hh its own direction, a step later."""
         consumers = []
         for h, (pair, proj) in enumerate(zip(self.lstm, self.head_proj, strict=True)):
-            gates = [(cell.weight_hh, cell.bias_hh, [(h, r)]) for r, cell in enumerate(pair)]
+            gates = [(cell.weight_hh, cell.bias_hh, [(h, r)]) for r, cell in enumerate(pair) if self.recurrent]
             both = [(h, 0), (h, 1)]
             consumers.append(Consumers(both, proj, [(proj.weight, proj.bias, both), *gates]))
         return consumers
 
     def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
         def held(units: int) -> int:
-            """Parameters of W_ih, W_hh and two biases, and the units' columns of head_proj."""
-            return self.direction.kind.gates * units * (self.width + units + 2) + self.width * units
+            """Parameters of a direction of so many units, and their columns of head_proj."""
+            row = self.width + 1 + (units + 1 if self.recurrent else 0)
+            return self.direction.kind.gates * units * row + self.width * units
 
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())
 

@@ -26,9 +26,11 @@ SECONDS = 0.2  # each kernel is timed
 def compute(name: str, attn: nn.Module, p: Tensor, needs_grad: bool) -> list[Tensor]:
     """Hidden states of a layer's cells for p (B, N, H, d); with needs_grad the gradients of p and the weights too."""
     inputs = [t.detach().requires_grad_(needs_grad) for t in (p, *(w for cell in attn.cells() for w in cell))]
-    cells = [kernels.Cell(*inputs[i : i + 4]) for i in range(1, len(inputs), 4)]
+    kind = attn.direction.kind
+    each = len(kind.cell._fields)
+    cells = [kind.cell(*inputs[i : i + each]) for i in range(1, len(inputs), each)]
     with torch.set_grad_enabled(needs_grad):
-        hidden = kernels.KERNELS[name].run(attn.direction.kind, inputs[0], cells)
+        hidden = kernels.KERNELS[name].run(kind, inputs[0], cells)
     if not needs_grad:
         return [hidden]
     grad = torch.linspace(-1, 1, hidden.numel(), device=p.device, dtype=p.dtype).view_as(hidden)

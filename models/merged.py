@@ -112,7 +112,7 @@ class MergedBiRNN(nn.Module):
         b, n, dim = x.shape
         h = self.num_heads  # with pre_proj merged each of them reads all of x, which is not copied
         p = F.linear(x, *self.pre).view(b, n, h, dim // h) if self.pre else x.unsqueeze(2).expand(b, n, h, dim)
-        hidden = kernels.compute(self.backend, self.kind, p, [kernels.Cell(*cell) for cell in self.cells])
+        hidden = kernels.compute(self.backend, self.kind, p, [self.kind.cell(*cell) for cell in self.cells])
         hidden = hidden if tokens is None else hidden[:, :tokens]
         if self.heads:
             parts = hidden.split([w.shape[1] for w, _ in self.heads], dim=2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM, SingleLSTM
 from models.deit import check_size, create_teacher, find_teacher
+from models.mingru import MultiHeadBiMinGRU
 from models.mixer import TokenMixer
 from models.parts import BlockPart, Mlp, Replacement
 from models.vit import classifiers
@@ -25,6 +26,7 @@ REPLACEMENTS: dict[str, type[Replacement]] = {
     "multi-lstm": MultiHeadBiLSTM,
     "lstm": SingleLSTM,
     "gru": MultiHeadBiGRU,
+    "mingru": MultiHeadBiMinGRU,
     "mixer": TokenMixer,
 }
 BLOCKS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a block, or a range of them

@@ -86,17 +86,13 @@ def test_refitted_weights_are_those_of_a_regression_written_out(rep_by):
         sizes = old.sizes[h]
         stays = [np.isin(np.arange(u), kept[i, h, r].numpy()) for r, u in enumerate(sizes)]
         pieces = np.split(units, [sizes[0]], axis=1)
-        gates = [
-            (old.lstm[h][r].weight_hh, old.lstm[h][r].bias_hh, new.lstm[h][r].weight_hh, new.lstm[h][r].bias_hh)
-            for r in (0, 1)
-        ]
         read = (old.head_proj[h].weight, old.head_proj[h].bias, new.head_proj[h].weight, new.head_proj[h].bias)
-        rows = [old.lstm[h][r].by_gate(torch.arange(len(gates[r][1])))[:, kept[i, h, r]].flatten() for r in (0, 1)]
-        for values, stay, (w, b, w_new, b_new), row in (
-            (units, np.concatenate(stays), read, slice(None)),
-            (pieces[0], stays[0], gates[0], rows[0]),
-            (pieces[1], stays[1], gates[1], rows[1]),
-        ):
+        readers = [(units, np.concatenate(stays), read, slice(None))]
+        for r in (0, 1) if old.recurrent else ():
+            a, b = old.lstm[h][r], new.lstm[h][r]
+            rows = a.by_gate(torch.arange(len(a.bias_hh)))[:, kept[i, h, r]].flatten()
+            readers.append((pieces[r], stays[r], (a.weight_hh, a.bias_hh, b.weight_hh, b.bias_hh), rows))
+        for values, stay, (w, b, w_new, b_new), row in readers:
             coefficients, constants = guess(values, stay)
             w, b = w.detach().numpy(), b.detach().numpy()
             expected = w[:, stay] + w[:, ~stay] @ coefficients.T

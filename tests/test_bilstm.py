@@ -7,6 +7,7 @@ from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.kernels import KERNELS, LSTM
+from models.mingru import MultiHeadBiMinGRU
 from models.replace import REPLACEMENTS, FarConfig, build, describe, pack, parse_blocks, replaced_blocks, swap_attention
 from utils.errors import FarError
 
@@ -51,7 +52,7 @@ def test_a_gru_head_equals_torchs():
         assert relative_error(m(x), expected) < 1e-12
 
 
-@pytest.mark.parametrize("kind", [MultiHeadBiLSTM, MultiHeadBiGRU])
+@pytest.mark.parametrize("kind", [MultiHeadBiLSTM, MultiHeadBiGRU, MultiHeadBiMinGRU])
 @pytest.mark.parametrize("units", RAGGED)
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_torchs_kernel_matches_the_reference_forward_and_backward(kind, units, tokens):

@@ -33,11 +33,13 @@ def randomize(model: VisionTransformer) -> VisionTransformer:
     return model.eval().requires_grad_(False)
 
 
-def vit(dim: int, heads: int, replaced=(0, 1), units=None, size: int = 32, patch: int = 8, depth: int = 2, **kwargs):
+def vit(
+    dim: int, heads: int, replaced=(0, 1), units=None, rep_by="multi-lstm", size=32, patch=8, depth: int = 2, **kwargs
+):
     """A short vision transformer of any width."""
     shape = {"img_size": size, "patch_size": patch, "embed_dim": dim, "num_heads": heads, "depth": depth}
     model = VisionTransformer(**shape, **{"num_classes": 10, **kwargs})
-    swap_attention(model, replaced, "multi-lstm", units=units)
+    swap_attention(model, replaced, rep_by, units=units)
     return randomize(model)
 
 
@@ -76,6 +78,11 @@ MODELS = {
     "registers": lambda: vit(64, 2, reg_tokens=4, no_embed_class=True, qkv_bias=True, class_token=True),
     "layer scale": lambda: vit(64, 2, replaced=(0,), init_values=0.1, reg_tokens=2),
     "many tokens": lambda: vit(64, 2, replaced=(0,), size=64, patch=4),
+    "mingru": lambda: vit(192, 3, rep_by="mingru"),
+    "ragged mingru": lambda: micro(rep_by="mingru"),
+    "few units of mingru": lambda: vit(192, 3, rep_by="mingru", units={"0": [[2, 1]] * 3, "1": [[1, 3]] * 3}),
+    "odd width of mingru": lambda: vit(60, 3, (0,), {"0": [[20, 7], [3, 1], [19, 20]]}, "mingru", reg_tokens=0),
+    "many tokens of mingru": lambda: vit(64, 2, (1,), rep_by="mingru", size=64, patch=4),
 }
 
 
@@ -88,10 +95,11 @@ def test_logits_are_the_unfused_models(name):
         assert relative_error(model, engine(images), images) < 1e-5
 
 
+@pytest.mark.parametrize("rep_by", ["multi-lstm", "mingru"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 3, 8, 13])
-def test_every_batch_and_number_of_threads_gives_the_same(batch, threads):
-    model, before = micro(), torch.get_num_threads()
+def test_every_batch_and_number_of_threads_gives_the_same(batch, threads, rep_by):
+    model, before = micro(rep_by=rep_by), torch.get_num_threads()
     images = images_for(model, batch)
     try:
         torch.set_num_threads(threads)
@@ -105,7 +113,7 @@ def test_every_batch_and_number_of_threads_gives_the_same(batch, threads):
 def test_every_build_gives_the_same(build, monkeypatch):
     operators = cpu.load(BUILDS[build])
     monkeypatch.setattr(cpu, "load", lambda flags: operators)
-    for model in (micro(), vit(192, 3, replaced=(0,), units={"0": [[64, 1], [17, 40], [3, 64]]})):
+    for model in (micro(), micro(rep_by="mingru"), vit(192, 3, (0,), {"0": [[64, 1], [17, 40], [3, 64]]})):
         engine, images = PackedModel(model), images_for(model, 3)
         got = operators.model(images, engine.plan, engine.vectors, engine.products, engine.num_classes)
         assert relative_error(model, got, images) < 1e-5
@@ -170,10 +178,12 @@ def test_what_it_cannot_compute_is_refused_in_one_line(images, said):
         PackedModel(micro())(images)
 
 
-@pytest.mark.parametrize("replaced", [(), (0, 1, 2, 3)])
+@pytest.mark.parametrize(
+    ("replaced", "rep_by"), [((), "multi-lstm"), ((0, 1, 2, 3), "multi-lstm"), ((0, 1, 2, 3), "mingru")]
+)
 @pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
-def test_nan_and_infinity_pass_through_and_stay_in_their_image(replaced, precision):
-    model = micro(replaced, units={})
+def test_nan_and_infinity_pass_through_and_stay_in_their_image(replaced, rep_by, precision):
+    model = micro(replaced, units={}, rep_by=rep_by)
     engine, images = PackedModel(model, precision), images_for(model, 3)
     expected = engine(images)
     for bad in (float("nan"), float("inf")):
@@ -194,7 +204,8 @@ def test_attention_far_beyond_what_exp_can_hold_is_right():
 
 def test_models_share_scratch_memory_without_a_trace():
     """Large and small models in turn, each after one that left NaNs behind."""
-    engines = [PackedModel(MODELS[name]()) for name in ("tiny", "ragged", "odd width", "many tokens")]
+    names = ("tiny", "ragged", "odd width", "many tokens", "odd width of mingru", "mingru")
+    engines = [PackedModel(MODELS[name]()) for name in names]
     pairs = [(engine, torch.randn(2, *engine.shape)) for engine in engines]
     expected = [engine(images) for engine, images in pairs]
     for (engine, images), logits in zip(pairs, expected, strict=True):
@@ -242,8 +253,9 @@ def test_a_model_packed_for_another_cpu_is_refused_and_not_misread():
         torch.load(buffer, weights_only=False)
 
 
-def test_a_damaged_plan_is_refused_and_never_followed():
-    engine, images = PackedModel(micro()), torch.randn(1, 3, 32, 32)
+@pytest.mark.parametrize("rep_by", ["multi-lstm", "mingru"])
+def test_a_damaged_plan_is_refused_and_never_followed(rep_by):
+    engine, images = PackedModel(micro(rep_by=rep_by)), torch.randn(1, 3, 32, 32)
     sound = engine.plan.clone()
     for place in range(0, len(sound), 3):
         for value in (-1, 2**40):
@@ -307,6 +319,7 @@ REFUSED = {
     "an adapter on an MLP": lambda: adapted("blocks", "1", "mlp", "fc2"),
     "an adapter on attention": lambda: adapted("blocks", "2", "attn", "qkv"),
     "an adapter on a replacement": lambda: adapted("blocks", "3", "attn", "pre_proj"),
+    "GRU": lambda: build(FarConfig("DeiT-Micro", 10, 32, rep_by="gru", replaced=(0,))),
     "token mixer": lambda: build(FarConfig("DeiT-Micro", 10, 32, rep_by="mixer", replaced=(0,))),
     "float64": lambda: micro().double(),
     "average pooling": lambda: vit(64, 2, global_pool="avg", class_token=False),

@@ -40,6 +40,8 @@ KINDS = {
     "teacher": {"mlp": {"2": 100}},
     "one head": {"replaced": ALL, "rep_by": "lstm"},
     "gru": {"replaced": ALL, "rep_by": "gru", "units": UNLIKE},
+    "mingru": {"replaced": ALL, "rep_by": "mingru", "units": UNLIKE},
+    "merged mingru": {"replaced": (0, 3), "rep_by": "mingru", "units": SMALL},
 }
 
 

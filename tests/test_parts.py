@@ -53,12 +53,16 @@ def test_a_fused_models_macs_are_those_that_torch_counts(rep_by):
     assert count_macs(model) == counter.get_total_flops() // 2
 
 
-def test_a_gru_is_refused_by_kernels_for_lstms_before_a_run():
+@pytest.mark.parametrize("rep_by", ["gru", "mingru"])
+def test_other_cells_are_refused_by_kernels_for_lstms_before_a_run(rep_by):
     for backend in ("cpu", "triton"):
         with pytest.raises(FarError, match=f"--lstm-backend {backend}: computes LSTMs; use auto or torch"):
-            REPLACEMENTS["gru"].check_backend(backend, CPU)
+            REPLACEMENTS[rep_by].check_backend(backend, CPU)
     for backend in ("auto", "torch", "reference"):
-        REPLACEMENTS["gru"].check_backend(backend, CPU)
+        REPLACEMENTS[rep_by].check_backend(backend, CPU)
+
+
+def test_what_the_engine_lacks_is_refused_in_bfloat16():
     with pytest.raises(FarError, match="--fuse bfloat16: MultiHeadBiGRU in attention's place; use --fuse float32"):
         fuse(model_of("gru").float(), torch.bfloat16)
 
@@ -76,9 +80,12 @@ def test_a_replacement_without_a_part_of_the_interface_cannot_be_made(missing):
         type("Incomplete", (Replacement,), members)(64, 2, 65)
 
 
-@pytest.mark.parametrize(("train", "compiler"), [(False, "inductor"), (True, "aot_eager")])
-def test_a_whole_model_compiles_as_one_graph_with_its_gradients(train, compiler, monkeypatch):
-    model = build(FarConfig("DeiT-Micro", 10, 32, replaced=(0, 2, 3))).train(train).requires_grad_(train)
+@pytest.mark.parametrize(
+    ("rep_by", "train", "compiler"),
+    [("multi-lstm", False, "inductor"), ("multi-lstm", True, "aot_eager"), ("mingru", True, "aot_eager")],
+)
+def test_a_whole_model_compiles_as_one_graph_with_its_gradients(rep_by, train, compiler, monkeypatch):
+    model = build(FarConfig("DeiT-Micro", 10, 32, rep_by, replaced=(0, 2, 3))).train(train).requires_grad_(train)
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
     monkeypatch.setattr(cpu, "_build", None)  # the operators are there; a trace hashes and builds nothing

@@ -14,6 +14,7 @@ from models.bigru import DirectionGRU
 from models.bilstm import DirectionLSTM
 from models.count import count_macs
 from models.deit import create_teacher
+from models.mingru import DirectionMinGRU
 from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
 from tests.conftest import EVAL, QUIET, Started, run_ranks, wait_for
 from utils.checkpoint import load
@@ -28,7 +29,7 @@ SMALL = [
 ]
 
 
-RECURRENT = pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
+RECURRENT = pytest.mark.parametrize("rep_by", ["multi-lstm", "gru", "mingru"])
 
 
 def ragged(rep_by="multi-lstm"):
@@ -50,9 +51,11 @@ def group_by_hand(attn, h, r, j):
     gates = len(lstm.bias_ih) // u
     for gate in range(gates):
         row = gate * u + j
-        group += [*lstm.weight_ih[row], *lstm.weight_hh[row], lstm.bias_ih[row], lstm.bias_hh[row]]
-        group += [lstm.weight_hh[gate * u + k, j] for k in range(u) if k != j]
-    assert gates == {DirectionLSTM: 4, DirectionGRU: 3}[type(lstm)]
+        group += [*lstm.weight_ih[row], lstm.bias_ih[row]]
+        if gates > 2:  # a minGRU has no W_hh
+            group += [*lstm.weight_hh[row], lstm.bias_hh[row]]
+            group += [lstm.weight_hh[gate * u + k, j] for k in range(u) if k != j]
+    assert gates == {DirectionLSTM: 4, DirectionGRU: 3, DirectionMinGRU: 2}[type(lstm)]
     return torch.stack([*group, *proj[:, j + (attn.lstm[h][0].units if r else 0)]])
 
 
@@ -121,9 +124,10 @@ def test_shrinking_zeroed_units_keeps_the_output(rep_by):
             attn, u = model.blocks[block].attn, len(s)
             lstm, gone = attn.lstm[h][r], (~stay).nonzero().flatten()
             rows = (torch.arange(len(lstm.bias_ih) // u)[:, None] * u + gone).flatten()
-            for w in (lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh):
+            for name, w in lstm.named_parameters():
                 w[rows] = 0
-            lstm.weight_hh[:, gone] = 0
+                if name == "weight_hh":
+                    w[:, gone] = 0
             attn.head_proj[h].weight[:, gone + (attn.lstm[h][0].units if r else 0)] = 0
             kept[block, h, r] = stay.nonzero().flatten()
         for (block,), s in hoyer.unit_norms(mlps(model)).items():

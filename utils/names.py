@@ -2,7 +2,7 @@
 
 MODELS = ("DeiT-Tiny", "DeiT-Small", "DeiT-Base", "DeiT-Micro")  # models.deit.TEACHERS
 SCALES = {name.removeprefix("DeiT-"): name for name in MODELS}
-REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mixer")  # models.replace.REPLACEMENTS
+REPLACEMENTS = ("multi-lstm", "lstm", "gru", "mingru", "mixer")  # models.replace.REPLACEMENTS
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")  # models.kernels.BACKENDS
 # datasets.registry.SOURCES
 DATASETS = (

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from models.kernels import cpu, gpu
-from models.kernels.cells import LSTM, Cell, CellKind, Task
+from models.kernels.cells import LSTM, Cell, CellKind, Task, by_head
 from models.kernels.reference import reference
-from models.kernels.stock import stock
 from utils.errors import FarError
 
 
@@ -36,9 +35,13 @@ def _anything(task: Task) -> str:
     return ""
 
 
+def _stock(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+    return kind.stock(x, cells)
+
+
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(reference, _anything),
-    "torch": Kernel(stock, _anything),
+    "torch": Kernel(_stock, _anything),
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
 }
@@ -69,9 +72,9 @@ def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> T
     In the weights' own precision whatever autocast says: the state sums over N tokens.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(cells[0].weight_hh.dtype)
+        x = x.to(cells[0].weight_ih.dtype)
         task = Task(kind, x.device, x.dtype, max(cell.units for cell in cells))
         return KERNELS[choose(backend, task)].run(kind, x, cells)
 
 
-__all__ = ["BACKENDS", "KERNELS", "LSTM", "Cell", "CellKind", "Kernel", "Task", "check", "choose", "compute"]
+__all__ = ["BACKENDS", "KERNELS", "LSTM", "Cell", "CellKind", "Kernel", "Task", "by_head", "check", "choose", "compute"]

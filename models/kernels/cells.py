@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,6 +22,10 @@ class Cell(NamedTuple):
     def units(self) -> int:
         return self.weight_hh.shape[1]
 
+    def recurrent(self, hidden: Tensor) -> Tensor:
+        """What the hidden state (B, u) adds to the gates, (B, G u)."""
+        return hidden @ self.weight_hh.T + self.bias_hh
+
 
 @dataclass(frozen=True)
 class CellKind:
@@ -28,14 +34,54 @@ class CellKind:
     gates: G, rows of the weights a unit; all are of torch's order.
     states: tensors (B, u) that pass from token to token, the hidden state first.
     step: (from the input (B, G u), from the hidden state (B, G u), states) to the next states, differentiable.
-    stock: torch's own, bidirectional, batch first: (tokens (B, N, d), zero state (2, B, u), 8 weights) to (B, N, 2 u).
+    stock: by torch's own operators, (x, cells) to hidden as in `models.kernels`, differentiable.
+    cell: the type of its weights.
     """
 
     name: str
     gates: int
     states: int
     step: Callable[[Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor]]
-    stock: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+    stock: Callable[[Tensor, Sequence[Any]], Tensor]
+    cell: type = Cell
+
+
+def padded(tensor: Tensor, u: int, width: int, columns: bool) -> Tensor:
+    """(G u, m) -> (G width, m'), gate by gate; a padded unit has zero weights and so stays zero."""
+    if u == width:
+        return tensor
+    m = tensor.shape[1]
+    return F.pad(tensor.unflatten(0, (-1, u)), (0, width - m if columns else 0, 0, width - u)).flatten(0, 1)
+
+
+def padded_cell(cell: Cell, width: int) -> Cell:
+    """The cell with units of zero weights up to `width`."""
+    u = cell.units
+    biases = (padded(bias[:, None], u, width, False).flatten() for bias in (cell.bias_ih, cell.bias_hh))
+    return Cell(padded(cell.weight_ih, u, width, False), padded(cell.weight_hh, u, width, True), *biases)
+
+
+def unpad(hidden: Tensor, units: Sequence[int]) -> Tensor:
+    """(B, N, K, width) -> (B, N, sum u)."""
+    if min(units) == hidden.shape[-1]:
+        return hidden.flatten(2)
+    return torch.cat([hidden[:, :, k, :u] for k, u in enumerate(units)], dim=2)
+
+
+def by_head(layer: Callable[[Tensor, Tensor, list[Tensor]], Tensor], x: Tensor, cells: Sequence[Cell]) -> Tensor:
+    """See `models.kernels`. One of torch's bidirectional layers a head; a ragged one is padded to its wider side.
+
+    layer: torch's own (CUDA: cuDNN, CPU: oneDNN): (tokens (B, N, d), zero state (2, B, u), 8 weights) to (B, N, 2 u).
+    """
+    outputs = []
+    for h in range(x.shape[2]):
+        pair = cells[2 * h : 2 * h + 2]
+        units = [cell.units for cell in pair]
+        weights = [w for cell in pair for w in padded_cell(cell, max(units))]
+        tokens = x[:, :, h].contiguous()
+        y = layer(tokens, tokens.new_zeros(2, x.shape[0], max(units)), weights)
+        outputs.append(unpad(y.unflatten(2, (2, -1)), units))
+    return torch.cat(outputs, dim=2)
 
 
 def _lstm_step(inputs: Tensor, recurrent: Tensor, states: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -45,11 +91,11 @@ def _lstm_step(inputs: Tensor, recurrent: Tensor, states: Sequence[Tensor]) -> S
     return o.sigmoid() * c.tanh(), c
 
 
-def _lstm_stock(tokens: Tensor, zero: Tensor, weights: list[Tensor]) -> Tensor:
+def _lstm_layer(tokens: Tensor, zero: Tensor, weights: list[Tensor]) -> Tensor:
     return torch._VF.lstm(tokens, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
 
 
-LSTM = CellKind("lstm", 4, 2, _lstm_step, _lstm_stock)
+LSTM = CellKind("lstm", 4, 2, _lstm_step, partial(by_head, _lstm_layer))
 
 
 class Task(NamedTuple):

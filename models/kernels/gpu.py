@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.kernels.cells import LSTM, Cell, CellKind, Task
-from models.kernels.stock import padded_cell, unpad
+from models.kernels.cells import LSTM, Cell, CellKind, Task, padded_cell, unpad
 
 LEAST, MOST = 16, 64  # hidden units a cell: tl.dot starts at 16; more than 64 do not stay on chip
 ROWS = (4, 8, 16)  # of the batch in one program; more do not fit beside the weights on every chip

@@ -18,7 +18,7 @@ def reference(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
         order = range(x.shape[1]) if k % 2 == 0 else reversed(range(x.shape[1]))
         for t in order:
             inputs = tokens[:, t] @ cell.weight_ih.T + cell.bias_ih
-            states = kind.step(inputs, states[0] @ cell.weight_hh.T + cell.bias_hh, states)
+            states = kind.step(inputs, cell.recurrent(states[0]), states)
             hidden[t] = states[0]
         outputs.append(torch.stack(hidden, dim=1))
     return torch.cat(outputs, dim=2)

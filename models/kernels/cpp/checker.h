@@ -21,10 +21,11 @@ struct Checker {
            vector(m.bias, padded(outputs)) && lies(m.weights, m.depth * ((padded(outputs) + P - 1) / P * P), products);
   }
   bool cell(const CellPlan& c, const BlockPlan& b) const {
-    const int64_t width = 4 * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? padded(c.units) : c.units;
+    const int64_t width = b.gates * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? padded(c.units) : c.units;
+    const int64_t panels = b.gates == 4 ? width : (width + P - 1) / P * P;
     return c.units > 0 && lies(c.column, c.units, b.mixed) && lies(c.from, b.depth, spaced(plan.dim)) &&
-           vector(c.bias, width) && (c.reverse == 0 || c.reverse == 1) && lies(c.w_ih, b.depth * width, products) &&
-           lies(c.w_hh, rows * width, products);
+           vector(c.bias, width) && (c.reverse == 0 || c.reverse == 1) && lies(c.w_ih, b.depth * panels, products) &&
+           (b.gates == 2 ? c.w_hh == 0 : lies(c.w_hh, rows * width, products));
   }
   bool head(const HeadPlan& h, const BlockPlan& b) const {
     return lies(h.from, 1, b.mixed) && lies(h.from, h.map.depth, spaced(b.mixed)) &&
@@ -35,7 +36,7 @@ struct Checker {
            b.mixed == plan.dim && b.cell_count == 0 && b.apart_count == 0 && map(b.before, plan.dim, 3 * plan.dim);
   }
   bool recurrence(const BlockPlan& b) const {
-    bool good = b.depth > 0 && b.cell_count > 0 && (b.before.width == 0 || map(b.before, plan.dim, plan.dim));
+    bool good = (b.gates == 4 || b.gates == 2) && b.depth > 0 && b.cell_count > 0 && (b.before.width == 0 || map(b.before, plan.dim, plan.dim));
     int64_t units = 0;
     for (int64_t i = 0; good && i < b.cell_count; ++i) {
       const CellPlan& c = plan.at<CellPlan>(b.cells)[i];

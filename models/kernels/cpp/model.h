@@ -1,4 +1,4 @@
-// A whole vision transformer whose blocks mix tokens by LSTMs or by attention, images to logits.
+// A whole vision transformer whose blocks mix tokens by LSTMs, minGRUs or attention, images to logits.
 //
 // It comes as three pieces of memory: `products`, all packed matrices (float32 or bfloat16, see product.h); `vectors`,
 // all biases, norms and positions (float32, padded with zeros to whole panels); `plan`, 64-bit integers that say where
@@ -9,7 +9,7 @@
 
 namespace far_model {
 
-constexpr int64_t LAYOUT = 2;  // grows with every change of what follows
+constexpr int64_t LAYOUT = 3;  // grows with every change of what follows
 
 // A linear map: `depth` inputs as they are packed, `width` outputs. Places in products and in vectors.
 struct Map {
@@ -17,7 +17,7 @@ struct Map {
 };
 
 // One direction of one head: reads `depth` channels (the block's) from channel `from` on, writes hidden states from
-// `column` on.
+// `column` on. A minGRU has no w_hh.
 struct CellPlan {
   int64_t units, reverse, from, column, w_ih, w_hh, bias;
 };
@@ -31,7 +31,8 @@ struct HeadPlan {
 
 struct BlockPlan {
   int64_t norm1, norm2;        // weight, bias, epsilon in vectors
-  int64_t heads;               // of attention; 0 where the block has LSTMs
+  int64_t heads;               // of attention; 0 where the block has cells
+  int64_t gates;               // of a cell: 4 of an LSTM, 2 of a minGRU; 0 of attention
   int64_t depth;               // channels that a cell reads, or that a head of attention has
   int64_t mixed;               // channels that mixing gives: sum of all units, or D
   int64_t cells, cell_count;   // place in the plan; the costliest first

@@ -11,6 +11,7 @@
 #include "model.h"
 #include "recurrence.h"
 #include "rows.h"
+#include "scan.h"
 #include "team.h"
 #include "tilewalk.h"
 
@@ -75,7 +76,8 @@ struct Own {
     const int64_t U = (sizes.units + V - 1) / V * V;
     const auto floats = [&](int64_t rows) { return std::max(walk_floats(rows, U, false), tile_walk_floats(rows, U)); };
     each = floats(1);
-    work = pieces.take<float>(std::max({TOGETHER * each, floats(images), sizes.attention, padded(plan.embed.depth)}));
+    work = pieces.take<float>(
+        std::max({TOGETHER * each, floats(images), scan_floats(U), sizes.attention, padded(plan.embed.depth)}));
     logits = pieces.take<float>(rows * padded(plan.classes));
   }
 };
@@ -161,6 +163,8 @@ class Pass {
   void mix(const BlockPlan& block, int64_t images, bool last) {
     if (block.heads)
       attention(block, images, last);
+    else if (block.gates == 2)
+      scan(block, images, last);
     else
       recurrence(block, images, last);
   }
@@ -173,12 +177,27 @@ class Pass {
       const int64_t k = i / tiles * group, count = std::min(group, cells - k);
       const int64_t first = images * (i % tiles) / tiles, rows = images * (i % tiles + 1) / tiles - first;
       walk(problem, plan.at<CellPlan>(block.cells) + k, count, first, rows, last);
-      const CellPlan* c = plan.at<CellPlan>(block.cells) + k;
-      for (int64_t n = 0; !std::is_same_v<X, float> && n < count; ++n)
-        if (c[n].column + c[n].units == block.mixed)  // products read bfloat16 up to the padded width
-          for (int64_t row = first * tokens; row < (first + rows) * tokens; ++row)
-            std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
+      for (int64_t n = 0; n < count; ++n) clear_behind(block, plan.at<CellPlan>(block.cells)[k + n], first, rows);
     });
+  }
+
+  void scan(const BlockPlan& block, int64_t images, bool last) {
+    member.share(block.cell_count * images, [&](int64_t i) {
+      const CellPlan& c = plan.at<CellPlan>(block.cells)[i / images];
+      const int64_t image = i % images, row = image * tokens, width = 2 * ((c.units + V - 1) / V * V);
+      const Weights<X> gates{products + c.w_ih, vectors + c.bias, block.depth, width, block.depth * P};
+      const int64_t steps = last && !c.reverse ? 1 : tokens;
+      scan_cell(gates, all.p + row * all.ldx + c.from, all.ldx, tokens, steps, c.reverse, c.units,
+                all.z + row * all.ldz + c.column, all.ldz, own.work);
+      clear_behind(block, c, image, 1);
+    });
+  }
+
+  // Zeros behind the last cell's columns of `count` images: products read bfloat16 up to the padded width.
+  void clear_behind(const BlockPlan& block, const CellPlan& c, int64_t image, int64_t count) {
+    if (std::is_same_v<X, float> || c.column + c.units != block.mixed) return;
+    for (int64_t row = image * tokens; row < (image + count) * tokens; ++row)
+      std::memset(all.z + row * all.ldz + block.mixed, 0, (all.ldz - block.mixed) * sizeof(X));
   }
 
   // How many cells of a single image are walked together: while there is work for all members, and W_hh stay in a
