@@ -14,12 +14,14 @@ from pathlib import Path
 from statistics import mean
 
 import convert
-from deploy.speed import ENGINE, ONNX_RUNTIME, one_image
+from deploy.rivals import OPENVINO
+from deploy.speed import ENGINE, ONNX_RUNTIME, in_openvino, one_image
 from engine.fidelity import farthest
 from models.count import count_all
 from models.deit import check_size
 from models.dinov2 import MODELS
 from models.replace import load_model
+from plots.figures import kept_by_time, save_figure
 from plots.page import Section, write_page
 from plots.pictures import visualize
 from utils import names
@@ -43,7 +45,12 @@ PATIENT = ["--epochs", "15", "--block-ft-epochs", "5"], ["--ft-epochs", "4"]
 PRESERVE = ["--train-loss", "preserve", "--block-ft-train-loss", "preserve"]
 LABELS = ["--train-loss", "combine", "--block-ft-train-loss", "combine"]
 # By row: main.py's flags of the swap, beside SWAP; prune.py's, beside PRUNE, of the row FAR.
-SWAPPED = {"FAR": PRESERVE, "FAR, labels": LABELS, "FAR, GRU": [*PRESERVE, "--rep-by", "gru"]}
+SWAPPED = {
+    "FAR": PRESERVE,
+    "FAR, labels": LABELS,
+    "FAR, GRU": [*PRESERVE, "--rep-by", "gru"],
+    "FAR, minGRU": [*PRESERVE, "--rep-by", "mingru"],
+}
 SMALLEST = "kept 0.25, half the MLPs"
 PRUNED = {
     "kept 0.5": ["--keep-ratio", "0.5"],
@@ -87,6 +94,7 @@ def run_seed(recipe: Recipe, dinov2: Path, rows: list[str], epochs: tuple[list[s
         reports = {"teacher": report["teacher"], **reports, row: report["rows"][-1]}
     models = {row: load_model(recipe.best(folder(row))) for row in reports}
     times = one_image({row: model for row, (model, _) in models.items()})
+    reports["teacher"][OPENVINO] = in_openvino(models["teacher"][0])
     for row, report in reports.items():
         sizes = count_all(*models[row])
         millions = {f"m_{name}": sizes[name] / 1e6 for name in ("parameters", "macs")}
@@ -106,13 +114,22 @@ def cells(seeds: list[dict[str, dict]]) -> list[list[str]]:
     return lines
 
 
+def draw_front(rows: dict[str, dict], path: Path) -> None:
+    """What each row of a seed keeps of the teacher, against its time in our engine."""
+    times, students = rows["teacher"], {row: report for row, report in rows.items() if row != "teacher"}
+    points = {row: [(report[ENGINE], report["agreement"], report["kl"], "")] for row, report in students.items()}
+    rivals = {f"teacher, {runtime}": times[runtime] for runtime in (ENGINE, OPENVINO, ONNX_RUNTIME) if times[runtime]}
+    save_figure(kept_by_time(points, rivals), path)
+
+
 def write_gallery(root: Path, weights: Path, rows: list[list[str]]) -> Path:
     """One page: the table, and what the models of a seed look at. Returns its path."""
     flags = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": folder(SMALLEST)}
     files = {flag: weights / name / "best.pth" for flag, name in flags.items()}
     _, looks = visualize(PictureConfig(**files, dataset="ELPV", output_dir=root / "figures", count=2))
     curves = [(weights / name / "curves.png", f"{name}: its training") for name in flags.values()]
-    sections = [Section("What came out", READING, rows), *looks, Section("How it was trained", "", (), curves)]
+    front = [(root / "front.png", "What is kept of the teacher, and how long an image takes")]
+    sections = [Section("What came out", READING, rows, front), *looks, Section("How it was trained", "", (), curves)]
     write_page(root / "index.html", "FAR on DINOv2 and solar cells", sections)
     return root / "index.html"
 
@@ -123,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="each has a folder of its own")
     parser.add_argument("--input-size", type=SIZE, default=112, help="image side in pixels, a multiple of 14")
     parser.add_argument("--patient", action="store_true", help="15 + 5 epochs in place of 5 + 2, 4 in place of 2")
-    parser.add_argument("--all", action="store_true", help="also labels, GRUs, and other shares of the units kept")
+    parser.add_argument("--all", action="store_true", help="also labels, other cells, and other shares of the units")
     parser.add_argument("--processes", type=SIZE, default=1, help="more than one: by torchrun, a GPU each")
     amp = "mixed precision; bf16 also pays on a CPU with AVX512_BF16"
     parser.add_argument("--amp", choices=names.AMP, default="auto", help=amp)
@@ -147,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         seeds[seed] = run_seed(recipe, dinov2, rows, epochs)
         write_json(root / "rows.json", seeds)
     rows = cells(list(seeds.values()))
+    draw_front(seeds[args.seeds[0]], root / "front.png")
     page = write_gallery(root, root / f"seed{args.seeds[0]}", rows)
     print(f"\n{table(rows)}\n\nopen {page}")
     return 0

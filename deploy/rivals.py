@@ -175,7 +175,7 @@ def programs(runtimes: Collection[str]) -> list[Program]:
     return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].precisions]
 
 
-def _start_process(threads: int) -> None:
+def start_process(threads: int) -> None:
     """What libraries print in a runtime's process is dropped; an error comes back as an exception."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)
@@ -206,7 +206,7 @@ class Processes:
 
     def _pool(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
-        return ProcessPoolExecutor(1, context, initializer=_start_process, initargs=(self.setting.threads,))
+        return ProcessPoolExecutor(1, context, initializer=start_process, initargs=(self.setting.threads,))
 
     def _times(self, program: Program, batch: int, size: int, seconds: float) -> list[float]:
         """Milliseconds, none once the program failed. A process that ended is replaced."""

@@ -4,6 +4,9 @@ import importlib.util
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -12,8 +15,8 @@ from torch import Tensor, nn
 
 from datasets.loading import Data
 from deploy.fuse import fuse
-from deploy.rivals import BASE, DIM, HEADS, open_onnx_runtime
-from deploy.timing import PAUSE_S, compare
+from deploy.rivals import BASE, DIM, HEADS, open_onnx_runtime, open_openvino, start_process
+from deploy.timing import PAUSE_S, compare, measure
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.count import count_macs
@@ -79,6 +82,25 @@ def one_image(models: dict[str, VisionTransformer], seconds: float = 1.0) -> dic
         times = compare(by_model, seconds, rounds=10)
         results[runtime] = {name: times[name]["quartiles_ms"][0] if name in times else None for name in models}
     return results
+
+
+def _time_openvino(file: str, shape: Sequence[int], seconds: float) -> float:
+    call, images = open_openvino(file, torch.get_num_threads()), torch.randn(1, *shape)
+    return statistics.quantiles(measure(lambda: call(images), seconds), n=4)[0]
+
+
+def in_openvino(model: VisionTransformer, seconds: float = 1.0) -> float | None:
+    """As `one_image` measures, in OpenVINO, in a process of its own; None if it, or onnx, is not installed."""
+    if not all(map(importlib.util.find_spec, ("onnx", "openvino"))):
+        return None
+    from deploy.onnx_graph import to_onnx
+
+    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    spawned = {"mp_context": get_context("spawn"), "initializer": start_process, "initargs": (torch.get_num_threads(),)}
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, **spawned) as pool:
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(to_onnx(model).SerializeToString())
+        return pool.submit(_time_openvino, str(file), shape, seconds).result()
 
 
 def trained(folder: Path) -> dict[str, Path]:

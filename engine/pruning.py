@@ -86,7 +86,7 @@ class Pruning:
         self.command, self.context, self.settings = command, context, command.settings
         self.path, self.model, self.config = load_far(command.far, command.model)
         if not unit_norms(replacements(self.model)):
-            raise FarError(f"--model-path {self.path}: has no units to prune; name a FAR model with LSTMs or GRUs")
+            raise FarError(f"--model-path {self.path}: has no units to prune; name a FAR model with recurrent cells")
         if command.prune_mlp and not mlps(self.model):
             kind = type(self.model.blocks[0].mlp).__name__
             raise FarError(f"--prune-mlp: a {self.config.base_model} has {kind}, not fc1, GELU, fc2; leave it out")

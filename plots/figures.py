@@ -243,3 +243,24 @@ def cost_of_blocks(ranking: Any, chosen: int) -> Figure:
     divergence.set_ylabel("KL to the teacher (nats)", color=COLOURS[1])
     path.yaxis.label.set_color(COLOURS[0])
     return figure
+
+
+def kept_by_time(series: dict[str, list[tuple[float, float, float, str]]], rivals: dict[str, float]) -> Figure:
+    """What models keep of their teacher against the time for one image, both on a page's upper left being best.
+
+    series: by name, points (ms, agreement %, KL, text); those of a name are joined. rivals: ms of models that keep all.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels, labels = figure.subplots(1, 2), ("teacher's answers kept (%)", "KL to the teacher (nats)")
+    for column, (axes, label) in enumerate(zip(panels, labels, strict=True), 1):
+        for k, (name, points) in enumerate(series.items()):
+            axes.plot([p[0] for p in points], [p[column] for p in points], label=name, lw=0.8, ms=5, **STYLES[k % 6])
+            for point in points:
+                axes.annotate(point[3], (point[0], point[column]), (4, 4), textcoords="offset points", fontsize=7)
+        for k, (name, ms) in enumerate(rivals.items()):
+            axes.axvline(ms, color="0.4", ls=("--", ":", "-.")[k % 3], lw=1, label=name, zorder=0)
+        axes.set(xlabel="one image (ms)", ylabel=label)
+        axes.margins(0.1)
+    logarithmic(panels[1].yaxis, [p[2] for points in series.values() for p in points])
+    legend_above(figure, panels[0])
+    return figure

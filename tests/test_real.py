@@ -39,6 +39,7 @@ def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch,
     printed = said[said.index("balanced %") :]
     assert all(f"\n{row}  " in printed for row in rows)
     page = tmp_path / said.split()[-1]
+    assert (page.parent / "front.png").is_file()
     links = set(re.findall(r'href="([^"]+)"', page.read_text()))
     assert links and all((page.parent / link).is_file() for link in links)
 
