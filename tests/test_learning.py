@@ -18,6 +18,7 @@ from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 
 SEED, SIDE = 0, 12  # 12 pixels a side are 3 x 3 patches and the class token
+SIZE = ["--input-size", str(SIDE)]
 RUN = [*EVAL, *QUIET, "--seed", str(SEED), *"--scale Micro --unscale-lr --drop-path 0 --select last".split()]
 RUN += "--smoothing 0 --eval-every 99 --save-every 99".split()  # evaluated before and after each stage
 STEP, BLOCK_STEP = [*BATCH, "--clip-grad", "1"], [*BLOCK_BATCH, "--block-ft-clip-grad", "1"]
@@ -57,12 +58,21 @@ def distance(student, teacher: Path) -> dict[str, float]:
     return {"disagreement": 100 - report["agreement"], "kl": report["kl"], "z": z}
 
 
-@pytest.mark.parametrize("rep_by", LIMITS)
-def test_distillation_and_pruning_without_labels_keep_the_teachers_function(rep_by, tmp_path, monkeypatch):
-    def run(script, name: str, *flags: str) -> Path:
-        script.main([*RUN, *flags, "--output-dir", str(tmp_path / name)])
-        return tmp_path / name / "best.pth"
+def train(script, folder: Path, *flags: str) -> Path:
+    script.main([*RUN, *flags, "--output-dir", str(folder)])
+    return folder / "best.pth"
 
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    weight = train(main, tmp_path_factory.mktemp("learning"), *SIZE, *STEP, *TEACHER)
+    last = (weight.parent / "log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["val"]["acc1"] > 80  # 92 to 94
+    return weight
+
+
+@pytest.mark.parametrize("rep_by", LIMITS)
+def test_distillation_and_pruning_without_labels_keep_the_teachers_function(rep_by, teacher, tmp_path, monkeypatch):
     def read(name: str) -> list[dict]:
         return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
@@ -72,25 +82,22 @@ def test_distillation_and_pruning_without_labels_keep_the_teachers_function(rep_
         for key, limit in LIMITS[rep_by][name].items():
             assert left[key] < limit, f"{name}: {key}, of {left}"
 
-    size = ["--input-size", str(SIDE)]
-    teacher = run(main, "teacher", *size, *STEP, *TEACHER)
-    assert read("teacher/log.jsonl")[-1]["val"]["acc1"] > 80  # 92 to 94
     student, _ = load_model(teacher)
     torch.manual_seed(SEED)
     swap_attention(student, range(len(student.blocks)), rep_by)
     untrained = distance(student, teacher)  # agrees on 9 to 11 %, KL 2.8 to 3.2
     monkeypatch.setattr(registry, "Digits", Mislabelled)  # whoever reads a label from here on learns a wrong one
 
-    distil = [*size, *BLOCK_STEP, "--base-weight", str(teacher), "--block-ft-train-loss", "preserve"]
+    distil = [*SIZE, *BLOCK_STEP, "--base-weight", str(teacher), "--block-ft-train-loss", "preserve"]
     distil += ["--rep-by", rep_by]
-    attn = run(main, "attn", *distil, *STEP, *ATTN)
+    attn = train(main, tmp_path / "attn", *distil, *STEP, *ATTN)
     check("attn", attn)
-    block = run(main, "block", *distil, *BLOCK, "--attn-weight", str(attn))
+    block = train(main, tmp_path / "block", *distil, *BLOCK, "--attn-weight", str(attn))
     assert read("block/log.jsonl")[0]["val"] == read("attn/log.jsonl")[-1]["val"]  # it starts where stage attn ended
     check("block", block)
 
     preserve = ["--base-weight", str(teacher), "--distill-loss", "preserve", "--model-path", str(block)]
-    pruned = run(prune, "pruned", *STEP, *PRUNE, *preserve)
+    pruned = train(prune, tmp_path / "pruned", *STEP, *PRUNE, *preserve)
     steps = read("pruned/regularize/steps.jsonl")
     assert steps[-1]["hoyer_square"] < 0.985 * steps[0]["hoyer_square"]  # 0.964 to 0.970; 1.000 unregularized
     units = [sum(map(sum, sizes)) for sizes in load_model(pruned)[1].units.values()]
