@@ -32,17 +32,18 @@ Call = Callable[[torch.Tensor], object]
 
 @dataclass(frozen=True)
 class Variant:
-    """A model of random weights. keep: share of the LSTM's units, None is attention; mlp: share of the MLPs' units."""
+    """A model of random weights. keep: share of the cells' units, None is attention; mlp: share of the MLPs' units."""
 
     keep: float | None = None
     mlp: float = 1.0
+    rep_by: str = "multi-lstm"
 
     def build(self, size: int) -> nn.Module:
         blocks = tuple(range(DEPTH))
         units = {str(i): [[round(DIM // HEADS * self.keep)] * 2] * HEADS for i in blocks if (self.keep or 1) < 1}
         hidden = {str(i): int(4 * DIM * self.mlp) for i in blocks} if self.mlp < 1 else {}
         torch.manual_seed(0)
-        config = FarConfig(BASE, 1000, size, replaced=blocks if self.keep else (), units=units, mlp=hidden)
+        config = FarConfig(BASE, 1000, size, self.rep_by, blocks if self.keep else (), units, hidden)
         return build(config).eval().requires_grad_(False)
 
 
@@ -53,6 +54,8 @@ VARIANTS = {
     "FAR 0.5": Variant(0.5),
     "FAR 0.25": Variant(0.25),
     "FAR 0.25, MLP 0.5": Variant(0.25, 0.5),
+    "FAR minGRU": Variant(1.0, rep_by="mingru"),
+    "FAR minGRU 0.25, MLP 0.5": Variant(0.25, 0.5, "mingru"),
 }
 
 
