@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from PIL import Image
 
 import main
 import models  # noqa: F401  (makes torchvision importable, which test files import first)
+from engine import modes, pruning
+from plots import figures
 from tests import child
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +154,23 @@ def lines_in(path: Path) -> int:
 def full_float32() -> None:
     """On CUDA main.main() allows TF32 for its process; a test begins without."""
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_drawn_once() -> Iterator[None]:
+    """A recipe's figure takes half a second: of each name the first is drawn, the later ones are copies of it."""
+    drawn, save_figure = {}, figures.save_figure
+
+    def save(figure, path: Path) -> None:
+        if path.name not in drawn:
+            save_figure(figure, path)
+            drawn[path.name] = path.read_bytes()
+        path.write_bytes(drawn[path.name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, modes, pruning):
+            patch.setattr(module, "save_figure", save)
+        yield
 
 
 @pytest.fixture(scope="session")
