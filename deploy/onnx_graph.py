@@ -161,7 +161,7 @@ def _class_token(graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[st
 def _scanned(
     graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged, tokens: int
 ) -> list[list[Piece]]:
-    """minGRUs, of which `_class_token` holds too where there are `fronts`."""
+    """minGRUs; with `fronts`, of the class token alone."""
     cells, values = maps.cells, [""] * len(maps.cells)
     forward = hidden_states(graph, f"{name}/forward", fronts or xs, cells[::2], 1 if fronts else tokens, False)
     reverse = hidden_states(graph, f"{name}/reverse", xs, cells[1::2], tokens, True)

@@ -1,4 +1,7 @@
-"""A block's minGRUs in an ONNX graph: ONNX has no such cell, so their recurrence is a scan of elementwise operators."""
+"""A block's minGRUs in an ONNX graph: ONNX has no such cell, so their recurrence is a scan of elementwise operators.
+
+`graph` is an onnx_graph.Graph.
+"""
 
 from collections.abc import Sequence
 
@@ -36,5 +39,8 @@ def hidden_states(graph, name: str, xs: Sequence[str], cells: Sequence[MinGRUCel
         bias = graph.weight(f"{title}/b", torch.cat([cell.bias_ih.chunk(2)[k] for cell in cells]))
         gates.append(graph.node("Add", title, joined, bias))
     share = graph.node("Sigmoid", f"{name}/share", gates[0])
+    added = graph.node("Mul", f"{name}/added", share, gates[1])
+    if tokens == 1:
+        return added
     decay = graph.node("Sub", f"{name}/decay", graph.weight("one", torch.tensor(1.0)), share)
-    return scan(graph, name, decay, graph.node("Mul", f"{name}/added", share, gates[1]), tokens, reverse)
+    return scan(graph, name, decay, added, tokens, reverse)

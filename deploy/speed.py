@@ -90,7 +90,10 @@ def _time_openvino(file: str, shape: Sequence[int], seconds: float) -> float:
 
 
 def in_openvino(model: VisionTransformer, seconds: float = 1.0) -> float | None:
-    """As `one_image` measures, in OpenVINO, in a process of its own; None if it, or onnx, is not installed."""
+    """Milliseconds for one image in OpenVINO, float32: alone, in a process of its own; a lower quartile.
+
+    None if it, or onnx, is not installed.
+    """
     if not all(map(importlib.util.find_spec, ("onnx", "openvino"))):
         return None
     from deploy.onnx_graph import to_onnx

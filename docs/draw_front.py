@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.rivals import OPENVINO
 from deploy.speed import ENGINE, in_openvino, one_image
 from engine.activations import activation_score, first_batches, refit, unit_grams
 from engine.ranking import FILE, read_ranking
 from engine.shrink import keep_share, shrink
+from engine.steps import load_data
 from models.replace import load_model, replacements
 from plots.figures import kept_by_time, save_figure
 from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 
-COUNTS = (4, 6, 8, 10, 12)
+COUNTS = (4, 8, 10, 12)
 PRUNED = "a quarter of the units"
 JSON = Path(__file__).with_name("front.json")
 
@@ -53,7 +53,8 @@ def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
     """What `kept_by_time` draws, of both forms of every count of blocks of every run."""
     teacher, config = load_model(weight)
     context, autocast = Context(), Settings(amp="off").autocast(torch.device("cpu"))
-    data = Data(DataConfig(dataset, None, config.img_size, num_workers=0), context)
+    plain = DataConfig(dataset, aa="none", color_jitter=0.0, reprob=0.0, vflip=0.5, num_workers=0)  # as real.py
+    data = load_data(plain, config, context)
     trained, evaluated = list(first_batches(data, 32, context)), [images for images, _ in data.val_loader(32)]
     models, kept, theirs = {"teacher": teacher}, {}, answers(teacher, evaluated)
     for name, run in runs.items():

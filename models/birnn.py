@@ -1,4 +1,4 @@
-"""Heads of bidirectional recurrent cells between two projections; LSTM and GRU fill in the cell."""
+"""Heads of bidirectional recurrent cells between two projections; LSTM, GRU and minGRU fill in the cell."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -75,7 +75,7 @@ class MultiHeadBiRNN(Replacement):
         self.head_proj = nn.ModuleList(nn.Linear(sum(pair), self.width) for pair in units)
 
     @property
-    def recurrent(self) -> bool:
+    def reads_state(self) -> bool:
         """Whether the cells read their own hidden state, by a W_hh."""
         return "weight_hh" in self.direction.kind.cell._fields
 
@@ -143,7 +143,7 @@ class MultiHeadBiRNN(Replacement):
                     self.pre_proj.bias.copy_(attn.qkv.bias[-self.dim :])
 
     def macs(self, shape: Sequence[int]) -> int:
-        """A cell's are G u (d + u) a token; gate activations and other elementwise work are not counted."""
+        """A cell's are G u (d + u) a token, G u d without a W_hh; elementwise work is not counted."""
         return shape[0] * shape[1] * sum(w.numel() for w in self.parameters() if w.dim() == 2)
 
     def _places(self) -> Iterator[tuple[Place, Direction, Tensor]]:
@@ -154,7 +154,7 @@ class MultiHeadBiRNN(Replacement):
                 yield (h, r), direction, columns[r]
 
     def unit_norms(self) -> dict[Place, Tensor]:
-        """s_j: the gates' rows of all weights, W_hh's where the cells have one, the columns of W_hh and of head_proj.
+        """s_j: the gates' rows of all weights, the columns of head_proj, and of W_hh where there is one.
 
         An entry of W_hh that joins a unit with itself lies in its row and its column, and counts once. Places of one
         size are stacked: on a GPU each operation costs its launch, and a DeiT-Base has 288 places.
@@ -168,9 +168,10 @@ class MultiHeadBiRNN(Replacement):
             cells = zip(*(direction.cell() for direction in directions), strict=True)
             square = [torch.stack(w).square().unflatten(1, (self.direction.kind.gates, -1)) for w in cells]
             cell = self.direction.kind.cell(*square)  # of squares, (P, G, u, ...)
-            squares = cell.weight_ih.sum((1, 3)) + sum(w for w in cell if w.dim() == 3).sum(1)
+            biases = sum(w for name, w in cell._asdict().items() if "bias" in name)
+            squares = cell.weight_ih.sum((1, 3)) + biases.sum(1)
             squares = squares + torch.stack(readouts).square().sum(1)
-            if self.recurrent:
+            if self.reads_state:
                 w_hh = cell.weight_hh
                 squares = squares + (w_hh.sum((1, 3)) + w_hh.sum((1, 2)) - w_hh.diagonal(dim1=2, dim2=3).sum(1))
             norms.update(zip(places, safe_root(squares).unbind(), strict=True))
@@ -193,7 +194,7 @@ class MultiHeadBiRNN(Replacement):
         """head_proj reads both directions of a head, W_hh its own direction, a step later."""
         consumers = []
         for h, (pair, proj) in enumerate(zip(self.lstm, self.head_proj, strict=True)):
-            gates = [(cell.weight_hh, cell.bias_hh, [(h, r)]) for r, cell in enumerate(pair) if self.recurrent]
+            gates = [(cell.weight_hh, cell.bias_hh, [(h, r)]) for r, cell in enumerate(pair) if self.reads_state]
             both = [(h, 0), (h, 1)]
             consumers.append(Consumers(both, proj, [(proj.weight, proj.bias, both), *gates]))
         return consumers
@@ -201,7 +202,7 @@ class MultiHeadBiRNN(Replacement):
     def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
         def held(units: int) -> int:
             """Parameters of a direction of so many units, and their columns of head_proj."""
-            row = self.width + 1 + (units + 1 if self.recurrent else 0)
+            row = self.width + 1 + (units + 1 if self.reads_state else 0)
             return self.direction.kind.gates * units * row + self.width * units
 
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())

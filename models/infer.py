@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from models.deit import TEACHERS, create_teacher, find_teacher
+from models.mingru import MINGRU
 from models.replace import REPLACEMENTS, FarConfig, build_on_meta, mlps
 from models.vit import prefix_positions
 from utils.checkpoint import FLOATS, check_dense
 from utils.errors import FarError
 
 INSIDE = re.compile(r"blocks\.([0-9]{1,4})\.(?:attn\.)?(.+)")  # a block, and what is in it or in attention's place
-# The recurrent weights of a head and direction: ours, or the published code's per head.
+# W_hh of a head and direction: ours, or the published code's per head; and the bias of a cell that has no W_hh.
 RECURRENT = re.compile(r"lstms?\.([0-9]{1,4})\.(?:[01]\.weight_hh|weight_hh_l0(?:_reverse)?)")
+MINIMAL = re.compile(r"lstm\.([0-9]{1,4})\.[01]\.bias_ih")
 
 
 def blocks_of(state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -32,9 +34,11 @@ def blocks_of(state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 def units_of(parts: Mapping[str, Tensor]) -> list[list[int]]:
     """u[h][r] of the recurrent heads in attention's place; empty where there are none."""
     heads: dict[int, list[int]] = {}
+    recurrent = any(map(RECURRENT.fullmatch, parts))
     for name in sorted(parts):
-        if match := RECURRENT.fullmatch(name):
-            heads.setdefault(int(match[1]), []).extend(parts[name].shape[-1:])
+        if match := (RECURRENT if recurrent else MINIMAL).fullmatch(name):
+            size = parts[name].shape[-1]
+            heads.setdefault(int(match[1]), []).append(size if recurrent else size // MINGRU.gates)
     return [pair for _, pair in sorted(heads.items())]
 
 

@@ -3,7 +3,7 @@
     z = sigmoid(W_z x + b_z),  n = W_n x + b_n,  h = (1 - z) h' + z n
 
 The candidate n is linear, as in the paper's section 3.1: a unit without weights stays zero, and the hidden states are
-weighted means of linear maps of the tokens, as attention's are. No product is a chain over the tokens.
+weighted means of linear maps of the tokens, as attention's are. No matrix product waits for the token before.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def scan(decay: Tensor, added: Tensor) -> Tensor:
     Decays lie in (0, 1), so that their products may vanish but never overflow: no logarithms are needed.
     """
     hop, tokens, decay = 1, added.shape[1], decay[:, 1:]
-    while hop < tokens:  # decay: over `hop` tokens, of those that have as many before them
+    while hop < tokens:  # decay[t - hop]: by how much a state shrinks in the `hop` tokens up to t
         added = torch.cat([added[:, :hop], torch.addcmul(added[:, hop:], decay, added[:, :-hop])], dim=1)
         decay = decay[:, hop:] * decay[:, :-hop]
         hop *= 2
@@ -48,14 +48,17 @@ def scan(decay: Tensor, added: Tensor) -> Tensor:
 def walk(decay: Tensor, added: Tensor) -> Tensor:
     """The same a token at a time: N steps, each of a token's work, where steps cost little."""
     hidden = torch.empty_like(added)
-    hidden[:, 0] = added[:, 0]
+    hidden[:, :1] = added[:, :1]
     for t in range(1, added.shape[1]):
         torch.addcmul(added[:, t], decay[:, t], hidden[:, t - 1], out=hidden[:, t])
     return hidden
 
 
 class Recurrence(torch.autograd.Function):
-    """h[t] = decay[t] h[t - 1] + added[t]; gradients by the same recurrence from the last token to the first."""
+    """h[t] = decay[t] h[t - 1] + added[t]; gradients by the same recurrence from the last token to the first.
+
+    First derivatives only: the kernel `reference` has the second.
+    """
 
     @staticmethod
     def forward(ctx, decay: Tensor, added: Tensor) -> Tensor:

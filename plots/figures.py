@@ -246,7 +246,7 @@ def cost_of_blocks(ranking: Any, chosen: int) -> Figure:
 
 
 def kept_by_time(series: dict[str, list[tuple[float, float, float, str]]], rivals: dict[str, float]) -> Figure:
-    """What models keep of their teacher against the time for one image, both on a page's upper left being best.
+    """What models keep of their teacher against the time for one image: fast and faithful is left, up, and down for KL.
 
     series: by name, points (ms, agreement %, KL, text); those of a name are joined. rivals: ms of models that keep all.
     """
@@ -254,7 +254,8 @@ def kept_by_time(series: dict[str, list[tuple[float, float, float, str]]], rival
     panels, labels = figure.subplots(1, 2), ("teacher's answers kept (%)", "KL to the teacher (nats)")
     for column, (axes, label) in enumerate(zip(panels, labels, strict=True), 1):
         for k, (name, points) in enumerate(series.items()):
-            axes.plot([p[0] for p in points], [p[column] for p in points], label=name, lw=0.8, ms=5, **STYLES[k % 6])
+            style = STYLES[k % 6] | {"markerfacecolor": "none" if k >= 6 else COLOURS[k]}
+            axes.plot([p[0] for p in points], [p[column] for p in points], label=name, lw=0.8, ms=5, **style)
             for point in points:
                 axes.annotate(point[3], (point[0], point[column]), (4, 4), textcoords="offset points", fontsize=7)
         for k, (name, ms) in enumerate(rivals.items()):

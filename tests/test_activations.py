@@ -88,7 +88,7 @@ def test_refitted_weights_are_those_of_a_regression_written_out(rep_by):
         pieces = np.split(units, [sizes[0]], axis=1)
         read = (old.head_proj[h].weight, old.head_proj[h].bias, new.head_proj[h].weight, new.head_proj[h].bias)
         readers = [(units, np.concatenate(stays), read, slice(None))]
-        for r in (0, 1) if old.recurrent else ():
+        for r in (0, 1) if old.reads_state else ():
             a, b = old.lstm[h][r], new.lstm[h][r]
             rows = a.by_gate(torch.arange(len(a.bias_hh)))[:, kept[i, h, r]].flatten()
             readers.append((pieces[r], stays[r], (a.weight_hh, a.bias_hh, b.weight_hh, b.bias_hh), rows))

@@ -11,12 +11,13 @@ import main
 from models import choosing, kernels
 from models.bigru import GRU
 from models.choosing import FILE, choose_kernels
-from models.kernels.stock import stock
 from models.replace import FarConfig, build, replacements
 from tests.conftest import TRAIN, run_ranks
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
+
+stock = kernels.KERNELS["torch"].run
 
 ALONE = Context()
 

@@ -25,7 +25,8 @@ PARTS = (
 SOURCES = [
     path for part in PARTS for path in ((ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part])
 ]
-REPLACING = {"Replacement", "MultiHeadBiRNN", "MultiHeadBiLSTM", "MultiHeadBiGRU", "SingleLSTM", "TokenMixer", "Mlp"}
+REPLACING = {"Replacement", "MultiHeadBiRNN", "MultiHeadBiLSTM", "MultiHeadBiGRU", "MultiHeadBiMinGRU", "SingleLSTM"}
+REPLACING |= {"TokenMixer", "Mlp"}
 
 
 METHOD = ("train", "resume", "stages", "distill", "evaluate", "fidelity", "hoyer", "shrink", "activations")

@@ -78,7 +78,7 @@ def test_without_a_working_compiler_torch_serves_and_one_line_says_why(script, s
     monkeypatch.setenv("CXX", str(compiler))
     assert load(cpu.TUNED) is None
     (record,) = caplog.records
-    assert "could not be built, torch's LSTM serves instead" in record.message and said in record.message
+    assert "could not be built, torch's own operators serve instead" in record.message and said in record.message
 
 
 def test_openmp_and_a_tuned_build_may_be_missing(monkeypatch):

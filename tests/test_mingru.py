@@ -26,8 +26,8 @@ def unrolled(cell, x):
 def test_a_head_is_a_weighted_mean_of_its_candidates_from_either_side(kernel, tokens, way, monkeypatch):
     monkeypatch.setattr(Recurrence, "compute", staticmethod(way))
     m = MultiHeadBiMinGRU(24, 3, tokens, [[8, 5], [1, 8], [3, 3]]).double()
-    for bias in m.lstm.parameters():
-        torch.nn.init.normal_(bias, std=0.7)
+    for weight in m.lstm.parameters():
+        torch.nn.init.normal_(weight, std=0.7)
     x = torch.randn(2, tokens, 3, 8, dtype=torch.float64)
     expected = []
     for h, (forward, backward) in enumerate(m.lstm):
@@ -71,3 +71,11 @@ def test_a_cpu_walks_and_a_compiled_model_scans(monkeypatch):
         expected = m(x)
     monkeypatch.setattr(mingru, "walk", None)
     torch.testing.assert_close(torch.compile(m, fullgraph=True, backend="eager")(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_chrono_init_spreads_memory_over_the_tokens():
+    m = MultiHeadBiMinGRU(256, 1, 65)
+    for direction in m.lstm[0]:
+        direction.remember_up_to(65)
+        memory = 1 / torch.sigmoid(direction.bias_ih[:256])  # tokens until a state has decayed, at zero input
+        assert memory.min() < 5 and memory.max() > 50 and (direction.bias_ih[256:] == 0).all()

@@ -56,7 +56,7 @@ def test_a_fused_models_macs_are_those_that_torch_counts(rep_by):
 @pytest.mark.parametrize("rep_by", ["gru", "mingru"])
 def test_other_cells_are_refused_by_kernels_for_lstms_before_a_run(rep_by):
     for backend in ("cpu", "triton"):
-        with pytest.raises(FarError, match=f"--lstm-backend {backend}: computes LSTMs; use auto or torch"):
+        with pytest.raises(FarError, match=f"--lstm-backend {backend}: computes LSTMs alone; use auto or torch"):
             REPLACEMENTS[rep_by].check_backend(backend, CPU)
     for backend in ("auto", "torch", "reference"):
         REPLACEMENTS[rep_by].check_backend(backend, CPU)

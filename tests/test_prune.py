@@ -379,7 +379,7 @@ def test_a_gru_trains_prunes_fuses_and_is_refused_by_a_kernel_for_lstms(teacher,
     weight = ["--base-weight", str(teacher), "--scale", "Micro"]
     train = ["--mode", "train", "--rep-by", "gru", *short, *weight, "--block-ft-epochs", "0"]
     line = failure(*train, "--lstm-backend", "cpu", "--output-dir", tmp_path / "no")
-    assert "--lstm-backend cpu: computes LSTMs" in line and not (tmp_path / "no").exists()
+    assert "--lstm-backend cpu: computes LSTMs alone" in line and not (tmp_path / "no").exists()
     assert main.main([*train, "--output-dir", str(tmp_path / "far")]) == 0
     far = str(tmp_path / "far/best.pth")
     flags = [*short, "--ft-epochs", "1", "--ft-batch-size", "64", "--keep-ratio", "0.5", "--prune-mlp"]

@@ -25,6 +25,7 @@ TINY = FarConfig("DeiT-Tiny", 7, 64, replaced=(1, 4, 5), units=RAGGED, mlp={"2":
 FILES = {
     "ragged": TINY,
     "gru": FarConfig("DeiT-Tiny", 7, 64, "gru", (0, 3), {"3": [[2, 3], [64, 64], [1, 9]]}),
+    "mingru": FarConfig("DeiT-Tiny", 7, 64, "mingru", (0, 3), {"3": [[2, 3], [64, 64], [1, 9]]}),
     "lstm": FarConfig("DeiT-Tiny", 7, 64, "lstm", (0, 11)),
     "mixer": FarConfig("DeiT-Tiny", 7, 64, "mixer", (2,)),
     "micro": FarConfig("DeiT-Micro", 10, 32, replaced=(0, 3)),
@@ -65,7 +66,7 @@ def test_three_scales_are_registered_with_their_data_configuration():
     assert is_model("far_deit_base_patch16_224") and create_model("far_deit_small_patch16_224").embed_dim == 384
 
 
-@pytest.mark.parametrize("name", ["ragged", "gru", "lstm", "mixer"])
+@pytest.mark.parametrize("name", ["ragged", "gru", "mingru", "lstm", "mixer"])
 def test_a_checkpoint_shapes_the_model_that_timm_makes(name, files):
     path = files / f"{name}.pth"
     model, (expected, config) = create_model(NAME, checkpoint_path=path), load_model(path)

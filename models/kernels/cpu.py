@@ -149,7 +149,7 @@ def load(flags: tuple[str, ...]):
             return operators
         except (OSError, RuntimeError) as error:
             failure = first_line(error)
-    log.warning("the CPU kernel could not be built, torch's LSTM serves instead: %s", failure)
+    log.warning("the CPU kernel could not be built, torch's own operators serve instead: %s", failure)
     return None
 
 
@@ -229,7 +229,7 @@ def _register(namespace: str, v: int) -> None:
 def refusal(task: Task) -> str:
     """Why the operators cannot do a task; empty where they can."""
     if task.kind != LSTM:
-        return "computes LSTMs"
+        return "computes LSTMs alone"
     if task.device.type != "cpu" or task.dtype != torch.float32:
         return "computes float32 on a CPU"
     return "" if available() else "cannot be built here (no C++ compiler?)"

@@ -25,7 +25,7 @@ def interpreting() -> bool:
 def refusal(task: Task) -> str:
     """Why Triton cannot do a task; empty where it can."""
     if task.kind != LSTM:
-        return "computes LSTMs"
+        return "computes LSTMs alone"
     device = INSTALLED and (task.device.type == "cuda" or interpreting())
     fits = device and task.dtype != torch.float64 and task.units <= MOST
     return "" if fits else f"needs CUDA, Triton, float32 and at most {MOST} units a head"

@@ -1,5 +1,8 @@
 // What is asked of a plan before anything follows it: it comes from a file or a pickle.
 #pragma once
+#include <algorithm>
+#include <iterator>
+
 #include "model.h"
 #include "pass.h"
 
@@ -32,11 +35,12 @@ struct Checker {
            lies(h.to, h.map.width, plan.dim) && map(h.map, h.map.depth, h.map.width);
   }
   bool attention(const BlockPlan& b) const {
-    return b.heads <= plan.dim && b.depth == plan.dim / b.heads && b.mixed == b.heads * b.depth &&
+    return b.gates == 0 && b.heads <= plan.dim && b.depth == plan.dim / b.heads && b.mixed == b.heads * b.depth &&
            b.mixed == plan.dim && b.cell_count == 0 && b.apart_count == 0 && map(b.before, plan.dim, 3 * plan.dim);
   }
   bool recurrence(const BlockPlan& b) const {
-    bool good = (b.gates == 4 || b.gates == 2) && b.depth > 0 && b.cell_count > 0 && (b.before.width == 0 || map(b.before, plan.dim, plan.dim));
+    bool good = (b.gates == 4 || b.gates == 2) && b.depth > 0 && b.depth == depth(b.depth) && b.cell_count > 0 &&
+                (b.before.width == 0 || map(b.before, plan.dim, plan.dim));
     int64_t units = 0;
     for (int64_t i = 0; good && i < b.cell_count; ++i) {
       const CellPlan& c = plan.at<CellPlan>(b.cells)[i];
@@ -55,12 +59,14 @@ struct Checker {
            map(b.fc2, b.fc1.width, plan.dim);
   }
   bool model() const {
-    bool good = plan.dim > 0 && norm(plan.norm) && plan.prefix > 0 && plan.channels > 0 && plan.patch_h > 0 &&
-                plan.patch_w > 0 && plan.height >= plan.patch_h && plan.width >= plan.patch_w && plan.blocks > 0 &&
-                lies(sizeof(Plan) / 8, plan.blocks * int64_t(sizeof(BlockPlan) / 8), plan.length) &&
-                map(plan.embed, plan.channels * plan.patch_h * plan.patch_w, plan.dim) &&
-                map(plan.head, plan.dim, plan.classes) && vector(plan.prefix_rows, plan.prefix * padded(plan.dim)) &&
-                vector(plan.positions, (plan.tokens() - plan.prefix) * padded(plan.dim));
+    const int64_t sizes[] = {plan.dim, plan.prefix, plan.channels, plan.patch_h, plan.patch_w, plan.height, plan.width};
+    bool good = std::all_of(std::begin(sizes), std::end(sizes), [](int64_t n) { return lies(n, 1, int64_t{1} << 20); });
+    good = good && plan.dim > 0 && norm(plan.norm) && plan.prefix > 0 && plan.channels > 0 && plan.patch_h > 0 &&
+           plan.patch_w > 0 && plan.height >= plan.patch_h && plan.width >= plan.patch_w && plan.blocks > 0 &&
+           lies(sizeof(Plan) / 8, plan.blocks * int64_t(sizeof(BlockPlan) / 8), plan.length) &&
+           map(plan.embed, plan.channels * plan.patch_h * plan.patch_w, plan.dim) &&
+           map(plan.head, plan.dim, plan.classes) && vector(plan.prefix_rows, plan.prefix * padded(plan.dim)) &&
+           vector(plan.positions, (plan.tokens() - plan.prefix) * padded(plan.dim));
     for (int64_t i = 0; good && i < plan.blocks; ++i) good = block(plan.block(i));
     return good;
   }
