@@ -23,6 +23,7 @@ struct Checker {
     return inputs > 0 && outputs > 0 && m.depth == depth(inputs) && m.width == outputs &&
            vector(m.bias, padded(outputs)) && lies(m.weights, m.depth * ((padded(outputs) + P - 1) / P * P), products);
   }
+  static bool none(const Map& m) { return !m.depth && !m.width && !m.weights && !m.bias; }
   bool cell(const CellPlan& c, const BlockPlan& b) const {
     const int64_t width = b.gates * ((c.units + V - 1) / V * V), rows = plan.bfloat16 ? padded(c.units) : c.units;
     const int64_t panels = b.gates == 4 ? width : (width + P - 1) / P * P;
@@ -40,7 +41,7 @@ struct Checker {
   }
   bool recurrence(const BlockPlan& b) const {
     bool good = (b.gates == 4 || b.gates == 2) && b.depth > 0 && b.depth == depth(b.depth) && b.cell_count > 0 &&
-                (b.before.width == 0 || map(b.before, plan.dim, plan.dim));
+                (none(b.before) || map(b.before, plan.dim, plan.dim));
     int64_t units = 0;
     for (int64_t i = 0; good && i < b.cell_count; ++i) {
       const CellPlan& c = plan.at<CellPlan>(b.cells)[i];
