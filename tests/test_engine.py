@@ -123,6 +123,14 @@ def test_every_build_gives_the_same(build, monkeypatch):
             assert relative_error(model, got, images) < 0.02
 
 
+@pytest.mark.parametrize("tokens", [2, 47, 48, 49, 96, 97])
+def test_a_scan_of_any_number_of_tokens_is_whole(tokens):
+    """Gates are made for 48 tokens at once."""
+    model = vit(64, 2, rep_by="mingru", size=(8, 8 * (tokens - 1)))
+    images = images_for(model, 2)
+    assert relative_error(model, PackedModel(model)(images), images) < 1e-5
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("tokens", [2, 3, 15, 16, 17, 31, 32, 33, 34])
 def test_bfloat16_products_of_any_number_of_rows(tokens):
