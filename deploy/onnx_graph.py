@@ -162,12 +162,18 @@ def _scanned(
     graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged, tokens: int
 ) -> list[list[Piece]]:
     """minGRUs; with `fronts`, of the class token alone."""
-    cells, values = maps.cells, [""] * len(maps.cells)
+    cells = maps.cells
     forward = hidden_states(graph, f"{name}/forward", fronts or xs, cells[::2], 1 if fronts else tokens, False)
     reverse = hidden_states(graph, f"{name}/reverse", xs, cells[1::2], tokens, True)
-    for r, value in enumerate((forward, graph.first(reverse) if fronts else reverse)):
-        values[r::2] = graph.split(f"{value}/head", value, [cell.units for cell in cells[r::2]])
-    return _by_cell(values, cells)
+    ways = enumerate((forward, graph.first(reverse) if fronts else reverse))
+    parts = [graph.split(f"{value}/head", value, [cell.units for cell in cells[r::2]]) for r, value in ways]
+    return _by_cell([value for head in zip(*parts, strict=True) for value in head], cells)
+
+
+def _concatenated(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
+    """As `_joined`, of pieces of one cell each, (N, B, u)."""
+    value = graph.node("Concat", f"{name}/hidden", *(piece.value for piece in pieces), axis=2)
+    return value, torch.cat([piece.columns[0] for piece in pieces])
 
 
 def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool, tokens: int) -> str:
@@ -178,30 +184,25 @@ def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool, token
         return graph.split(f"{x}/head", x, [d] * maps.num_heads) if maps.pre else [x] * maps.num_heads
 
     x = graph.linear(f"{name}/pre_proj", x, *maps.pre) if maps.pre else x
-    xs, by_head, start, scanned = sources(x), [], 0, maps.kind.name == SCANNED
-    fronts = sources(graph.first(x)) if last else []
-    if scanned:
+    xs, fronts, join = sources(x), sources(graph.first(x)) if last else [], _concatenated
+    if maps.kind.name == SCANNED:
         by_head = _scanned(graph, name, xs, fronts, maps, tokens)
     elif last:
         by_head = _class_token(graph, name, xs, fronts, maps)
-    for h in range(0 if by_head else maps.num_heads):
-        pair = maps.cells[2 * h : 2 * h + 2]
-        by_head.append(_head(graph, f"{name}/head{h}/{maps.kind.name}", xs[h], maps.kind, pair, start))
-        start += sum(cell.units for cell in pair)
-
-    def join(title: str, pieces: list[Piece]) -> tuple[str, Tensor]:
-        if not (last or scanned):
-            return _joined(graph, title, pieces)
-        value = graph.node("Concat", f"{title}/hidden", *(piece.value for piece in pieces), axis=2)
-        return value, torch.cat([piece.columns[0] for piece in pieces])
+    else:
+        by_head, start, join = [], 0, _joined
+        for h in range(maps.num_heads):
+            pair = maps.cells[2 * h : 2 * h + 2]
+            by_head.append(_head(graph, f"{name}/head{h}/{maps.kind.name}", xs[h], maps.kind, pair, start))
+            start += sum(cell.units for cell in pair)
 
     weight, bias = maps.out
     if not maps.heads:
-        value, columns = join(name, [piece for pieces in by_head for piece in pieces])
+        value, columns = join(graph, name, [piece for pieces in by_head for piece in pieces])
         return graph.linear(f"{name}/out", value, weight[:, columns], bias)
     parts, start = [], 0
     for h, (pieces, (head_proj, _)) in enumerate(zip(by_head, maps.heads, strict=True)):
-        value, columns = join(f"{name}/head{h}", pieces)
+        value, columns = join(graph, f"{name}/head{h}", pieces)
         parts.append(graph.linear(f"{name}/head{h}/head_proj", value, head_proj[:, columns - start], None))
         start += head_proj.shape[1]
     bias = bias + weight @ torch.cat([b for _, b in maps.heads])

@@ -33,7 +33,7 @@ class DirectionGRU(Direction):
     @torch.no_grad()
     def remember_up_to(self, tokens: int) -> None:
         """z, the share of the old state that stays, starts as an LSTM's forget gate does: bias log U(1, tokens - 1)."""
-        self.by_gate(self.bias_ih)[1] = torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
+        self.by_gate(self.bias_ih)[1] = self.spread(tokens)
 
 
 class MultiHeadBiGRU(MultiHeadBiRNN):

@@ -26,7 +26,7 @@ class DirectionLSTM(Direction):
     @torch.no_grad()
     def remember_up_to(self, tokens: int) -> None:
         """Forget bias log U(1, tokens - 1), input bias its negative."""
-        forget = torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
+        forget = self.spread(tokens)
         gates = self.by_gate(self.bias_ih)
         gates[1], gates[0] = forget, -forget
 

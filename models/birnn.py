@@ -46,6 +46,10 @@ class Direction(nn.Module):
         """Chrono initialisation of the biases: time constants spread between 1 and `tokens` - 1."""
         raise NotImplementedError
 
+    def spread(self, tokens: int) -> Tensor:
+        """log U(1, N - 1) a unit: gate biases by which states last for so many tokens (arXiv 1804.11188)."""
+        return torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
+
     def dead_units(self) -> Tensor:
         """Mask (u,) of units whose rows of all gates are zero, biases too: they stay at the initial state's zero."""
         rows = [self.by_gate(w).reshape(self.kind.gates, self.units, -1) for w in self.cell()]

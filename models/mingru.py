@@ -87,7 +87,7 @@ def _step(inputs: Tensor, recurrent: Tensor, states: Sequence[Tensor]) -> Sequen
 
 def _stock(x: Tensor, cells: Sequence[MinGRUCell]) -> Tensor:
     """All cells of one direction as one recurrence."""
-    hidden: list[Tensor] = [x] * len(cells)
+    ways = []
     for r in (0, 1):
         pairs = [F.linear(x[:, :, h], *cell).chunk(2, dim=2) for h, cell in enumerate(cells[r::2])]
         z, n = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
@@ -95,8 +95,8 @@ def _stock(x: Tensor, cells: Sequence[MinGRUCell]) -> Tensor:
         z = z.sigmoid()
         states = Recurrence.apply(1 - z, z * n)
         states = states.flip(1) if r else states
-        hidden[r::2] = states.split([cell.units for cell in cells[r::2]], dim=2)
-    return torch.cat(hidden, dim=2)
+        ways.append(states.split([cell.units for cell in cells[r::2]], dim=2))
+    return torch.cat([hidden for head in zip(*ways, strict=True) for hidden in head], dim=2)
 
 
 MINGRU = kernels.CellKind("mingru", 2, 1, _step, _stock, MinGRUCell)
@@ -110,7 +110,7 @@ class DirectionMinGRU(Direction):
     @torch.no_grad()
     def remember_up_to(self, tokens: int) -> None:
         """1 - z, the share of the old state that stays, starts as an LSTM's forget gate does: bias log U(1, N - 1)."""
-        self.by_gate(self.bias_ih)[0] = -torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
+        self.by_gate(self.bias_ih)[0] = -self.spread(tokens)
 
 
 class MultiHeadBiMinGRU(MultiHeadBiRNN):

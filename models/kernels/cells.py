@@ -1,4 +1,4 @@
-"""What a kernel computes: the weights of recurrent cells, and the equations of one kind of cell."""
+"""What a kernel computes: the weights of recurrent cells, the equations of a kind of cell, and torch's own layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
