@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from deploy.fuse import fuse
 from deploy.rivals import OPENVINO
 from deploy.speed import ENGINE, in_openvino, one_image
 from engine.activations import activation_score, first_batches, refit, unit_grams
+from engine.fidelity import fidelity
 from engine.ranking import FILE, read_ranking
 from engine.shrink import keep_share, shrink
 from engine.steps import load_data
@@ -42,21 +43,14 @@ def prune(model: nn.Module, images: list[Tensor], context: Context, autocast: Ca
     shrink(parts, kept)
 
 
-@torch.no_grad()
-def answers(model: nn.Module, images: list[Tensor]) -> Tensor:
-    """Log-probabilities (images, classes), by our engine."""
-    engine = fuse(model)
-    return torch.cat([engine(batch).double().log_softmax(1) for batch in images])
-
-
 def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
     """What `kept_by_time` draws, of both forms of every count of blocks of every run."""
     teacher, config = load_model(weight)
     context, autocast = Context(), Settings(amp="off").autocast(torch.device("cpu"))
     plain = DataConfig(dataset, aa="none", color_jitter=0.0, reprob=0.0, vflip=0.5, num_workers=0)  # as real.py
     data = load_data(plain, config, context)
-    trained, evaluated = list(first_batches(data, 32, context)), [images for images, _ in data.val_loader(32)]
-    models, kept, theirs = {"teacher": teacher}, {}, answers(teacher, evaluated)
+    trained, evaluated = list(first_batches(data, 32, context)), DataLoader(list(data.val_loader(32)), batch_size=None)
+    models, kept, engine = {"teacher": teacher}, {}, fuse(teacher)
     for name, run in runs.items():
         student, order = load_model(run / "attn/best.pth")[0], read_ranking(run / FILE, len(teacher.blocks)).order
         for count in COUNTS:
@@ -65,11 +59,9 @@ def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
                 whole.blocks[i].attn = copy.deepcopy(student.blocks[i].attn)
             prune(pruned := copy.deepcopy(whole), trained, context, autocast)
             for key, model in ((name, count), whole), ((f"{name}, {PRUNED}", count), pruned):
-                ours = answers(model, evaluated)
-                agreement = 100 * (ours.argmax(1) == theirs.argmax(1)).double().mean().item()
-                kl = F.kl_div(ours, theirs, reduction="batchmean", log_target=True).item()
-                models[key], kept[key] = model, (agreement, kl)
-                print(f"{key}: agreement {agreement:.2f}, KL {kl:.4f}", flush=True)
+                report = fidelity(fuse(model), engine, evaluated, context, autocast, ())
+                models[key], kept[key] = model, (report["agreement"], report["kl"])
+                print(f"{key}: agreement {report['agreement']:.2f}, KL {report['kl']:.4f}", flush=True)
     times = one_image(models, seconds=4.0 * len(models))[ENGINE]
     series: dict[str, list] = {}
     for (title, count), costs in kept.items():
