@@ -1,4 +1,4 @@
-"""What `benchmark.py --device cuda` measures: attention and FAR by every kernel, one layer and whole models."""
+"""What `benchmark.py --device cuda` measures: attention, and FAR by every cell and kernel; a layer, whole models."""
 
 import itertools
 import json
@@ -24,6 +24,7 @@ from utils.files import check_writable
 from utils.terminal import table
 
 ATTENTION = "attention (SDPA)"
+CELLS = {"GRU": "gru", "minGRU": "mingru"}  # replacements beside the LSTM, each computed in the one way it has
 # Autocast's; products of float32 use TF32 in both rows, gates and cell states are float32 in both.
 PRECISIONS = {"TF32": None, "bfloat16": torch.bfloat16}
 
@@ -45,15 +46,16 @@ class Case(NamedTuple):
     phase: str  # inference, training step
     precision: str  # a key of PRECISIONS
     model: str
-    by: str  # attention, or a kernel
+    by: str  # attention, another cell, or a kernel of the LSTM
     batch: int
 
 
-def random_model(base: str, far: bool = True) -> nn.Module:
-    """A model of random weights, all of its blocks FAR's or none."""
+def random_model(base: str, by: str) -> nn.Module:
+    """A model of random weights; by: what computes its blocks, see `Case`."""
     model = build(FarConfig(base, 1000, TEACHERS[base].input_size))
-    if far:
-        swap_attention(model, range(len(model.blocks)), "multi-lstm")
+    if by != ATTENTION:
+        swap_attention(model, range(len(model.blocks)), CELLS.get(by, "multi-lstm"))
+        set_backend(model, "auto" if by in CELLS else by)
     return model
 
 
@@ -93,8 +95,7 @@ def measure_case(module: nn.Module, x: Tensor, case: Case, seconds: float) -> di
 
 def measure_model(base: str, by: str, config: Config, device: torch.device) -> dict[Case, dict[str, Any]]:
     """Every case of one model computed in one way."""
-    model = random_model(base, by != ATTENTION).to(device)
-    set_backend(model, by)
+    model = random_model(base, by).to(device)
     tokens, results = model.patch_embed.num_patches + model.num_prefix_tokens, {}
     shapes = {"layer": (tokens, model.embed_dim), "model": (3, *model.patch_embed.img_size)}
     for part, batch in itertools.product(shapes, config.batches):
@@ -135,14 +136,14 @@ def run(config: Config, device: torch.device) -> int:
         content = json.dumps({"about": about, "cases": cases, "auto": chosen}, indent=1).encode()
         write_atomic(config.output_dir / "gpu.json", lambda file: file.write(content))
 
-    for base, by in itertools.product(config.models, (ATTENTION, *CANDIDATES[device.type])):
+    for base, by in itertools.product(config.models, (ATTENTION, *CELLS, *CANDIDATES[device.type])):
         print(f"{base}, {by}", flush=True)
         results |= measure_model(base, by, config, device)
         write()
     show(results)
     print("\nwhat --lstm-backend auto takes")
     for base, batch, needs_grad in itertools.product(config.models, config.batches, (False, True)):
-        model = random_model(base).to(device)
+        model = random_model(base, "auto").to(device)
         choose_kernels(model, "auto", batch, Context(device=device), needs_grad=needs_grad)
         kernel = model.blocks[0].attn.backend
         chosen.append({"model": base, "batch": batch, "needs_grad": needs_grad, "kernel": kernel})

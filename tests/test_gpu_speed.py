@@ -10,6 +10,7 @@ import benchmark
 from deploy import gpu_speed
 from deploy.gpu_speed import Case, Config
 from models import choosing, kernels
+from models.replace import replacements
 
 CPU = torch.device("cpu")
 
@@ -34,12 +35,13 @@ def test_everything_is_measured_and_shown(config, capsys):
     assert gpu_speed.run(config, CPU) == 0
     said = capsys.readouterr().out
     page, _, auto = said.partition("\nwhat --lstm-backend auto takes\n")
-    heads, attention, stock, failing = page.split("\nlayer, inference, TF32\n")[1].splitlines()[:4]
+    heads, attention, gru, mingru, stock, failing = page.split("\nlayer, inference, TF32\n")[1].splitlines()[:6]
     assert heads.split() == ["computed", "by", "batch", "1", "batch", "2"]
     assert attention.split()[:4] == ["DeiT-Micro", "attention", "(SDPA)", "1"] and " MB" in attention
-    assert stock.split()[1] == "torch" and failing.count("no kernel image") == 2
+    assert [line.split()[1] for line in (gru, mingru, stock)] == ["GRU", "minGRU", "torch"] and " MB" in mingru
+    assert failing.count("no kernel image") == 2
     written = json.loads((config.output_dir / "gpu.json").read_text())
-    assert len(written["cases"]) == 2 * 2 * 2 * 2 * 3 and sum("failed" in case for case in written["cases"]) == 16
+    assert len(written["cases"]) == 2 * 2 * 2 * 2 * 5 and sum("failed" in case for case in written["cases"]) == 16
     assert written["about"]["torch"] == torch.__version__
     assert [row["kernel"] for row in written["auto"]] == ["torch"] * 4
     assert auto.count("broken is left out: no kernel image") == 4
@@ -47,14 +49,16 @@ def test_everything_is_measured_and_shown(config, capsys):
 
 @pytest.mark.parametrize("phase", ["inference", "training step"])
 def test_a_call_is_what_its_case_says(phase):
-    model, ran = gpu_speed.random_model("DeiT-Micro"), []
+    model, ran = gpu_speed.random_model("DeiT-Micro", "torch"), []
     model.register_forward_hook(lambda module, args, y: ran.append((y.dtype, torch.is_inference_mode_enabled())))
     x, training = torch.randn(2, 3, 32, 32), phase == "training step"
     for precision in gpu_speed.PRECISIONS:
         gpu_speed.caller(model, x, Case("model", phase, precision, "DeiT-Micro", "torch", 2))()
         assert all(p.grad is None for p in model.parameters()) and model.training == training
     assert ran == [(torch.float32, not training), (torch.bfloat16, not training)]
-    assert not any(hasattr(block.attn, "post_proj") for block in gpu_speed.random_model("DeiT-Micro", False).blocks)
+    assert not replacements(gpu_speed.random_model("DeiT-Micro", gpu_speed.ATTENTION))
+    kinds = {by: gpu_speed.random_model("DeiT-Micro", by).blocks[0].attn.direction.kind.name for by in gpu_speed.CELLS}
+    assert kinds == gpu_speed.CELLS
 
 
 def test_benchmark_hands_over_with_its_own_defaults(monkeypatch, tmp_path):
