@@ -44,7 +44,7 @@ QUICK = ["--epochs", "5", "--block-ft-epochs", "2"], ["--ft-epochs", "2"]
 PATIENT = ["--epochs", "15", "--block-ft-epochs", "5"], ["--ft-epochs", "4"]
 PRESERVE = ["--train-loss", "preserve", "--block-ft-train-loss", "preserve"]
 LABELS = ["--train-loss", "combine", "--block-ft-train-loss", "combine"]
-# By row: main.py's flags of the swap, beside SWAP; prune.py's, beside PRUNE, of the row FAR.
+# By row: main.py's flags of the swap, beside SWAP; the row that is pruned, and prune.py's flags, beside PRUNE.
 SWAPPED = {
     "FAR": PRESERVE,
     "FAR, labels": LABELS,
@@ -52,10 +52,12 @@ SWAPPED = {
     "FAR, minGRU": [*PRESERVE, "--rep-by", "mingru"],
 }
 SMALLEST = "kept 0.25, half the MLPs"
+QUARTER = ["--keep-ratio", "0.25"]
 PRUNED = {
-    "kept 0.5": ["--keep-ratio", "0.5"],
-    "kept 0.25": ["--keep-ratio", "0.25"],
-    SMALLEST: ["--keep-ratio", "0.25", "--prune-mlp", "0.5"],
+    "kept 0.5": ("FAR", ["--keep-ratio", "0.5"]),
+    "kept 0.25": ("FAR", QUARTER),
+    SMALLEST: ("FAR", [*QUARTER, "--prune-mlp", "0.5"]),
+    f"minGRU, {SMALLEST}": ("FAR, minGRU", [*QUARTER, "--prune-mlp", "0.5"]),
 }
 SHORT = ("FAR", SMALLEST)  # the rows without --all
 COLUMNS = {
@@ -88,9 +90,9 @@ def run_seed(recipe: Recipe, dinov2: Path, rows: list[str], epochs: tuple[list[s
     base, reports = ["--base-weight", recipe.best("teacher")], {}
     for row in (row for row in SWAPPED if row in rows):
         reports[row] = recipe.run("main.py", folder(row), *SWAP, *epochs[0], *SWAPPED[row], *base)
-    start = [*base, "--model-path", recipe.best("far")]
-    for row in (row for row in PRUNED if row in rows):
-        report = recipe.run("prune.py", folder(row), *PRUNE, *epochs[1], *PRUNED[row], *start)
+    for row, (of, flags) in ((row, PRUNED[row]) for row in PRUNED if row in rows):
+        start = [*base, "--model-path", recipe.best(folder(of))]
+        report = recipe.run("prune.py", folder(row), *PRUNE, *epochs[1], *flags, *start)
         reports = {"teacher": report["teacher"], **reports, row: report["rows"][-1]}
     models = {row: load_model(recipe.best(folder(row))) for row in reports}
     times = one_image({row: model for row, (model, _) in models.items()})

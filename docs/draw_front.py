@@ -24,27 +24,33 @@ from engine.fidelity import fidelity
 from engine.ranking import FILE, read_ranking
 from engine.shrink import keep_share, shrink
 from engine.steps import load_data
-from models.replace import load_model, replacements
+from models.replace import load_model, mlps, replacements
 from plots.figures import kept_by_time, save_figure
 from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 
-COUNTS = (4, 8, 10, 12)
-PRUNED = "a quarter of the units"
+COUNTS = (2, 4, 6, 8, 10, 12)
+FORMS = {  # shares that are kept of the replacements' units and of the MLPs'
+    "": (),
+    ", a quarter of the units": (0.25,),
+    ", and half of each MLP": (0.25, 0.5),
+}
 JSON = Path(__file__).with_name("front.json")
 
 
-def prune(model: nn.Module, images: list[Tensor], context: Context, autocast: Callable) -> None:
-    """As prune.py --keep-ratio 0.25 does before it fine-tunes, by training images."""
-    parts = replacements(model)
-    grams = unit_grams(model, parts, images, context, autocast)
-    kept = keep_share(activation_score(parts, grams), 0.25)
-    refit(parts, kept, grams)
-    shrink(parts, kept)
+def prune(model: nn.Module, shares: tuple[float, ...], images: list[Tensor], context: Context, autocast: Callable):
+    """As prune.py --keep-ratio and --prune-mlp do before they fine-tune, by training images. Returns the model."""
+    parts = (replacements(model), mlps(model))[: len(shares)]
+    grams = [unit_grams(model, each, images, context, autocast) for each in parts]
+    kept = [keep_share(activation_score(*pair), share) for *pair, share in zip(parts, grams, shares, strict=True)]
+    for each, chosen in zip(parts, kept, strict=True):
+        refit(each, chosen, unit_grams(model, each, images, context, autocast))
+        shrink(each, chosen)
+    return model
 
 
 def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
-    """What `kept_by_time` draws, of both forms of every count of blocks of every run."""
+    """What `kept_by_time` draws, of every form of every count of blocks of every run."""
     teacher, config = load_model(weight)
     context, autocast = Context(), Settings(amp="off").autocast(torch.device("cpu"))
     plain = DataConfig(dataset, aa="none", color_jitter=0.0, reprob=0.0, vflip=0.5, num_workers=0)  # as real.py
@@ -57,8 +63,8 @@ def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
             whole = copy.deepcopy(teacher)
             for i in order[:count]:
                 whole.blocks[i].attn = copy.deepcopy(student.blocks[i].attn)
-            prune(pruned := copy.deepcopy(whole), trained, context, autocast)
-            for key, model in ((name, count), whole), ((f"{name}, {PRUNED}", count), pruned):
+            for form, shares in FORMS.items():
+                model, key = prune(copy.deepcopy(whole), shares, trained, context, autocast), (name + form, count)
                 report = fidelity(fuse(model), engine, evaluated, context, autocast, ())
                 models[key], kept[key] = model, (report["agreement"], report["kl"])
                 print(f"{key}: agreement {report['agreement']:.2f}, KL {report['kl']:.4f}", flush=True)

@@ -24,7 +24,7 @@ def interpreting() -> bool:
 
 def refusal(task: Task) -> str:
     """Why Triton cannot do a task; empty where it can."""
-    if task.kind != LSTM:
+    if task.kind is not LSTM:
         return "computes LSTMs alone"
     device = INSTALLED and (task.device.type == "cuda" or interpreting())
     fits = device and task.dtype != torch.float64 and task.units <= MOST
