@@ -1,11 +1,11 @@
-"""A FAR model or a plain DeiT as one operator on a CPU, images to logits: weights packed for kernels/cpp/model.h."""
+"""A FAR model or a plain DeiT as one operator on a CPU, images to logits: written as kernels/cpp/model.h reads it, packed there."""
 
 import copy
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import timm.layers
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerScale, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -18,124 +18,95 @@ from models.parts import Mlp, Replacement
 from models.replace import replacements
 from utils.errors import FarError
 
-LAYOUT = 3  # that of kernels/cpp/model.h
+LAYOUT, NATURAL = 4, 0  # those of kernels/cpp/model.h
 NONE = [0, 0, 0, 0]  # the record of a map that is not there
 
 
-class Packer:
-    """Lays matrices and vectors one behind the other in kernels/cpp/product.h's layout; returns their offsets.
+class Natural(NamedTuple):
+    """A model's natural form (kernels/cpp/model.h), the same on every machine; products: float32 or bfloat16."""
 
-    All arithmetic before rounding is in the dtype of what comes in. v: floats in a vector of this CPU.
+    plan: Tensor
+    vectors: Tensor
+    products: Tensor
+
+
+class Writer:
+    """Lays matrices and vectors one behind the other; returns their places.
+
+    All arithmetic before rounding is in the dtype of what comes in.
     """
 
-    def __init__(self, dim: int, precision: torch.dtype):
-        self.v = cpu.load(cpu.TUNED).vector_width()
-        self.panel, self.grain = 3 * self.v, 2 * self.v
-        self.half = precision == torch.bfloat16
-        self.products: list[Tensor] = []
-        self.vectors: list[Tensor] = []
-        self.lengths = {"products": 0, "vectors": 0}
-        self.rows(torch.zeros(1, dim))  # zeros lie first
+    def __init__(self, precision: torch.dtype):
+        self.dtypes = {"products": precision, "vectors": torch.float32}
+        self.pieces: dict[str, list[Tensor]] = {name: [] for name in self.dtypes}
+        self.lengths = dict.fromkeys(self.dtypes, 0)
 
-    def _put(self, kind: str, piece: Tensor, dtype: torch.dtype) -> int:
-        piece = piece.detach().to(dtype).flatten()
-        getattr(self, kind).append(F.pad(piece, (0, -len(piece) % self.v)))
+    def _put(self, kind: str, piece: Tensor) -> int:
         place = self.lengths[kind]
-        self.lengths[kind] += len(getattr(self, kind)[-1])
+        self.pieces[kind].append(piece.detach().to(self.dtypes[kind]).flatten())
+        self.lengths[kind] += piece.numel()
         return place
 
     def matrix(self, w: Tensor) -> int:
-        return self._put("products", w, torch.bfloat16 if self.half else torch.float32)
+        return self._put("products", w)
 
-    def rows(self, w: Tensor) -> int:
-        """Rows (n, width) of floats, each padded with zeros."""
-        return self._put("vectors", F.pad(w, (0, -w.shape[1] % self.grain)), torch.float32)
+    def vector(self, v: Tensor) -> int:
+        return self._put("vectors", v)
 
     def norm(self, norm: nn.LayerNorm) -> int:
-        place = self.rows(torch.stack([norm.weight, norm.bias]))
-        self._put("vectors", norm.weight.new_tensor([norm.eps]), torch.float32)
-        return place
-
-    def panels(self, w: Tensor, panel: int) -> int:
-        """A matrix (n, k), n outputs, to (panels, k, panel) or, in bfloat16, (panels, k / 2, panel, 2)."""
-        n, k = w.shape
-        n += -n % self.grain
-        w = F.pad(w, (0, self.depth(k) - k, 0, n + -n % panel - len(w)))
-        w = w.unflatten(1, (-1, 2)) if self.half else w
-        return self.matrix(w.unflatten(0, (-1, panel)).transpose(1, 2))
-
-    def depth(self, k: int) -> int:
-        return k + -k % self.grain if self.half else k
+        return self.vector(torch.cat([norm.weight, norm.bias, norm.weight.new_tensor([norm.eps])]))
 
     def map(self, w: Tensor, b: Tensor | None) -> list[int]:
         """The record of a linear map (Map in model.h)."""
         b = w.new_zeros(len(w)) if b is None else b
-        return [self.depth(w.shape[1]), len(w), self.panels(w, self.panel), self.rows(b[None])]
-
-    def gates(self, w: Tensor, count: int) -> Tensor:
-        """Rows (G u, m), gate by gate, to (G, U, m), padded to whole vectors."""
-        w = w.unflatten(0, (count, -1))
-        return F.pad(w, (0, 0, 0, -w.shape[1] % self.v))
-
-    def interleaved(self, w: Tensor) -> Tensor:
-        """Rows (4 u, m) in torch's order, gate by gate, to (4 U, m), unit block by unit block."""
-        return self.gates(w, 4).unflatten(1, (-1, self.v)).transpose(0, 1).flatten(0, 2)
+        return [w.shape[1], len(w), self.matrix(w), self.vector(b)]
 
     def min_gru(self, cell: MinGRUCell) -> list[int]:
         """As `lstm`, of a minGRU, which has no W_hh."""
-        w, bias = (self.gates(t, 2).flatten(0, 1) for t in (cell.weight_ih, cell.bias_ih[:, None]))
-        return [self.panels(w, self.panel), 0, self.rows(bias.t())]
+        return [self.matrix(cell.weight_ih), 0, self.vector(cell.bias_ih)]
 
     def lstm(self, cell: Cell) -> list[int]:
         """Places of W_ih, W_hh and the bias of one direction (CellPlan)."""
-        recurrent = self.interleaved(cell.weight_hh).t()  # (u, 4 U)
-        if self.half:
-            recurrent = F.pad(recurrent, (0, 0, 0, self.depth(len(recurrent)) - len(recurrent)))
-            recurrent = recurrent.unflatten(0, (-1, 2)).transpose(1, 2)
-        return [
-            self.panels(self.interleaved(cell.weight_ih), 4 * self.v),
-            self.matrix(recurrent),
-            self.rows(self.interleaved((cell.bias_ih + cell.bias_hh)[:, None]).t()),
-        ]
+        bias = cell.bias_ih + cell.bias_hh
+        return [self.matrix(cell.weight_ih), self.matrix(cell.weight_hh), self.vector(bias)]
 
 
-# By kind of cell: how the engine's cells are packed.
-PACKED = {"lstm": Packer.lstm, "mingru": Packer.min_gru}
+# By kind of cell: how the engine's cells are written.
+CELLS = {"lstm": Writer.lstm, "mingru": Writer.min_gru}
 
 
-def _recurrence(packer: Packer, maps: Merged) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
-    """Of a block with cells: [heads, gates, depth, mixed], cell and head records, `before` and `out` as one record.
-
-    Packed in the order of use, in which products fetch ahead.
-    """
-    before = packer.map(*maps.pre) if maps.pre else NONE
+def _recurrence(writer: Writer, maps: Merged) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
+    """Of a block with cells: [heads, gates, depth, mixed], cell and head records, `before` and `out` as one record."""
+    before = writer.map(*maps.pre) if maps.pre else NONE
     depth = maps.cells[0].weight_ih.shape[1]
-    cells, column, pack_cell = [], 0, PACKED[maps.kind.name]
+    cells, column, write_cell = [], 0, CELLS[maps.kind.name]
     for i, cell in enumerate(maps.cells):
         start = i // 2 * depth if maps.pre else 0
-        cells.append([cell.units, i % 2, start, column, *pack_cell(packer, cell)])
+        cells.append([cell.units, i % 2, start, column, *write_cell(writer, cell)])
         column += cell.units
     heads, start = [], 0
     for h, (weight, bias) in enumerate(maps.heads):
-        heads.append([start, h * len(weight), *packer.map(weight, bias)])
+        heads.append([start, h * len(weight), *writer.map(weight, bias)])
         start += weight.shape[1]
     cells.sort(key=lambda cell: -cell[0])
-    return [0, maps.kind.gates, packer.depth(depth), column], cells, heads, before + packer.map(*maps.out)
+    return [0, maps.kind.gates, depth, column], cells, heads, before + writer.map(*maps.out)
 
 
-def _attention(packer: Packer, attn: Attention) -> tuple[list[int], list, list, list[int]]:
+def _attention(writer: Writer, attn: Attention) -> tuple[list[int], list, list, list[int]]:
     """The same of a block with attention; its scale goes into the queries."""
     w, b = attn.qkv.weight.double(), attn.qkv.bias
     b = w.new_zeros(len(w)) if b is None else b.double()
     scale = torch.ones_like(b)
     scale[: attn.attn_dim] = attn.scale
-    before = packer.map(w * scale[:, None], b * scale)
-    maps = before + packer.map(attn.proj.weight, attn.proj.bias)
+    before = writer.map(w * scale[:, None], b * scale)
+    maps = before + writer.map(attn.proj.weight, attn.proj.bias)
     return [attn.num_heads, 0, attn.head_dim, attn.attn_dim], [], [], maps
 
 
-def _write_plan(packer: Packer, model: VisionTransformer) -> list[int]:
-    """The plan of model.h: a header, a record a block, then records of cells and head projections."""
+@torch.no_grad()
+def natural_form(model: VisionTransformer, precision: torch.dtype) -> Natural:
+    """A model that `structure_faults` says nothing of: a header, a record a block, records of cells and projections."""
+    writer, model = Writer(precision), without_scales(model)
     embed = model.patch_embed
     bias = model.pos_embed.new_zeros(model.embed_dim) if embed.proj.bias is None else embed.proj.bias
     tokens = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
@@ -144,26 +115,27 @@ def _write_plan(packer: Packer, model: VisionTransformer) -> list[int]:
         prefix, positions = prefix + positions[: len(prefix)], positions[len(prefix) :]
     header = [*embed.proj.weight.shape[1:2], *embed.img_size, *embed.patch_size]
     header += [len(prefix), model.embed_dim, len(model.blocks), len(model.head.weight)]
-    header += [packer.rows(prefix), packer.rows(positions + bias), packer.norm(model.norm)]
-    header += packer.map(embed.proj.weight.flatten(1), None) + packer.map(model.head.weight, model.head.bias)
+    header += [writer.vector(prefix), writer.vector(positions + bias), writer.norm(model.norm)]
+    header += writer.map(embed.proj.weight.flatten(1), None) + writer.map(model.head.weight, model.head.bias)
     start, records, behind, replaced = 4 + len(header), [], [], replacements(model)
     for i, block in enumerate(model.blocks):
-        # Merged in float64, so that only what is packed is rounded.
+        # Merged in float64, so that only what is written is rounded.
         maps = copy.deepcopy(replaced[i]).double().maps() if i in replaced else None
-        shape, cells, heads, maps = _recurrence(packer, maps) if maps else _attention(packer, block.attn)
+        shape, cells, heads, maps = _recurrence(writer, maps) if maps else _attention(writer, block.attn)
         tables = []
         for table in (cells, heads):
             tables += [len(behind), len(table)]
             behind += [number for record in table for number in record]
-        records.append([packer.norm(block.norm1), packer.norm(block.norm2), *shape, *tables, *maps])
+        records.append([writer.norm(block.norm1), writer.norm(block.norm2), *shape, *tables, *maps])
         for part in (block.mlp.fc1, block.mlp.fc2):
-            records[-1] += packer.map(part.weight, part.bias)
+            records[-1] += writer.map(part.weight, part.bias)
     start += sum(map(len, records))
     for record in records:
         record[6] += start
         record[8] += start
     plan = header + [number for record in records for number in record] + behind
-    return [LAYOUT, packer.v, int(packer.half), 4 + len(plan), *plan]
+    plan = [LAYOUT, NATURAL, int(precision == torch.bfloat16), 4 + len(plan), *plan]
+    return Natural(torch.tensor(plan), *(torch.cat(writer.pieces[name]) for name in ("vectors", "products")))
 
 
 def _plain_norm(norm: nn.Module) -> bool:
@@ -221,7 +193,7 @@ def _attention_faults(attn: nn.Module, dim: int) -> Iterator[str]:
 
 def _replacement_faults(attn: Replacement) -> Iterator[str]:
     maps = attn.maps()
-    if maps is None or maps.kind.name not in PACKED:
+    if maps is None or maps.kind.name not in CELLS:
         yield f"{type(attn).__name__} in attention's place"
     elif maps.backend not in ("auto", "cpu"):
         yield f"its cells are asked of --lstm-backend {maps.backend}"
@@ -280,15 +252,11 @@ class PackedModel(nn.Module):
         super().__init__()
         if reason := why_not(model, precision):
             raise FarError(f"this model cannot be packed for the CPU: {reason}")
-        packer = Packer(model.embed_dim, precision)
-        with torch.no_grad():
-            plan = _write_plan(packer, without_scales(model))
-            self.products, self.vectors = (
-                nn.Parameter(torch.cat(pieces), requires_grad=False) for pieces in (packer.products, packer.vectors)
-            )
-        self.register_buffer("plan", torch.tensor(plan))
+        plan, vectors, products = cpu.load(cpu.TUNED).pack(*natural_form(model, precision))
+        self.products, self.vectors = (nn.Parameter(numbers, requires_grad=False) for numbers in (products, vectors))
+        self.register_buffer("plan", plan)
         self.num_classes = len(model.head.weight)
-        self.shape = (plan[4], plan[5], plan[6])  # of an image
+        self.shape = tuple(plan[4:7].tolist())  # of an image
         self.register_load_state_dict_pre_hook(refuse_loading)
         self.eval()
 

@@ -1,7 +1,7 @@
 // The door to whole models: a plan is checked, a batch shared out among teams of threads.
 #include "model.h"
 
-#include "checker.h"
+#include "packer.h"
 #include "pass.h"
 
 namespace {
@@ -24,7 +24,7 @@ struct Schedule {
 
 template <class X>
 void run_all(const Plan& plan, const float* vectors, const void* products, const Images& images, float* logits,
-             int threads) {
+             int threads, Pool& pool) {
   const Sizes sizes(plan);
   const int64_t tokens = plan.tokens();
   const Schedule schedule(images.batch, threads);
@@ -32,7 +32,7 @@ void run_all(const Plan& plan, const float* vectors, const void* products, const
   Pieces shared_bytes, own_bytes;
   Shared<X>(shared_bytes, plan, sizes, schedule.images * tokens);
   Own<X>(own_bytes, plan, sizes, rows, std::min<int64_t>(TILE, schedule.images));
-  const Scratch scratch(schedule.teams * shared_bytes.bytes + threads * own_bytes.bytes);
+  const Scratch scratch(pool, schedule.teams * shared_bytes.bytes + threads * own_bytes.bytes);
   Team team;
   std::atomic<int64_t> next{0};
   in_parallel(threads, [&](int me, int count) {
@@ -58,23 +58,34 @@ void run_all(const Plan& plan, const float* vectors, const void* products, const
 
 namespace far_model {
 
-const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16) {
+const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16,
+                       bool natural) {
   if (length < int64_t(sizeof(Plan) / 8)) return "no plan of a model";
   const Plan& p = *reinterpret_cast<const Plan*>(plan);
   if (p.layout != LAYOUT) return "a plan of another version: load the unfused model and fuse it again";
-  if (p.vector_width != V) return "packed for another kind of CPU: load the unfused model and fuse it here";
-  if (p.bfloat16 != bfloat16 || (bfloat16 && !FAR_BFLOAT16)) return "bfloat16 weights need AVX512_BF16";
+  if (p.vector_width != (natural ? NATURAL : V))
+    return "packed for another kind of CPU: load the unfused model and fuse it here";
+  if (p.bfloat16 != bfloat16 || (bfloat16 && !natural && !FAR_BFLOAT16)) return "bfloat16 weights need AVX512_BF16";
   if (p.length != length || !Checker{p, vectors, products}.model()) return "a damaged plan: fuse the model again";
   return nullptr;
 }
 
 void run(const Plan& plan, const float* vectors, const void* products, const float* images, int64_t batch,
-         const int64_t* strides, float* logits, int threads) {
+         const int64_t* strides, float* logits, int threads, Pool& pool) {
   const Images from{images, batch, strides[0], strides[1], strides[2], strides[3]};
 #if FAR_BFLOAT16
-  if (plan.bfloat16) return run_all<bf16>(plan, vectors, products, from, logits, threads);
+  if (plan.bfloat16) return run_all<bf16>(plan, vectors, products, from, logits, threads, pool);
 #endif
-  run_all<float>(plan, vectors, products, from, logits, threads);
+  run_all<float>(plan, vectors, products, from, logits, threads, pool);
+}
+
+Packed pack(const Plan& natural, const float* vectors, const void* products) {
+  if (!natural.bfloat16) return Packer<float, float>(natural, vectors, static_cast<const float*>(products));
+  const auto* halves = static_cast<const bf16*>(products);
+#if FAR_BFLOAT16
+  return Packer<bf16, bf16>(natural, vectors, halves);
+#endif
+  return Packer<float, bf16>(natural, vectors, halves);
 }
 
 }  // namespace far_model

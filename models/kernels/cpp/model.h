@@ -1,17 +1,43 @@
 // A whole vision transformer whose blocks mix tokens by LSTMs, minGRUs or attention, images to logits.
 //
-// It comes as three pieces of memory: `products`, all packed matrices (float32 or bfloat16, see product.h); `vectors`,
-// all biases, norms and positions (float32, padded with zeros to whole panels); `plan`, 64-bit integers that say where
-// in the two each part lies. The plan is one Plan, then a record a block, a cell and a head projection.
-// deploy/packed.py writes it, in the order in which the members stand here.
+// It comes as three pieces of memory: `products`, all matrices (float32 or bfloat16); `vectors`, all biases, norms and
+// positions (float32); `plan`, 64-bit integers that say where in the two each part lies: one Plan, then a record a
+// block, a cell and a head projection. There are two forms:
+//
+//   natural   matrices (outputs, inputs), row by row; of cells in torch's order, gate by gate. The same on every
+//   machine;
+//             deploy/packed.py writes it, in the order in which the members stand here
+//   packed    for vectors of V floats: see product.h and recurrence.h; vectors are padded with zeros to whole panels.
+//             packer.h makes it of the natural form, and run reads it
 #pragma once
 #include <cstdint>
+#include <new>
+#include <vector>
+
+#include "pool.h"
 
 namespace far_model {
 
-constexpr int64_t LAYOUT = 3;  // grows with every change of what follows
+constexpr int64_t LAYOUT = 4;   // grows with every change of what follows
+constexpr int64_t NATURAL = 0;  // as the plan's vector_width
 
-// A linear map: `depth` inputs as they are packed, `width` outputs. Places in products and in vectors.
+// Memory that begins on a cache line.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t LINE{64};
+  Aligned() = default;
+  template <class Y>
+  Aligned(const Aligned<Y>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+  bool operator==(const Aligned&) const { return true; }
+};
+template <class T>
+using Numbers = std::vector<T, Aligned<T>>;
+
+// A linear map: `depth` inputs (padded where they are packed in bfloat16), `width` outputs. Places in products and in
+// vectors.
 struct Map {
   int64_t depth, width, weights, bias;
 };
@@ -58,11 +84,23 @@ struct Plan {
   }
 };
 
-// What is wrong with a plan for memory of these sizes, in words; null where nothing is.
-const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16);
+// What is wrong with a plan of this form for memory of these sizes, in words; null where nothing is.
+const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16,
+                       bool natural);
 
-// Images (B, channels, height, width) with strides in floats to logits (B, classes).
+// Images (B, channels, height, width) with strides in floats to logits (B, classes), by a packed plan without fault.
 void run(const Plan& plan, const float* vectors, const void* products, const float* images, int64_t batch,
-         const int64_t* strides, float* logits, int threads);
+         const int64_t* strides, float* logits, int threads, Pool& pool);
+
+// A natural plan without fault, packed for this CPU. Products in bfloat16 stay so where this CPU computes in it, else
+// they become float32.
+struct Packed {
+  std::vector<int64_t> plan;
+  Numbers<float> vectors;
+  Numbers<char> products;
+
+  const Plan& head() const { return *reinterpret_cast<const Plan*>(plan.data()); }
+};
+Packed pack(const Plan& natural, const float* vectors, const void* products);
 
 }  // namespace far_model

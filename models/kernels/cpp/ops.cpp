@@ -5,25 +5,49 @@
 
 namespace {
 
-// Images (B, channels, height, width) of any strides to logits (B, classes), by a packed model: see model.h.
-at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Tensor& vectors,
-                 const at::Tensor& products, int64_t classes) {
+// The plan, checked against the other two.
+const far_model::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
+                               bool natural) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && vectors.scalar_type() == at::kFloat && plan.is_contiguous() &&
                   vectors.is_contiguous() && products.is_contiguous(),
               "a plan in int64, vectors in float32");
   const bool half = products.scalar_type() == at::kBFloat16;
   TORCH_CHECK(half || products.scalar_type() == at::kFloat, "products must be float32 or bfloat16");
   const int64_t* from = plan.const_data_ptr<int64_t>();
-  const char* fault = far_model::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half);
+  const char* fault = far_model::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half, natural);
   TORCH_CHECK(!fault, fault);
-  const auto& p = *reinterpret_cast<const far_model::Plan*>(from);
+  return *reinterpret_cast<const far_model::Plan*>(from);
+}
+
+// A model's natural form to its packed one, see model.h: plan, vectors, products.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_model(const at::Tensor& plan, const at::Tensor& vectors,
+                                                          const at::Tensor& products) {
+  const auto& natural = plan_of(plan, vectors, products, true);
+  const far_model::Packed packed = far_model::pack(natural, vectors.const_data_ptr<float>(), products.const_data_ptr());
+  const auto copy = [](const auto& from, at::ScalarType type) {
+    const int64_t bytes = from.size() * sizeof(from[0]);
+    at::Tensor to = at::empty({bytes / int64_t(at::elementSize(type))}, type);
+    std::memcpy(to.mutable_data_ptr(), from.data(), bytes);
+    return to;
+  };
+  const bool half = packed.head().bfloat16;
+  return {copy(packed.plan, at::kLong), copy(packed.vectors, at::kFloat),
+          copy(packed.products, half ? at::kBFloat16 : at::kFloat)};
+}
+
+// Images (B, channels, height, width) of any strides to logits (B, classes), by a packed model.
+at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Tensor& vectors,
+                 const at::Tensor& products, int64_t classes) {
+  const auto& p = plan_of(plan, vectors, products, false);
   TORCH_CHECK(images.dim() == 4 && images.scalar_type() == at::kFloat && images.size(1) == p.channels &&
                   images.size(2) == p.height && images.size(3) == p.width && classes == p.classes,
               "images must be (B, ", p.channels, ", ", p.height, ", ", p.width, "), float32");
   at::Tensor logits = at::empty({images.size(0), classes}, images.options(), at::MemoryFormat::Contiguous);
+  static auto* pool = new far_model::Pool;  // never destroyed: threads may outlive static objects
   if (images.size(0))
     far_model::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(),
-                   images.size(0), images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads());
+                   images.size(0), images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads(),
+                   *pool);
   return logits;
 }
 
@@ -64,6 +88,7 @@ TORCH_LIBRARY_FRAGMENT(FAR_NAMESPACE, m) {
       "-> Tensor[]",
       on_cpu(&backward));
   m.def("model(Tensor images, Tensor plan, Tensor vectors, Tensor products, int classes) -> Tensor", on_cpu(&model));
+  m.def("pack(Tensor plan, Tensor vectors, Tensor products) -> (Tensor, Tensor, Tensor)", on_cpu(&pack_model));
   m.def("vector_width() -> int", []() -> int64_t { return V; });
   m.def("has_bfloat16() -> bool", []() -> bool { return FAR_BFLOAT16; });
 }

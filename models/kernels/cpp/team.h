@@ -3,11 +3,14 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <new>
 #include <vector>
-#ifdef _OPENMP
+
+#include "pool.h"
+#if defined(_OPENMP)
 #include <omp.h>
+#elif defined(FAR_THREADS)
+#include <thread>
 #endif
 
 namespace {
@@ -65,12 +68,30 @@ class Member {
   int64_t taken = 0;
 };
 
-// f(thread, threads) on at most `threads` of OpenMP's, which are torch's.
+// f(thread, threads) on at most `threads` of OpenMP's, which are torch's; without OpenMP on threads of its own, as many
+// as the system gives.
 template <class F>
 void in_parallel([[maybe_unused]] int threads, const F& f) {
-#ifdef _OPENMP
+#if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   f(omp_get_thread_num(), omp_get_num_threads());
+#elif defined(FAR_THREADS)
+  std::atomic<int> count{0};
+  std::vector<std::thread> others;
+  try {
+    others.reserve(threads);
+    while (int(others.size()) + 1 < threads)
+      others.emplace_back([&, me = int(others.size()) + 1] {
+        count.wait(0);
+        f(me, count.load());
+      });
+  } catch (const std::exception&) {  // fewer, then
+  }
+  const int size = int(others.size()) + 1;
+  count = size;
+  count.notify_all();
+  f(0, size);
+  for (std::thread& other : others) other.join();
 #else
   f(0, 1);
 #endif
@@ -89,42 +110,24 @@ struct Pieces {
   }
 };
 
-// A block of memory out of a pool: as many are kept as callers were ever busy at once, so nothing is allocated twice.
+// A block of at least so many bytes out of a pool.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) {
-    {
-      const std::lock_guard<std::mutex> hold(lock());
-      auto& free = pool();
-      if (!free.empty()) block = free.back(), free.pop_back();
-    }
+  Scratch(far_model::Pool& pool, size_t bytes) : pool(pool), block(pool.take()) {
     if (block.bytes >= bytes) return;
     std::free(block.data);
     block = {std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), bytes};
     if (!block.data) throw std::bad_alloc();
     std::memset(block.data, 0, bytes);
   }
-  ~Scratch() {
-    const std::lock_guard<std::mutex> hold(lock());
-    pool().push_back(block);
-  }
+  ~Scratch() { pool.give(block); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return static_cast<char*>(block.data); }
 
  private:
-  struct Block {
-    void* data = nullptr;
-    size_t bytes = 0;
-  } block;
-  static std::mutex& lock() {
-    static std::mutex one;
-    return one;
-  }
-  static std::vector<Block>& pool() {
-    static auto* all = new std::vector<Block>;  // never destroyed: threads may outlive static objects
-    return *all;
-  }
+  far_model::Pool& pool;
+  far_model::Pool::Block block;
 };
 
 }  // namespace

@@ -1,0 +1,144 @@
+// A model's natural form (model.h) laid out for this CPU's vectors.
+#pragma once
+#include "checker.h"
+
+namespace {
+
+inline float widened(bf16 x) {
+  const uint32_t bits = uint32_t{static_cast<uint16_t>(x)} << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// X: what products are packed in; From: what they come in.
+template <class X, class From>
+class Packer : public Packed {
+ public:
+  Packer(const Plan& natural, const float* vectors_from, const From* products_from)
+      : from_vectors(vectors_from), from_products(products_from), dim(natural.dim) {
+    const auto* numbers = reinterpret_cast<const int64_t*>(&natural);
+    plan.assign(numbers, numbers + natural.length);
+    Plan& p = *reinterpret_cast<Plan*>(plan.data());
+    p.vector_width = V;
+    p.bfloat16 = PAIRS;
+    vectors.resize(padded(dim));  // zeros lie first
+    p.prefix_rows = rows(p.prefix_rows, p.prefix, dim);
+    p.positions = rows(p.positions, p.tokens() - p.prefix, dim);
+    norm(p.norm);
+    map(p.embed);
+    map(p.head);
+    for (int64_t i = 0; i < p.blocks; ++i) block(record<BlockPlan>(sizeof(Plan) / 8, i));
+  }
+
+ private:
+  static constexpr bool PAIRS = !std::is_same_v<X, float>;
+  static int64_t inputs(int64_t n) { return PAIRS ? padded(n) : n; }
+
+  static X rounded(From x) {
+    if constexpr (std::is_same_v<X, From>)
+      return x;
+    else
+      return X(widened(x));
+  }
+
+  // A row of the natural form for each packed one, -1 for zeros. Units are padded to whole vectors.
+  struct Straight {
+    int64_t n;
+    int64_t operator()(int64_t i) const { return i < n ? i : -1; }
+  };
+  struct GateByGate {  // z of all units, then n
+    int64_t units, U;
+    int64_t operator()(int64_t i) const { return i < 2 * U && i % U < units ? i / U * units + i % U : -1; }
+  };
+  struct Interleaved {  // four gates of V units, then of the next V
+    int64_t units;
+    int64_t operator()(int64_t i) const {
+      const int64_t unit = i / (4 * V) * V + i % V;
+      return unit < units ? i / V % 4 * units + unit : -1;
+    }
+  };
+
+  int64_t rows(int64_t at, int64_t n, int64_t width) {
+    const int64_t place = vectors.size(), each = padded(width);
+    vectors.resize(place + n * each);
+    for (int64_t r = 0; r < n; ++r)
+      std::copy_n(from_vectors + at + r * width, width, vectors.begin() + place + r * each);
+    return place;
+  }
+
+  void norm(int64_t& at) {
+    const float eps = from_vectors[at + 2 * dim];
+    at = rows(at, 2, dim);
+    vectors.resize(vectors.size() + V);
+    vectors[at + 2 * padded(dim)] = eps;
+  }
+
+  template <class Order>
+  int64_t bias(int64_t at, int64_t n, const Order& order) {
+    const int64_t place = vectors.size();
+    vectors.resize(place + padded(n));
+    for (int64_t i = 0; i < n; ++i)
+      if (const int64_t row = order(i); row >= 0) vectors[place + i] = from_vectors[at + row];
+    return place;
+  }
+
+  // (n, k) to panels of `panel` outputs, see product.h.
+  template <class Order>
+  int64_t matrix(int64_t at, int64_t n, int64_t k, int64_t panel, const Order& order) {
+    const int64_t place = products.size() / sizeof(X), depth = inputs(k), panels = (padded(n) + panel - 1) / panel;
+    constexpr int64_t EACH = PAIRS ? 2 : 1;
+    products.resize((place + panels * panel * depth) * sizeof(X));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = order(i);
+      if (row < 0) continue;
+      const From* w = from_products + at + row * k;
+      X* to = reinterpret_cast<X*>(products.data()) + place + i / panel * panel * depth + i % panel * EACH;
+      for (int64_t j = 0; j < k; ++j) to[j / EACH * panel * EACH + j % EACH] = rounded(w[j]);
+    }
+    return place;
+  }
+
+  void map(Map& m) {
+    const Straight order{m.width};
+    m.weights = matrix(m.weights, m.width, m.depth, P, order);
+    m.bias = bias(m.bias, m.width, order);
+    m.depth = inputs(m.depth);
+  }
+
+  void cell(CellPlan& c, const BlockPlan& b) {
+    const int64_t U = (c.units + V - 1) / V * V, width = b.gates * U;
+    const auto pack = [&](int64_t panel, const auto& order) {
+      c.w_ih = matrix(c.w_ih, width, b.depth, panel, order);
+      if (b.gates == 4) c.w_hh = matrix(c.w_hh, width, c.units, width, order);
+      c.bias = bias(c.bias, width, order);
+    };
+    if (b.gates == 4)
+      pack(4 * V, Interleaved{c.units});
+    else
+      pack(P, GateByGate{c.units, U});
+  }
+
+  void block(BlockPlan& b) {  // in the order of use, in which products fetch ahead
+    norm(b.norm1);
+    norm(b.norm2);
+    if (b.before.width) map(b.before);
+    for (int64_t i = 0; i < b.cell_count; ++i) cell(record<CellPlan>(b.cells, i), b);
+    for (int64_t i = 0; i < b.apart_count; ++i) map(record<HeadPlan>(b.apart, i).map);
+    map(b.out);
+    map(b.fc1);
+    map(b.fc2);
+    if (!b.heads) b.depth = inputs(b.depth);
+  }
+
+  template <class T>
+  T& record(int64_t at, int64_t i) {
+    return reinterpret_cast<T*>(plan.data() + at)[i];
+  }
+
+  const float* const from_vectors;
+  const From* const from_products;
+  const int64_t dim;
+};
+
+}  // namespace
