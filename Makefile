@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test bench gpu lint
+.PHONY: demo real test bench gpu lint runtime
 demo: .venv/ready
 	$(BIN)/python demo.py
 
@@ -34,3 +34,28 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# The library and the program that need no Python, into runtime/build/native; or for another machine, by the compiler of
+# the package ziglang: make runtime TARGET=aarch64-linux-musl (arm-linux-musleabihf, riscv64-linux-musl, x86_64-linux-musl).
+ifdef TARGET
+ZIG ?= $(BIN)/python -m ziglang
+RUNTIME_CXX = $(ZIG) c++ -target $(TARGET) -static
+RUNTIME_AR = $(ZIG) ar
+CPU = $(patsubst %,-mcpu=%,$(word 2,$(subst :, ,$(filter $(firstword $(subst -, ,$(TARGET))):%,x86_64:x86_64_v3 arm:cortex_a7))))
+else
+RUNTIME_CXX = $(CXX)
+RUNTIME_AR = ar
+CPU ?= -march=native
+endif
+STB ?= /usr/include/stb
+RUNTIME = runtime/build/$(or $(TARGET),native)
+RUNTIME_FLAGS = -std=c++20 -O3 $(CPU) -pthread -DFAR_THREADS -fPIC -fvisibility=hidden
+runtime: $(RUNTIME)/far-run
+$(RUNTIME)/far-run: $(wildcard runtime/*.cpp runtime/*.h models/kernels/cpp/*) Makefile
+	mkdir -p $(RUNTIME)
+	$(RUNTIME_CXX) $(RUNTIME_FLAGS) -c models/kernels/cpp/model.cpp -o $(RUNTIME)/model.o
+	$(RUNTIME_CXX) $(RUNTIME_FLAGS) -c runtime/far.cpp -o $(RUNTIME)/far.o
+	$(RUNTIME_CXX) $(RUNTIME_FLAGS) -isystem $(STB) -c runtime/far_run.cpp -o $(RUNTIME)/far_run.o
+	$(RUNTIME_AR) rcs $(RUNTIME)/libfar.a $(RUNTIME)/model.o $(RUNTIME)/far.o
+	$(if $(TARGET),,$(RUNTIME_CXX) -shared -s -pthread $(RUNTIME)/model.o $(RUNTIME)/far.o -o $(RUNTIME)/libfar.so)
+	$(RUNTIME_CXX) -s -pthread $(RUNTIME)/far_run.o $(RUNTIME)/libfar.a -o $@

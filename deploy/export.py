@@ -25,7 +25,9 @@ from datasets.classes import check_classes
 from datasets.images import find_files, read_image
 from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
+from deploy import engine_file
 from deploy.fuse import merge_blocks
+from deploy.packed import PRECISIONS, faults
 from deploy.predict import preprocessing_of
 from deploy.rivals import open_onnx_runtime, open_openvino
 from deploy.timing import PAUSE_S, measure
@@ -40,7 +42,7 @@ from utils.files import check_writable
 from utils.terminal import table
 
 BATCH, DIGITS = 32, 64  # images a batch, and of the digits
-TOLERANCE, TOLERANCE_INT8 = 1e-4, 0.3  # of the largest logit
+TOLERANCE, ROUNDED = 1e-4, {"int8": 0.3, "bfloat16": 0.05}  # of the largest logit
 TIMED_S = 0.5
 Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) to logits (B, classes)
 
@@ -116,6 +118,13 @@ def write_safetensors(model: VisionTransformer, facts: dict[str, Any], args: Exp
     return "weights and config.json"
 
 
+def write_engine(model: VisionTransformer, facts: dict[str, Any], args: ExportConfig, path: Path) -> str:
+    if reason := next(faults(model), ""):
+        raise FarError(f"--to engine: {reason}; use --to pt2 or safetensors")
+    path.write_bytes(engine_file.to_bytes(model, PRECISIONS[args.precision], facts))
+    return f"a file for far-run, {args.precision}"
+
+
 def run_onnx_runtime(path: Path) -> Call:
     call = open_onnx_runtime(str(path), torch.get_num_threads())
     return lambda images: torch.from_numpy(call(images)[0])
@@ -136,18 +145,29 @@ def run_safetensors(path: Path) -> Call:
 
 @dataclass(frozen=True)
 class Target:
-    """write: writes a file and returns what it holds, in words. runtimes: what opens such a file, by package."""
+    """write: writes a file and returns what it holds, in words. runtimes: what opens such a file, by `look_up`."""
 
     write: Callable[[VisionTransformer, dict[str, Any], ExportConfig, Path], str]
     runtimes: dict[str, Callable[[Path], Call]]
 
 
+FAR_RUN = "far-run"
 # What --to names; a new one is a line here and its name in utils.names.
 TARGETS = {
     "onnx": Target(write_onnx, {"onnxruntime": run_onnx_runtime, "openvino": run_openvino}),
     "pt2": Target(write_pt2, {"torch": run_pt2}),
     "safetensors": Target(write_safetensors, {"torch": run_safetensors}),
+    "engine": Target(write_engine, {FAR_RUN: engine_file.run_program}),
 }
+
+
+def look_up(runtime: str) -> tuple[str, str]:
+    """A runtime as the table names it, and why it is not here."""
+    if runtime == FAR_RUN:
+        return f"{FAR_RUN}, started each time", engine_file.why_no_program()
+    if not importlib.util.find_spec(runtime):
+        return runtime, "it is not installed"
+    return f"{runtime} {importlib.metadata.version(runtime)}", ""
 
 
 def read(args: ExportConfig) -> tuple[VisionTransformer, FarConfig]:
@@ -195,14 +215,16 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
         del runtimes["openvino"]
         print("not checked in OpenVINO: int8 holds ONNX Runtime's own operators")
     calls: dict[str, Call] = {"torch, this model": model}
-    for package, start in runtimes.items():
-        if not importlib.util.find_spec(package):
-            print(f"not checked in {package}: it is not installed")
+    for runtime, start in runtimes.items():
+        name, lacks = look_up(runtime)
+        if lacks:
+            print(f"not checked in {runtime}: {lacks}")
             continue
         try:
-            calls[f"{package} {importlib.metadata.version(package)}"] = start(path)
+            calls[name] = start(path)
+            calls[name](torch.zeros(1, 3, config.img_size, config.img_size))
         except Exception as error:  # noqa: BLE001  (each runtime raises its own types)
-            raise FarError(f"--to {args.to}: {package} refuses the file ({first_line(error)[:200]})") from error
+            raise FarError(f"--to {args.to}: {runtime} refuses the file ({first_line(error)[:200]})") from error
 
     gaps: dict[str, list[Tensor]] = {name: [] for name in calls}
     same, right = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0)
@@ -225,7 +247,7 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
         rows.append([name, f"{torch.stack(gaps[name]).max():.1e}", *shares, f"{ms:.2f}"])
     print(table(rows))
     print(f"on {count} images, {torch.get_num_threads()} threads; the largest logit is {largest:.3g}")
-    allowed = (TOLERANCE_INT8 if args.int8 else TOLERANCE) * largest
+    allowed = ROUNDED.get("int8" if args.int8 else args.precision, TOLERANCE) * largest
     for name in calls:
         if not (gap := torch.stack(gaps[name]).max().item()) <= allowed:  # NaN, too, which max() keeps
             raise FarError(

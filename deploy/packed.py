@@ -1,4 +1,4 @@
-"""A FAR model or a plain DeiT as one operator on a CPU, images to logits: written as kernels/cpp/model.h reads it, packed there."""
+"""A FAR model or a plain DeiT as one operator on a CPU, images to logits, by the engine in models/kernels/cpp."""
 
 import copy
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from models.replace import replacements
 from utils.errors import FarError
 
 LAYOUT, NATURAL = 4, 0  # those of kernels/cpp/model.h
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of products, by --fuse and --precision
 NONE = [0, 0, 0, 0]  # the record of a map that is not there
 
 
@@ -221,7 +222,7 @@ def structure_faults(model: nn.Module) -> Iterator[str]:
         yield from () if i in replaced else _attention_faults(block.attn, model.embed_dim)
 
 
-def _faults(model: nn.Module) -> Iterator[str]:
+def faults(model: nn.Module) -> Iterator[str]:
     yield from structure_faults(model)
     if hooked(*model.modules()):
         yield "hooks on its modules"
@@ -235,10 +236,10 @@ def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
     """Why `PackedModel` cannot serve this model, in words; empty where it can."""
     if not cpu.available():
         return "the C++ kernel cannot be built here"
-    if precision not in (torch.float32, torch.bfloat16):
+    if precision not in PRECISIONS.values():
         return f"{precision} is neither float32 nor bfloat16"
     lacks = precision == torch.bfloat16 and not cpu.has_bfloat16()
-    return next(_faults(model), "bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
+    return next(faults(model), "bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
 
 
 class PackedModel(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 from datasets.classes import check_classes, keeps_classifier, order_classes
 from datasets.loading import Data
 from deploy.fuse import fuse
+from deploy.packed import PRECISIONS
 from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
 from engine.distill import Distillation, find_loss
@@ -55,8 +56,6 @@ from utils.configs import ModeCommand, ModelConfig, Optim
 from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
-
-FUSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def start(
@@ -328,7 +327,7 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
     model.to(context.device)
     choose_kernels(model, command.settings.lstm_backend, command.optim.batch_size, context, needs_grad=False)
     if command.fuse:
-        model = fuse(model, FUSE[command.fuse])
+        model = fuse(model, PRECISIONS[command.fuse])
     loader, autocast = data.val_loader(command.optim.batch_size), command.settings.autocast(context.device)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
         if reference is None:
@@ -356,7 +355,7 @@ def predict(command: ModeCommand, context: Context) -> None:
     set_backend(model, command.settings.lstm_backend)
     model.to(context.device)
     if command.fuse:
-        model = fuse(model, FUSE[command.fuse])
+        model = fuse(model, PRECISIONS[command.fuse])
     loader = picture_loader(files, config, command.optim.batch_size, command.data.num_workers)
     autocast = command.settings.autocast(context.device)
     answers = list(predicted(model, config, loader, prediction.top, context.device, autocast))

@@ -666,7 +666,7 @@ class ExportConfig(ModelName):
     to: str | None = flag(
         None,
         "onnx: for ONNX Runtime, OpenVINO and others; pt2: for torch.export.load; safetensors: weights and "
-        "config.json, as the hub's users expect",
+        "config.json, as the hub's users expect; engine: for far-run and libfar, without Python",
         "file",
         choices=names.EXPORTS,
         required=True,
@@ -676,6 +676,7 @@ class ExportConfig(ModelName):
     output: Path | None = flag(None, "default: beside the weights", "file", **FILE)
     opset: int | None = flag(None, "of ONNX; default 20", "file", type=SIZE)
     int8: bool = flag(False, "onnx: weights in 8 bits, activations too while it runs", "file")
+    precision: str = flag("float32", "engine: of weights in matrix products", "file", choices=names.PRECISIONS)
     aot: bool = flag(False, "pt2: compiled for this kind of CPU, an AOTInductor package", "file")
     images: Path | None = flag(
         None,
@@ -693,14 +694,15 @@ class ExportConfig(ModelName):
         if bool(self.far_weight) == bool(self.base_weight):
             raise FarError("--far-weight, --base-weight: name the one file that is to be exported")
         owners = {"--opset": (self.opset, "onnx"), "--int8": (self.int8, "onnx"), "--aot": (self.aot, "pt2")}
+        owners["--precision"] = self.precision != "float32", "engine"
         for name, (value, target) in owners.items():
             if value and self.to != target:
                 raise FarError(f"{name}: means something for --to {target} alone; leave it out")
         check_images(self)
         if self.data_path and not self.dataset:
             raise FarError(f"--data-path {self.data_path}: is the folder of --dataset NAME; name that too, or --images")
-        if self.output and self.output.suffix != f".{self.to}":
-            raise FarError(f"--output {self.output}: --to {self.to} writes .{self.to} files; end its name so")
+        if self.output and self.output.suffix != self.suffix:
+            raise FarError(f"--output {self.output}: --to {self.to} writes {self.suffix} files; end its name so")
         if self.file.resolve() == self.weight.resolve():
             raise FarError(f"--output {self.file}: would take the place of the weights; name another file")
 
@@ -710,7 +712,11 @@ class ExportConfig(ModelName):
 
     @property
     def file(self) -> Path:
-        return self.output or self.weight.with_name(f"{self.weight.stem}{'-int8' * self.int8}.{self.to}")
+        return self.output or self.weight.with_name(f"{self.weight.stem}{'-int8' * self.int8}{self.suffix}")
+
+    @property
+    def suffix(self) -> str:
+        return ".far" if self.to == "engine" else f".{self.to}"
 
 
 @dataclass(frozen=True)

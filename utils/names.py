@@ -16,8 +16,8 @@ LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.disti
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
 AMP = ("auto", "off", "bf16", "fp16")  # what utils.configs.Settings.autocast knows
-PRECISIONS = ("float32", "bfloat16")  # engine.modes.FUSE
-EXPORTS = ("onnx", "pt2", "safetensors")  # deploy.export.TARGETS
+PRECISIONS = ("float32", "bfloat16")  # deploy.packed.PRECISIONS
+EXPORTS = ("onnx", "pt2", "safetensors", "engine")  # deploy.export.TARGETS
 TABLES = (".csv", ".json")  # deploy.predict.TABLES
 RANKINGS = ("alone", "restore", "greedy", "spacing", "entropy")  # engine.ranking.RANKINGS
 SCORES = ("norm", "carried")  # engine.pruning.SCORES

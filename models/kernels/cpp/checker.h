@@ -8,7 +8,7 @@
 
 namespace {
 
-using namespace far_model;
+using namespace far_engine;
 
 // Whether the parts of a plan fit each other and lie in their memory. Every number may be any, so nothing is multiplied
 // before its factors are known to be small.

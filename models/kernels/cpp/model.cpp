@@ -56,7 +56,7 @@ void run_all(const Plan& plan, const float* vectors, const void* products, const
 
 }  // namespace
 
-namespace far_model {
+namespace far_engine {
 
 const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16,
                        bool natural) {
@@ -88,4 +88,4 @@ Packed pack(const Plan& natural, const float* vectors, const void* products) {
   return Packer<float, bf16>(natural, vectors, halves);
 }
 
-}  // namespace far_model
+}  // namespace far_engine

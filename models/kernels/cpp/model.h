@@ -16,7 +16,7 @@
 
 #include "pool.h"
 
-namespace far_model {
+namespace far_engine {
 
 constexpr int64_t LAYOUT = 4;   // grows with every change of what follows
 constexpr int64_t NATURAL = 0;  // as the plan's vector_width
@@ -103,4 +103,4 @@ struct Packed {
 };
 Packed pack(const Plan& natural, const float* vectors, const void* products);
 
-}  // namespace far_model
+}  // namespace far_engine

@@ -6,7 +6,7 @@
 namespace {
 
 // The plan, checked against the other two.
-const far_model::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
+const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
                                bool natural) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && vectors.scalar_type() == at::kFloat && plan.is_contiguous() &&
                   vectors.is_contiguous() && products.is_contiguous(),
@@ -14,16 +14,16 @@ const far_model::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vectors
   const bool half = products.scalar_type() == at::kBFloat16;
   TORCH_CHECK(half || products.scalar_type() == at::kFloat, "products must be float32 or bfloat16");
   const int64_t* from = plan.const_data_ptr<int64_t>();
-  const char* fault = far_model::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half, natural);
+  const char* fault = far_engine::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half, natural);
   TORCH_CHECK(!fault, fault);
-  return *reinterpret_cast<const far_model::Plan*>(from);
+  return *reinterpret_cast<const far_engine::Plan*>(from);
 }
 
 // A model's natural form to its packed one, see model.h: plan, vectors, products.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_model(const at::Tensor& plan, const at::Tensor& vectors,
                                                           const at::Tensor& products) {
   const auto& natural = plan_of(plan, vectors, products, true);
-  const far_model::Packed packed = far_model::pack(natural, vectors.const_data_ptr<float>(), products.const_data_ptr());
+  const far_engine::Packed packed = far_engine::pack(natural, vectors.const_data_ptr<float>(), products.const_data_ptr());
   const auto copy = [](const auto& from, at::ScalarType type) {
     const int64_t bytes = from.size() * sizeof(from[0]);
     at::Tensor to = at::empty({bytes / int64_t(at::elementSize(type))}, type);
@@ -43,9 +43,9 @@ at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Ten
                   images.size(2) == p.height && images.size(3) == p.width && classes == p.classes,
               "images must be (B, ", p.channels, ", ", p.height, ", ", p.width, "), float32");
   at::Tensor logits = at::empty({images.size(0), classes}, images.options(), at::MemoryFormat::Contiguous);
-  static auto* pool = new far_model::Pool;  // never destroyed: threads may outlive static objects
+  static auto* pool = new far_engine::Pool;  // never destroyed: threads may outlive static objects
   if (images.size(0))
-    far_model::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(),
+    far_engine::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(),
                    images.size(0), images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads(),
                    *pool);
   return logits;

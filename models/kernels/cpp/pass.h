@@ -17,7 +17,7 @@
 
 namespace {
 
-using namespace far_model;
+using namespace far_engine;
 
 constexpr int64_t ROWS = 128;    // rows that go from mixing to mixing together
 constexpr int64_t HIDDEN = 768;  // hidden units of the MLP between fc1 and fc2 at once, whole panels

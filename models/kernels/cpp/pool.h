@@ -4,7 +4,7 @@
 #include <mutex>
 #include <vector>
 
-namespace far_model {
+namespace far_engine {
 
 // Blocks, as many as callers were ever busy at once, so nothing is allocated twice.
 class Pool {
@@ -40,4 +40,4 @@ class Pool {
   size_t lent = 0;
 };
 
-}  // namespace far_model
+}  // namespace far_engine

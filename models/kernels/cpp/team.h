@@ -113,7 +113,7 @@ struct Pieces {
 // A block of at least so many bytes out of a pool.
 class Scratch {
  public:
-  Scratch(far_model::Pool& pool, size_t bytes) : pool(pool), block(pool.take()) {
+  Scratch(far_engine::Pool& pool, size_t bytes) : pool(pool), block(pool.take()) {
     if (block.bytes >= bytes) return;
     std::free(block.data);
     block = {std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), bytes};
@@ -126,8 +126,8 @@ class Scratch {
   char* data() const { return static_cast<char*>(block.data); }
 
  private:
-  far_model::Pool& pool;
-  far_model::Pool::Block block;
+  far_engine::Pool& pool;
+  far_engine::Pool::Block block;
 };
 
 }  // namespace

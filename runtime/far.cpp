@@ -1,0 +1,167 @@
+// The library: a file to a packed model. All integers are of 64 bits, little-endian:
+//
+//   magic      "\x89" "FAR\r\n\x1a\n"
+//   version    LAYOUT of model.h
+//   bytes      of config, plan, vectors and products
+//   checksum   Fletcher's, of all that follows as 64-bit words: their sum, and the sum of the sums after each
+//   config     JSON                                     each part padded with zeros to 64 bytes
+//   plan, vectors, products                             model.h's natural form
+#include "far.h"
+
+#include <bit>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "../models/kernels/cpp/model.h"
+#include "json.h"
+
+namespace {
+
+struct Header {
+  char magic[8];
+  int64_t version, config, plan, vectors, products;
+  uint64_t checksum[2];
+};
+static_assert(sizeof(Header) == 64);
+
+constexpr char MAGIC[9] = "\x89" "FAR\r\n\x1a\n";
+
+int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+[[noreturn]] void refuse(const std::string& why) { throw std::runtime_error(why); }
+
+struct Closing {
+  void operator()(std::FILE* file) const { std::fclose(file); }
+};
+
+// The parts of a file, as they stand in it.
+struct File {
+  Header header;
+  far_engine::Numbers<char> content;
+
+  explicit File(const char* path) {
+    const std::unique_ptr<std::FILE, Closing> file(std::fopen(path, "rb"));
+    if (!file) refuse("cannot be opened");
+    if (std::fread(&header, 1, sizeof header, file.get()) != sizeof header || std::memcmp(header.magic, MAGIC, 8))
+      refuse("is no file of `export.py --to engine`");
+    if (std::endian::native != std::endian::little || header.version >> 32) refuse("has the other order of bytes");
+    if (header.version != far_engine::LAYOUT)
+      refuse("is of version " + std::to_string(header.version) + ", and this program reads version " +
+             std::to_string(far_engine::LAYOUT) + ": export the model again");
+    int64_t length = 0;
+    for (const int64_t bytes : {header.config, header.plan, header.vectors, header.products}) {
+      if (bytes < 0 || bytes > int64_t{1} << 40) refuse("is damaged: its parts have no sizes");
+      length += padded(bytes);
+    }
+    read(file.get(), length);
+    uint64_t sums[2] = {};
+    for (int64_t i = 0; i < length; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, content.data() + i, 8);
+      sums[0] += word;
+      sums[1] += sums[0];
+    }
+    if (std::memcmp(sums, header.checksum, sizeof sums)) refuse("is damaged: its checksum is another");
+  }
+
+  const char* config() const { return content.data(); }
+  const char* plan() const { return config() + padded(header.config); }
+  const char* vectors() const { return plan() + padded(header.plan); }
+  const char* products() const { return vectors() + padded(header.vectors); }
+
+ private:
+  // As much as there is, piece by piece: a file that claims to be large takes no memory that it does not fill.
+  void read(std::FILE* file, int64_t length) {
+    constexpr int64_t PIECE = 1 << 24;
+    for (int64_t at = 0; at < length;) {
+      const int64_t here = std::min(PIECE, length - at);
+      if (at + here > int64_t(content.capacity())) content.reserve(std::min(length, 2 * (at + here)));
+      content.resize(at + here);
+      if (int64_t(std::fread(content.data() + at, 1, here, file)) != here) refuse("is cut short");
+      at += here;
+    }
+    if (std::fgetc(file) != EOF) refuse("is damaged: it is longer than its parts");
+  }
+};
+
+}  // namespace
+
+struct far_model {
+  std::string error, config;
+  far_engine::Packed packed;
+  std::vector<std::string> texts;
+  std::vector<const char*> names;
+  mutable far_engine::Pool pool;
+
+  void open(const char* path) {
+    const File file(path);
+    config.assign(file.config(), file.header.config);
+    const auto* plan = reinterpret_cast<const int64_t*>(file.plan());
+    const auto* vectors = reinterpret_cast<const float*>(file.vectors());
+    const int64_t length = file.header.plan / 8;
+    const bool halves = length > 2 && plan[2] == 1;
+    if (const char* fault = far_engine::find_fault(plan, length, file.header.vectors / 4,
+                                                   file.header.products / (halves ? 2 : 4), halves, true))
+      refuse(std::string("is damaged: ") + fault);
+    packed = far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, file.products());
+    for (const far_json::Value& name : far_json::Reader(config).read()["classes"].list) texts.push_back(name.text);
+    if (!texts.empty() && int64_t(texts.size()) != packed.head().classes)
+      refuse("is damaged: it names " + std::to_string(texts.size()) + " classes of " +
+             std::to_string(packed.head().classes));
+    for (const std::string& text : texts) names.push_back(text.c_str());
+  }
+};
+
+extern "C" {
+
+far_model* far_open(const char* path) {
+  far_model* model = new (std::nothrow) far_model;
+  if (!model) return nullptr;
+  try {
+    model->open(path);
+  } catch (const std::bad_alloc&) {
+    model->error = "out of memory";  // short enough for a string to hold without any
+  } catch (const std::exception& reason) {
+    try {
+      model->error = reason.what();
+    } catch (const std::bad_alloc&) {
+      model->error = "out of memory";
+    }
+  }
+  return model;
+}
+
+const char* far_error(const far_model* model) {
+  if (!model) return "out of memory";
+  return model->error.empty() ? nullptr : model->error.c_str();
+}
+
+far_shape far_describe(const far_model* model) {
+  if (far_error(model)) return {};
+  const far_engine::Plan& plan = model->packed.head();
+  const char* const* names = model->names.empty() ? nullptr : model->names.data();
+  return {plan.channels, plan.height, plan.width, plan.classes, names, model->config.c_str()};
+}
+
+const char* far_run(const far_model* model, const float* images, int64_t batch, float* logits, int threads) {
+  if (const char* error = far_error(model)) return error;
+  if (!images || !logits || batch < 0 || threads < 1) return "no images, no place for logits, or no threads";
+  if (!batch) return nullptr;
+  const far_engine::Plan& plan = model->packed.head();
+  const int64_t strides[] = {plan.channels * plan.height * plan.width, plan.height * plan.width, plan.width, 1};
+  try {
+    far_engine::run(plan, model->packed.vectors.data(), model->packed.products.data(), images, batch, strides, logits,
+                    threads, model->pool);
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  } catch (const std::exception&) {  // what a lock of the system's may throw
+    return "the system refuses a lock";
+  }
+  return nullptr;
+}
+
+void far_close(far_model* model) { delete model; }
+}

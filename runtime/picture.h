@@ -1,0 +1,122 @@
+// A picture file to what a model reads, as datasets/images.py and utils/preprocessing.py prepare it: as wide again as
+// the crop leaves, by a cubic or linear filter that spreads when it shrinks, a pass for each side rounded to 8 bits as
+// Pillow does; the middle cut out; each channel less its mean, over its deviation.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "json.h"
+
+#if __has_include(<stb_image.h>) && __has_include(<stb_image_resize.h>)
+#define FAR_PICTURES 1
+#define STB_IMAGE_IMPLEMENTATION
+#define STB_IMAGE_RESIZE_IMPLEMENTATION
+#define STB_IMAGE_STATIC
+#define STB_IMAGE_RESIZE_STATIC
+#include <stb_image.h>
+#include <stb_image_resize.h>
+#endif
+
+namespace far_picture {
+
+struct Preparation {
+  float mean[3], deviation[3];
+  double crop;  // share of the resized side that is kept
+  bool squash, cubic;
+  int side;
+
+  // From a model's configuration. Throws std::runtime_error where it does not say.
+  Preparation(const std::string& config, int64_t side) : side(int(side)) {
+    const far_json::Value whole = far_json::Reader(config).read();
+    const far_json::Value& data = whole["data"];
+    const auto &means = data["mean"].list, &deviations = data["std"].list;
+    crop = data["crop_pct"].number;
+    if (means.size() != 3 || deviations.size() != 3 || !(crop >= 0.1 && crop <= 1))
+      throw std::runtime_error("its configuration does not say how pictures are prepared");
+    for (int c = 0; c < 3; ++c) mean[c] = float(means[c].number), deviation[c] = float(deviations[c].number);
+    squash = data["crop_mode"].text == "squash";
+    cubic = data["interpolation"].text != "bilinear";
+  }
+};
+
+#if FAR_PICTURES
+// Rows of 8-bit RGB.
+struct Picture {
+  int width, height;
+  std::vector<unsigned char> pixels;
+};
+
+inline Picture read(const char* path) {
+  int width, height, channels;
+  const std::unique_ptr<unsigned char, void (*)(void*)> pixels(stbi_load(path, &width, &height, &channels, 3),
+                                                               stbi_image_free);
+  if (!pixels) throw std::runtime_error(std::string("not a readable picture (") + stbi_failure_reason() + ")");
+  return {width, height, {pixels.get(), pixels.get() + size_t(3) * width * height}};
+}
+
+inline Picture cut(const Picture& from, int left, int top, int width, int height) {
+  Picture to{width, height, std::vector<unsigned char>(size_t(3) * width * height)};
+  for (int y = 0; y < height; ++y)
+    std::copy_n(&from.pixels[3 * (size_t(top + y) * from.width + left)], 3 * width, &to.pixels[size_t(3) * y * width]);
+  return to;
+}
+
+// Beyond the border lies nothing: a fourth channel of ones says how much of the filter fell inside.
+inline Picture resize_once(const Picture& from, int width, int height, stbir_filter filter) {
+  if (from.width == width && from.height == height) return from;
+  std::vector<float> in(size_t(4) * from.width * from.height), out(size_t(4) * width * height);
+  for (size_t i = 0; i < in.size() / 4; ++i) {
+    for (int c = 0; c < 3; ++c) in[4 * i + c] = from.pixels[3 * i + c];
+    in[4 * i + 3] = 1;
+  }
+  if (!stbir_resize_float_generic(in.data(), from.width, from.height, 0, out.data(), width, height, 0, 4,
+                                  STBIR_ALPHA_CHANNEL_NONE, 0, STBIR_EDGE_ZERO, filter, STBIR_COLORSPACE_LINEAR,
+                                  nullptr))
+    throw std::bad_alloc();
+  Picture to{width, height, std::vector<unsigned char>(size_t(3) * width * height)};
+  for (size_t i = 0; i < out.size() / 4; ++i)
+    for (int c = 0; c < 3; ++c)
+      to.pixels[3 * i + c] = (unsigned char)std::clamp(std::floor(out[4 * i + c] / out[4 * i + 3] + 0.5f), 0.0f, 255.0f);
+  return to;
+}
+
+inline Picture resize(const Picture& from, int width, int height, bool cubic) {
+  const stbir_filter filter = cubic ? STBIR_FILTER_CATMULLROM : STBIR_FILTER_TRIANGLE;
+  return resize_once(resize_once(from, width, from.height, filter), width, height, filter);
+}
+
+// What the model reads, channel by channel. Throws std::runtime_error, std::bad_alloc.
+inline std::vector<float> prepare(const char* path, const Preparation& how) {
+  constexpr int STRIP = 8;  // of a picture longer than so many times its width the middle is seen
+  Picture picture = read(path);
+  const int side = int(std::floor(how.side / how.crop));
+  if (how.squash) {
+    picture = resize(picture, side, side, how.cubic);
+  } else {
+    const int most = STRIP * std::min(picture.width, picture.height);
+    const int wide = std::min(picture.width, most), high = std::min(picture.height, most);
+    picture = cut(picture, (picture.width - wide) / 2, (picture.height - high) / 2, wide, high);
+    const bool tall = high > wide;
+    const int longer = int(int64_t(side) * std::max(wide, high) / std::min(wide, high));
+    picture = resize(picture, tall ? side : longer, tall ? longer : side, how.cubic);
+  }
+  const auto middle = [&](int length) { return int(std::nearbyint((length - how.side) / 2.0)); };
+  picture = cut(picture, middle(picture.width), middle(picture.height), how.side, how.side);
+  std::vector<float> out(size_t(3) * how.side * how.side);
+  for (int c = 0; c < 3; ++c)
+    for (size_t i = 0; i < out.size() / 3; ++i)
+      out[c * (out.size() / 3) + i] = (picture.pixels[3 * i + c] / 255.0f - how.mean[c]) / how.deviation[c];
+  return out;
+}
+
+#else
+inline std::vector<float> prepare(const char*, const Preparation&) {
+  throw std::runtime_error("this far-run was built without stb_image; give it .f32 files");
+}
+#endif
+
+}  // namespace far_picture
