@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from deploy.packed import LAYOUT, natural_form
+from deploy.packed import LAYOUT, Natural
 from utils.errors import first_line
 
 ROOT = Path(__file__).parent.parent
@@ -28,12 +28,11 @@ def checksum(parts: bytes) -> tuple[int, int]:
     return int(words.sum(dtype=np.uint64)), int((words * np.arange(len(words), 0, -1, dtype=np.uint64)).sum())
 
 
-def to_bytes(model: VisionTransformer, precision: torch.dtype, facts: dict[str, Any]) -> bytes:
+def to_bytes(model: Natural, facts: dict[str, Any]) -> bytes:
     """The file's content. facts: what the program is told about the model and its pictures, plain data."""
-    plan, vectors, products = natural_form(model, precision)
-    products = products.view(torch.int16 if precision == torch.bfloat16 else torch.int32)
-    arrays = (plan.numpy().astype("<i8"), vectors.numpy().astype("<f4"), products.numpy())
-    parts = [json.dumps(facts).encode(), *(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)]
+    products = model.products.view(torch.int16 if model.products.dtype == torch.bfloat16 else torch.int32)
+    arrays = ((model.plan, "<i8"), (model.vectors, "<f4"), (products, f"<i{products.element_size()}"))
+    parts = [json.dumps(facts).encode(), *(tensor.numpy().astype(dtype).tobytes() for tensor, dtype in arrays)]
     content = b"".join(part + bytes(-len(part) % LINE) for part in parts)
     return struct.pack("<8s5q2Q", MAGIC, LAYOUT, *map(len, parts), *checksum(content)) + content
 
@@ -42,7 +41,9 @@ def to_bytes(model: VisionTransformer, precision: torch.dtype, facts: dict[str, 
 def why_no_program() -> str:
     """Builds far-run for this machine; why it cannot be, in words, or nothing."""
     try:
-        done = subprocess.run(["make", "-s", "-C", ROOT, "runtime"], capture_output=True, text=True, check=False)
+        PROGRAM.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(PROGRAM.with_name("lock")):
+            done = subprocess.run(["make", "-s", "-C", ROOT, "runtime"], capture_output=True, text=True, check=False)
     except OSError as error:
         return first_line(error)
     said = done.stderr.splitlines() or ["make failed"]

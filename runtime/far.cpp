@@ -27,25 +27,22 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64);
 
-constexpr char MAGIC[9] = "\x89" "FAR\r\n\x1a\n";
+constexpr char MAGIC[9] =
+    "\x89"
+    "FAR\r\n\x1a\n";
 
 int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 [[noreturn]] void refuse(const std::string& why) { throw std::runtime_error(why); }
-
-struct Closing {
-  void operator()(std::FILE* file) const { std::fclose(file); }
-};
 
 // The parts of a file, as they stand in it.
 struct File {
   Header header;
   far_engine::Numbers<char> content;
 
-  explicit File(const char* path) {
-    const std::unique_ptr<std::FILE, Closing> file(std::fopen(path, "rb"));
+  explicit File(std::FILE* file) {
     if (!file) refuse("cannot be opened");
-    if (std::fread(&header, 1, sizeof header, file.get()) != sizeof header || std::memcmp(header.magic, MAGIC, 8))
+    if (std::fread(&header, 1, sizeof header, file) != sizeof header || std::memcmp(header.magic, MAGIC, 8))
       refuse("is no file of `export.py --to engine`");
     if (std::endian::native != std::endian::little || header.version >> 32) refuse("has the other order of bytes");
     if (header.version != far_engine::LAYOUT)
@@ -56,7 +53,7 @@ struct File {
       if (bytes < 0 || bytes > int64_t{1} << 40) refuse("is damaged: its parts have no sizes");
       length += padded(bytes);
     }
-    read(file.get(), length);
+    read(file, length);
     uint64_t sums[2] = {};
     for (int64_t i = 0; i < length; i += 8) {
       uint64_t word;
@@ -96,8 +93,9 @@ struct far_model {
   std::vector<const char*> names;
   mutable far_engine::Pool pool;
 
-  void open(const char* path) {
-    const File file(path);
+  // Throws std::exception with why it cannot be used.
+  void open(std::FILE* stream) {
+    const File file(stream);
     config.assign(file.config(), file.header.config);
     const auto* plan = reinterpret_cast<const int64_t*>(file.plan());
     const auto* vectors = reinterpret_cast<const float*>(file.vectors());
@@ -107,7 +105,8 @@ struct far_model {
                                                    file.header.products / (halves ? 2 : 4), halves, true))
       refuse(std::string("is damaged: ") + fault);
     packed = far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, file.products());
-    for (const far_json::Value& name : far_json::Reader(config).read()["classes"].list) texts.push_back(name.text);
+    const far_json::Value facts = far_json::Reader(config).read();
+    for (const far_json::Value& name : facts["classes"].list) texts.push_back(name.text);
     if (!texts.empty() && int64_t(texts.size()) != packed.head().classes)
       refuse("is damaged: it names " + std::to_string(texts.size()) + " classes of " +
              std::to_string(packed.head().classes));
@@ -120,17 +119,17 @@ extern "C" {
 far_model* far_open(const char* path) {
   far_model* model = new (std::nothrow) far_model;
   if (!model) return nullptr;
+  std::FILE* file = std::fopen(path, "rb");
   try {
-    model->open(path);
+    model->open(file);
   } catch (const std::bad_alloc&) {
     model->error = "out of memory";  // short enough for a string to hold without any
   } catch (const std::exception& reason) {
     try {
       model->error = reason.what();
-    } catch (const std::bad_alloc&) {
-      model->error = "out of memory";
-    }
+    } catch (const std::bad_alloc&) { model->error = "out of memory"; }
   }
+  if (file) std::fclose(file);
   return model;
 }
 

@@ -27,7 +27,9 @@ constexpr char USAGE[] =
     "  --bench       no pictures: the time for --batch N images (1), until the first answer and after\n";
 
 using Clock = std::chrono::steady_clock;
-double since(Clock::time_point start) { return std::chrono::duration<double, std::milli>(Clock::now() - start).count(); }
+double since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
 
 struct Options {
   const char* model = nullptr;
@@ -45,14 +47,22 @@ struct Options {
         if (!end || *end || value < 1 || value > 1 << 16) throw std::runtime_error(word + ": needs a number from 1 on");
         return int(value);
       };
-      if (word == "--top") top = number();
-      else if (word == "--threads") threads = number();
-      else if (word == "--batch") batch = number();
-      else if (word == "--raw") raw = true;
-      else if (word == "--bench") bench = true;
-      else if (word.rfind("--", 0) == 0) throw std::runtime_error(word + ": no option of far-run\n" + USAGE);
-      else if (!model) model = words[i];
-      else pictures.push_back(words[i]);
+      if (word == "--top")
+        top = number();
+      else if (word == "--threads")
+        threads = number();
+      else if (word == "--batch")
+        batch = number();
+      else if (word == "--raw")
+        raw = true;
+      else if (word == "--bench")
+        bench = true;
+      else if (word.rfind("--", 0) == 0)
+        throw std::runtime_error(word + ": no option of far-run\n" + USAGE);
+      else if (!model)
+        model = words[i];
+      else
+        pictures.push_back(words[i]);
     }
     if (!model || pictures.empty() != bench) throw std::runtime_error(USAGE);
   }
@@ -104,8 +114,9 @@ void bench(const far_model* model, const far_shape& shape, const Options& option
   }
   const double first = times.front();
   std::sort(times.begin(), times.end());
-  std::printf("opened in %.2f ms, first answer in %.2f ms, then %.3f ms (median of %zu; quartiles %.3f to %.3f)", opened,
-              first, times[times.size() / 2], times.size(), times[times.size() / 4], times[times.size() * 3 / 4]);
+  std::printf("opened in %.2f ms, first answer in %.2f ms, then %.3f ms (median of %zu; quartiles %.3f to %.3f)",
+              opened, first, times[times.size() / 2], times.size(), times[times.size() / 4],
+              times[times.size() * 3 / 4]);
   std::printf(", batch %d, %d threads", options.batch, options.threads);
 #if defined(__unix__)
   rusage used;
@@ -128,8 +139,8 @@ int run(const Options& options) {
       const bool floats = name_of.size() > 4 && name_of.compare(name_of.size() - 4, 4, ".f32") == 0;
       if (!floats && (shape.channels != 3 || shape.height != shape.width))
         throw std::runtime_error("this model reads no square pictures of three channels; give it .f32 files");
-      const std::vector<float> images = floats ? read_floats(path, each)
-                                               : far_picture::prepare(path, {shape.config, shape.height});
+      const std::vector<float> images =
+          floats ? read_floats(path, each) : far_picture::prepare(path, {shape.config, shape.height});
       const int64_t batch = images.size() / each;
       std::vector<float> logits(batch * shape.classes);
       const auto begin = Clock::now();
@@ -143,7 +154,8 @@ int run(const Options& options) {
       for (int64_t i = 0; i < batch; ++i) name(shape, &logits[i * shape.classes], options.top);
     } catch (const std::exception& reason) {
       std::fflush(stdout);
-      std::fprintf(stderr, "error: %s: %s\n", path, dynamic_cast<const std::bad_alloc*>(&reason) ? "out of memory" : reason.what());
+      std::fprintf(stderr, "error: %s: %s\n", path,
+                   dynamic_cast<const std::bad_alloc*>(&reason) ? "out of memory" : reason.what());
       code = 2;
     }
   return code;
@@ -151,9 +163,7 @@ int run(const Options& options) {
 
 }  // namespace
 
-int main(int count, char** words) try {
-  return run(Options(count, words));
-} catch (const std::exception& reason) {
+int main(int count, char** words) try { return run(Options(count, words)); } catch (const std::exception& reason) {
   const bool memory = dynamic_cast<const std::bad_alloc*>(&reason);
   std::fprintf(stderr, "error: %s\n", memory ? "out of memory" : reason.what());
   return 2;

@@ -102,7 +102,8 @@ class Reader {
       if (*at == 'u') {
         ++at;
         unsigned code = unit();
-        if (code >= 0xd800 && code < 0xdc00 && take("\\u")) code = 0x10000 + ((code - 0xd800) << 10) + (unit() - 0xdc00);
+        if (code >= 0xd800 && code < 0xdc00 && take("\\u"))
+          code = 0x10000 + ((code - 0xd800) << 10) + (unit() - 0xdc00);
         append(text, code);
       } else {
         const size_t found = escapes.find(*at++);
@@ -118,7 +119,10 @@ class Reader {
     for (int i = 0; i < 4; ++i, ++at) {
       if (at == end) fail();
       const char c = *at;
-      const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+      const int digit = c >= '0' && c <= '9'   ? c - '0'
+                        : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                        : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                               : -1;
       if (digit < 0) fail();
       code = 16 * code + digit;
     }

@@ -80,7 +80,8 @@ inline Picture resize_once(const Picture& from, int width, int height, stbir_fil
   Picture to{width, height, std::vector<unsigned char>(size_t(3) * width * height)};
   for (size_t i = 0; i < out.size() / 4; ++i)
     for (int c = 0; c < 3; ++c)
-      to.pixels[3 * i + c] = (unsigned char)std::clamp(std::floor(out[4 * i + c] / out[4 * i + 3] + 0.5f), 0.0f, 255.0f);
+      to.pixels[3 * i + c] =
+          (unsigned char)std::clamp(std::floor(out[4 * i + c] / out[4 * i + 3] + 0.5f), 0.0f, 255.0f);
   return to;
 }
 
