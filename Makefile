@@ -21,13 +21,13 @@ gpu: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/*
+	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/* runtime/*.h runtime/*.cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/*
+	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/* runtime/*.h runtime/*.cpp
 
 # pip's ordinary index gives the build that fits the machine; the stamp makes a second run free.
 .venv/ready: requirements.txt requirements-dev.txt

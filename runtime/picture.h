@@ -4,6 +4,8 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -44,18 +46,51 @@ struct Preparation {
 };
 
 #if FAR_PICTURES
+constexpr int64_t MOST_PIXELS = 89478485;  // as Pillow's, against files that unfold to gigabytes
+
 // Rows of 8-bit RGB.
 struct Picture {
   int width, height;
   std::vector<unsigned char> pixels;
 };
 
-inline Picture read(const char* path) {
-  int width, height, channels;
-  const std::unique_ptr<unsigned char, void (*)(void*)> pixels(stbi_load(path, &width, &height, &channels, 3),
-                                                               stbi_image_free);
-  if (!pixels) throw std::runtime_error(std::string("not a readable picture (") + stbi_failure_reason() + ")");
-  return {width, height, {pixels.get(), pixels.get() + size_t(3) * width * height}};
+// The orientation in a JPEG's EXIF, 1 to 8; 1 where there is none. See EXIF 2.3, 4.5.4: markers, then TIFF.
+inline int orientation(const std::vector<unsigned char>& file) {
+  const auto at = [&](size_t i) { return i < file.size() ? unsigned(file[i]) : 0u; };
+  if (at(0) != 0xff || at(1) != 0xd8) return 1;
+  for (size_t i = 2; at(i) == 0xff && at(i + 1) != 0xda; i += 2 + 256 * at(i + 2) + at(i + 3)) {
+    constexpr char EXIF[] = "Exif\0";
+    if (at(i + 1) != 0xe1 || i + 18 > file.size() || !std::equal(EXIF, EXIF + 6, file.begin() + i + 4)) continue;
+    const size_t start = i + 10;
+    const bool little = at(start) == 'I';
+    const auto number = [&](size_t where, int bytes) {
+      size_t value = 0;
+      for (int b = 0; b < bytes; ++b) value |= size_t(at(start + where + b)) << 8 * (little ? b : bytes - 1 - b);
+      return value;
+    };
+    const size_t table = number(4, 4), entries = number(table, 2);
+    for (size_t e = 0; e < entries; ++e)
+      if (const size_t entry = table + 2 + 12 * e; number(entry, 2) == 0x112) {
+        const size_t value = number(entry + 8, 2);
+        return value >= 1 && value <= 8 ? int(value) : 1;
+      }
+  }
+  return 1;
+}
+
+inline Picture upright(const Picture& from, int orientation) {
+  if (orientation == 1) return from;
+  const bool swapped = orientation >= 5, flip_x = (0b110001100 >> orientation) & 1,
+             flip_y = (0b011011000 >> orientation) & 1;
+  Picture to{swapped ? from.height : from.width, swapped ? from.width : from.height, {}};
+  to.pixels.resize(from.pixels.size());
+  for (int y = 0; y < to.height; ++y)
+    for (int x = 0; x < to.width; ++x) {
+      const int u = swapped ? y : x, v = swapped ? x : y;
+      const size_t row = flip_y ? from.height - 1 - v : v, column = flip_x ? from.width - 1 - u : u;
+      std::copy_n(&from.pixels[3 * (row * from.width + column)], 3, &to.pixels[3 * (size_t(y) * to.width + x)]);
+    }
+  return to;
 }
 
 inline Picture cut(const Picture& from, int left, int top, int width, int height) {
@@ -88,6 +123,21 @@ inline Picture resize_once(const Picture& from, int width, int height, stbir_fil
 inline Picture resize(const Picture& from, int width, int height, bool cubic) {
   const stbir_filter filter = cubic ? STBIR_FILTER_CATMULLROM : STBIR_FILTER_TRIANGLE;
   return resize_once(resize_once(from, width, from.height, filter), width, height, filter);
+}
+
+inline Picture read(const char* path) {
+  std::ifstream stream(path, std::ios::binary);
+  const std::vector<unsigned char> file{std::istreambuf_iterator<char>(stream), {}};
+  const auto refuse = [](const std::string& why) { throw std::runtime_error("not a readable picture (" + why + ")"); };
+  int width, height, channels;
+  if (!stream || file.empty()) refuse("no such file, or an empty one");
+  if (file.size() > size_t{1} << 30) refuse("more than a gigabyte");
+  if (!stbi_info_from_memory(file.data(), int(file.size()), &width, &height, &channels)) refuse(stbi_failure_reason());
+  if (int64_t(width) * height > MOST_PIXELS) refuse("more than " + std::to_string(MOST_PIXELS) + " pixels");
+  const std::unique_ptr<unsigned char, void (*)(void*)> pixels(
+      stbi_load_from_memory(file.data(), int(file.size()), &width, &height, &channels, 3), stbi_image_free);
+  if (!pixels) refuse(stbi_failure_reason());
+  return upright({width, height, {pixels.get(), pixels.get() + size_t(3) * width * height}}, orientation(file));
 }
 
 // What the model reads, channel by channel. Throws std::runtime_error, std::bad_alloc.

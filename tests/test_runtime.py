@@ -122,6 +122,10 @@ def test_the_program_names_what_is_in_pictures_as_python_does(tmp_path, capsys):
     pictures |= {"flower.bmp": flower, "flower.gif": flower.convert("P"), "strip.png": temple.resize((640, 20))}
     for name, image in pictures.items():
         image.save(tmp_path / name)
+    for turned in range(1, 9):
+        (exif := Image.Exif())[0x112] = turned
+        temple.resize((90, 70)).save(tmp_path / (name := f"turned{turned}.jpg"), exif=exif, quality=95)
+        pictures[name] = None
     files = [tmp_path / name for name in pictures]
     expected = model(torch.stack([how.transform(64)(read_image(path)) for path in files]))
     got = logits_of(file, *files).view(len(files), -1)
