@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test bench gpu lint runtime
+.PHONY: demo real test bench gpu lint runtime web
 demo: .venv/ready
 	$(BIN)/python demo.py
 
@@ -59,3 +59,22 @@ $(RUNTIME)/far-run: $(wildcard runtime/*.cpp runtime/*.h models/kernels/cpp/*) M
 	$(RUNTIME_AR) rcs $(RUNTIME)/libfar.a $(RUNTIME)/model.o $(RUNTIME)/far.o
 	$(if $(TARGET),,$(RUNTIME_CXX) -shared -s -pthread $(RUNTIME)/model.o $(RUNTIME)/far.o -o $(RUNTIME)/libfar.so)
 	$(RUNTIME_CXX) -s -pthread $(RUNTIME)/far_run.o $(RUNTIME)/libfar.a -o $@
+
+# The page web/index.html: the engine as WebAssembly by emscripten, and the models of `make demo`, or of MODELS=FOLDER.
+# Then: python3 -m http.server --directory web
+MODELS ?= runs/demo
+WEB_FLAGS = -std=c++20 -O3 -msimd128 -fexceptions -isystem $(STB)
+WEB_EXPORTS = _far_open,_far_error,_far_close,_web_side,_web_classes,_web_config,_web_prepare,_web_run,_malloc,_free
+web: web/build/far.js
+	for name in teacher far prune; do \
+	  $(BIN)/python export.py --to engine --far-weight $(MODELS)/$$name/best.pth --output web/build/$$name.far || exit; \
+	done
+	$(BIN)/python export.py --to onnx --far-weight $(MODELS)/teacher/best.pth --output web/build/teacher.onnx
+web/build/far.js: $(wildcard web/*.cpp runtime/*.cpp runtime/*.h models/kernels/cpp/*) Makefile
+	mkdir -p web/build
+	for source in models/kernels/cpp/model runtime/far web/far_web; do \
+	  em++ $(WEB_FLAGS) -c $$source.cpp -o web/build/$$(basename $$source).o || exit; \
+	done
+	NODE_PATH=$${NODE_PATH:-/usr/share/nodejs} em++ -O3 -fexceptions web/build/*.o -o $@ -sMODULARIZE -sEXPORT_NAME=createFar \
+	  -sALLOW_MEMORY_GROWTH -sENVIRONMENT=web -sEXPORTED_FUNCTIONS=$(WEB_EXPORTS) \
+	  -sEXPORTED_RUNTIME_METHODS=FS,UTF8ToString,allocateUTF8

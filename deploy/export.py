@@ -32,7 +32,7 @@ from deploy.predict import preprocessing_of
 from deploy.rivals import open_onnx_runtime, open_openvino
 from deploy.timing import PAUSE_S, measure
 from models.deit import find_teacher
-from models.replace import FarConfig, describe, load_model, set_backend
+from models.replace import FarConfig, count_parameters, describe, load_model, set_backend
 from models.weights import load_any
 from utils.checkpoint import save_safe, write_atomic
 from utils.configs import DataConfig, ExportConfig
@@ -121,6 +121,7 @@ def write_safetensors(model: VisionTransformer, facts: dict[str, Any], args: Exp
 def write_engine(model: VisionTransformer, facts: dict[str, Any], args: ExportConfig, path: Path) -> str:
     if reason := next(faults(model), ""):
         raise FarError(f"--to engine: {reason}; use --to pt2 or safetensors")
+    facts = {**facts, "parameters": count_parameters(model)}
     path.write_bytes(engine_file.to_bytes(natural_form(model, PRECISIONS[args.precision]), facts))
     return f"a file for far-run, {args.precision}"
 

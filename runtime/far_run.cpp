@@ -140,7 +140,8 @@ int run(const Options& options) {
       if (!floats && (shape.channels != 3 || shape.height != shape.width))
         throw std::runtime_error("this model reads no square pictures of three channels; give it .f32 files");
       const std::vector<float> images =
-          floats ? read_floats(path, each) : far_picture::prepare(path, {shape.config, shape.height});
+          floats ? read_floats(path, each)
+                 : far_picture::prepare(far_picture::read(path), {shape.config, shape.height});
       const int64_t batch = images.size() / each;
       std::vector<float> logits(batch * shape.classes);
       const auto begin = Clock::now();

@@ -141,9 +141,8 @@ inline Picture read(const char* path) {
 }
 
 // What the model reads, channel by channel. Throws std::runtime_error, std::bad_alloc.
-inline std::vector<float> prepare(const char* path, const Preparation& how) {
+inline std::vector<float> prepare(Picture picture, const Preparation& how) {
   constexpr int STRIP = 8;  // of a picture longer than so many times its width the middle is seen
-  Picture picture = read(path);
   const int side = int(std::floor(how.side / how.crop));
   if (how.squash) {
     picture = resize(picture, side, side, how.cubic);
@@ -165,7 +164,9 @@ inline std::vector<float> prepare(const char* path, const Preparation& how) {
 }
 
 #else
-inline std::vector<float> prepare(const char*, const Preparation&) {
+struct Picture {};
+inline std::vector<float> prepare(const Picture&, const Preparation&) { return {}; }
+inline Picture read(const char*) {
   throw std::runtime_error("this far-run was built without stb_image; give it .f32 files");
 }
 #endif
