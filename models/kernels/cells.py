@@ -1,5 +1,6 @@
 """What a kernel computes: the weights of recurrent cells, the equations of a kind of cell, and torch's own layers."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# cuDNN would have a layer's weights lie together; here each is a parameter of its own.
+warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
 
 class Cell(NamedTuple):
