@@ -37,15 +37,17 @@ lint: .venv/ready
 
 # The library and the program that need no Python, into runtime/build/native; or for another machine, by the compiler of
 # the package ziglang: make runtime TARGET=aarch64-linux-musl (arm-linux-musleabihf, riscv64-linux-musl, x86_64-linux-musl).
-ifdef TARGET
+# From the command line alone: the environment's may mean something else.
+ifeq ($(origin TARGET),command line)
 ZIG ?= $(BIN)/python -m ziglang
 RUNTIME_CXX = $(ZIG) c++ -target $(TARGET) -static
 RUNTIME_AR = $(ZIG) ar
 CPU = $(patsubst %,-mcpu=%,$(word 2,$(subst :, ,$(filter $(firstword $(subst -, ,$(TARGET))):%,x86_64:x86_64_v3 arm:cortex_a7))))
 else
+TARGET =
 RUNTIME_CXX = $(CXX)
 RUNTIME_AR = ar
-CPU ?= -march=native
+CPU = -march=native
 endif
 STB ?= /usr/include/stb
 RUNTIME = runtime/build/$(or $(TARGET),native)
@@ -57,7 +59,7 @@ $(RUNTIME)/far-run: $(wildcard runtime/*.cpp runtime/*.h models/kernels/cpp/*) M
 	$(RUNTIME_CXX) $(RUNTIME_FLAGS) -c runtime/far.cpp -o $(RUNTIME)/far.o
 	$(RUNTIME_CXX) $(RUNTIME_FLAGS) -isystem $(STB) -c runtime/far_run.cpp -o $(RUNTIME)/far_run.o
 	$(RUNTIME_AR) rcs $(RUNTIME)/libfar.a $(RUNTIME)/model.o $(RUNTIME)/far.o
-	$(if $(TARGET),,$(RUNTIME_CXX) -shared -s -pthread $(RUNTIME)/model.o $(RUNTIME)/far.o -o $(RUNTIME)/libfar.so)
+	$(if $(TARGET),,$(RUNTIME_CXX) -shared -s -Wl,-soname,libfar.so -pthread $(RUNTIME)/model.o $(RUNTIME)/far.o -o $(RUNTIME)/libfar.so)
 	$(RUNTIME_CXX) -s -pthread $(RUNTIME)/far_run.o $(RUNTIME)/libfar.a -o $@
 
 # The page web/index.html: the engine as WebAssembly by emscripten, and the models of `make demo`, or of MODELS=FOLDER.

@@ -44,10 +44,13 @@ def why_no_program() -> str:
         PROGRAM.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(PROGRAM.with_name("lock")):
             done = subprocess.run(["make", "-s", "-C", ROOT, "runtime"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")] or ["make failed"]
+            return next((line for line in said if "error" in line.lower()), said[0])
+        starts = subprocess.run([PROGRAM, "--help"], capture_output=True, check=False).returncode == 0
+        return "" if starts else f"{PROGRAM.parent} was made on another kind of machine: remove it"
     except OSError as error:
         return first_line(error)
-    said = done.stderr.splitlines() or ["make failed"]
-    return next((line for line in said if "error" in line.lower()), said[0]) if done.returncode else ""
 
 
 def run_program(path: Path) -> Callable[[Tensor], Tensor]:

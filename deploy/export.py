@@ -253,7 +253,7 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
         if not (gap := torch.stack(gaps[name]).max().item()) <= allowed:  # NaN, too, which max() keeps
             raise FarError(
                 f"--to {args.to}: in {name} logits differ by {gap:.2g}, allowed are {allowed:.2g}; nothing is written; "
-                "try another --to, or without --int8"
+                "try another --to, or weights that are not rounded (no --int8, --precision float32)"
             )
 
 

@@ -14,6 +14,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "../models/kernels/cpp/model.h"
 #include "json.h"
@@ -51,6 +52,7 @@ struct File {
     int64_t length = 0;
     for (const int64_t bytes : {header.config, header.plan, header.vectors, header.products}) {
       if (bytes < 0 || bytes > int64_t{1} << 40) refuse("is damaged: its parts have no sizes");
+      if (header.config > int64_t{1} << 24) refuse("is damaged: its configuration is too long");
       length += padded(bytes);
     }
     read(file, length);
@@ -103,7 +105,7 @@ struct far_model {
     const bool halves = length > 2 && plan[2] == 1;
     if (const char* fault = far_engine::find_fault(plan, length, file.header.vectors / 4,
                                                    file.header.products / (halves ? 2 : 4), halves, true))
-      refuse(std::string("is damaged: ") + fault);
+      refuse("is damaged: its plan does not fit (" + std::string(fault).substr(0, std::string(fault).find(':')) + ")");
     packed = far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, file.products());
     const far_json::Value facts = far_json::Reader(config).read();
     for (const far_json::Value& name : facts["classes"].list) texts.push_back(name.text);
@@ -119,7 +121,7 @@ extern "C" {
 far_model* far_open(const char* path) {
   far_model* model = new (std::nothrow) far_model;
   if (!model) return nullptr;
-  std::FILE* file = std::fopen(path, "rb");
+  std::FILE* file = path ? std::fopen(path, "rb") : nullptr;
   try {
     model->open(file);
   } catch (const std::bad_alloc&) {
@@ -150,6 +152,8 @@ const char* far_run(const far_model* model, const float* images, int64_t batch, 
   if (!images || !logits || batch < 0 || threads < 1) return "no images, no place for logits, or no threads";
   if (!batch) return nullptr;
   const far_engine::Plan& plan = model->packed.head();
+  // More than there are cores would only take memory.
+  if (const int cores = int(std::thread::hardware_concurrency())) threads = std::min(threads, cores);
   const int64_t strides[] = {plan.channels * plan.height * plan.width, plan.height * plan.width, plan.width, 1};
   try {
     far_engine::run(plan, model->packed.vectors.data(), model->packed.products.data(), images, batch, strides, logits,

@@ -20,11 +20,12 @@ namespace {
 
 constexpr char USAGE[] =
     "usage: far-run MODEL.far [options] PICTURE ...\n"
-    "  PICTURE       png, jpeg, bmp, gif, pgm, ppm; or NAME.f32: images as the model reads them, float32\n"
+    "  PICTURE       png, jpeg, bmp; or NAME.f32: images as the model reads them, float32\n"
     "  --top N       so many of the likeliest classes (5)\n"
     "  --raw         logits as float32 bytes, and nothing else\n"
     "  --threads N   at most (as many as this machine runs)\n"
-    "  --bench       no pictures: the time for --batch N images (1), until the first answer and after\n";
+    "  --bench       no pictures: the time until the first answer and after\n"
+    "  --batch N     so many images at once in --bench (1)\n";
 
 using Clock = std::chrono::steady_clock;
 double since(Clock::time_point start) {
@@ -35,7 +36,7 @@ struct Options {
   const char* model = nullptr;
   std::vector<const char*> pictures;
   int top = 5, threads = int(std::max(1u, std::thread::hardware_concurrency())), batch = 1;
-  bool raw = false, bench = false;
+  bool raw = false, bench = false, help = false;
 
   // Throws std::runtime_error on what it does not know.
   Options(int count, char** words) {
@@ -44,7 +45,8 @@ struct Options {
       const auto number = [&] {
         char* end = nullptr;
         const long value = i + 1 < count ? std::strtol(words[++i], &end, 10) : 0;
-        if (!end || *end || value < 1 || value > 1 << 16) throw std::runtime_error(word + ": needs a number from 1 on");
+        if (!end || *end || value < 1 || value > 4096)
+          throw std::runtime_error(word + ": needs a number from 1 to 4096");
         return int(value);
       };
       if (word == "--top")
@@ -57,16 +59,30 @@ struct Options {
         raw = true;
       else if (word == "--bench")
         bench = true;
+      else if (word == "--help" || word == "-h")
+        help = true;
       else if (word.rfind("--", 0) == 0)
-        throw std::runtime_error(word + ": no option of far-run\n" + USAGE);
+        throw std::runtime_error(word + ": no option of far-run; see far-run --help");
       else if (!model)
         model = words[i];
       else
         pictures.push_back(words[i]);
     }
-    if (!model || pictures.empty() != bench) throw std::runtime_error(USAGE);
+    if (help) return;
+    if (!model) throw std::runtime_error("no model named; see far-run --help");
+    if (pictures.empty() && !bench) throw std::runtime_error("no picture named; see far-run --help");
+    if (bench && (!pictures.empty() || raw))
+      throw std::runtime_error("--bench: reads no pictures and prints times alone");
+    if (batch > 1 && !bench) throw std::runtime_error("--batch: belongs to --bench");
   }
 };
+
+// Control characters, which a terminal would obey, as question marks.
+std::string printable(const std::string& text) {
+  std::string out = text;
+  for (char& c : out) c = (unsigned char)c < 0x20 || c == 0x7f ? '?' : c;
+  return out;
+}
 
 // Image after image of a .f32 file.
 std::vector<float> read_floats(const char* path, size_t each) {
@@ -94,7 +110,7 @@ void name(const far_shape& shape, const float* logits, int top) {
   for (int i = 0; i < top; ++i) {
     const double share = 100 * std::exp(double(logits[order[i]]) - logits[order[0]]) / sum;
     if (shape.names)
-      std::printf("  %6.2f %%  %s\n", share, shape.names[order[i]]);
+      std::printf("  %6.2f %%  %s\n", share, printable(shape.names[order[i]]).c_str());
     else
       std::printf("  %6.2f %%  class %lld\n", share, (long long)order[i]);
   }
@@ -126,6 +142,7 @@ void bench(const far_model* model, const far_shape& shape, const Options& option
 }
 
 int run(const Options& options) {
+  if (options.help) return std::fputs(USAGE, stdout), 0;
   const auto start = Clock::now();
   const std::unique_ptr<far_model, void (*)(far_model*)> model(far_open(options.model), far_close);
   if (const char* error = far_error(model.get())) throw std::runtime_error(std::string(options.model) + " " + error);
@@ -151,13 +168,14 @@ int run(const Options& options) {
         std::fwrite(logits.data(), sizeof(float), logits.size(), stdout);
         continue;
       }
-      std::printf("%s  (%.2f ms)\n", path, ms);
+      std::printf("%s  (%.2f ms)\n", printable(path).c_str(), ms);
       for (int64_t i = 0; i < batch; ++i) name(shape, &logits[i * shape.classes], options.top);
     } catch (const std::exception& reason) {
       std::fflush(stdout);
-      std::fprintf(stderr, "error: %s: %s\n", path,
-                   dynamic_cast<const std::bad_alloc*>(&reason) ? "out of memory" : reason.what());
+      const bool memory = dynamic_cast<const std::bad_alloc*>(&reason);
+      std::fprintf(stderr, "error: %s: %s\n", printable(path).c_str(), memory ? "out of memory" : reason.what());
       code = 2;
+      if (options.raw) break;  // whoever reads bytes could not tell whose are missing
     }
   return code;
 }

@@ -1,7 +1,10 @@
 // JSON (RFC 8259) as a tree, for the configuration inside a model's file.
 #pragma once
-#include <cstdlib>
+#include <cmath>
+#include <cstdio>
+#include <locale>
 #include <map>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -79,12 +82,23 @@ class Reader {
       value.kind = Value::BOOLEAN;
       value.number = at[-2] == 'u';  // of "true"
     } else if (!take("null")) {
-      char* behind;
       value.kind = Value::NUMBER;
-      value.number = std::strtod(at, &behind);  // the text ends with a zero
-      if (behind == at || behind > end) fail();
-      at = behind;
+      value.number = number();
     }
+    return value;
+  }
+
+  // In the C locale, whatever the program's is.
+  double number() {
+    if (take("NaN")) return NAN;  // as Python writes them
+    if (take("-Infinity")) return -INFINITY;
+    if (take("Infinity")) return INFINITY;
+    std::string digits;
+    while (at != end && std::string("+-.eE0123456789").find(*at) != std::string::npos) digits += *at++;
+    std::istringstream stream(digits);
+    stream.imbue(std::locale::classic());
+    double value;
+    if (!(stream >> value) || stream.peek() != EOF) fail();
     return value;
   }
 
@@ -102,8 +116,11 @@ class Reader {
       if (*at == 'u') {
         ++at;
         unsigned code = unit();
-        if (code >= 0xd800 && code < 0xdc00 && take("\\u"))
-          code = 0x10000 + ((code - 0xd800) << 10) + (unit() - 0xdc00);
+        if (code >= 0xd800 && code < 0xdc00 && take("\\u")) {
+          const unsigned low = unit();
+          code = low >= 0xdc00 && low < 0xe000 ? 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00) : 0xfffd;
+        }
+        if (!code || (code >= 0xd800 && code < 0xe000)) code = 0xfffd;  // no character, or half of one
         append(text, code);
       } else {
         const size_t found = escapes.find(*at++);

@@ -1,6 +1,5 @@
-// A picture file to what a model reads, as datasets/images.py and utils/preprocessing.py prepare it: as wide again as
-// the crop leaves, by a cubic or linear filter that spreads when it shrinks, a pass for each side rounded to 8 bits as
-// Pillow does; the middle cut out; each channel less its mean, over its deviation.
+// A picture file to what a model reads, as datasets/images.py and utils/preprocessing.py prepare PNG, JPEG and BMP:
+// turned upright, resized as Pillow does it, the middle cut out, each channel less its mean and over its deviation.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,14 +12,14 @@
 
 #include "json.h"
 
-#if __has_include(<stb_image.h>) && __has_include(<stb_image_resize.h>)
+#if __has_include(<stb_image.h>)
 #define FAR_PICTURES 1
 #define STB_IMAGE_IMPLEMENTATION
-#define STB_IMAGE_RESIZE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
-#define STB_IMAGE_RESIZE_STATIC
+#define STBI_ONLY_PNG  // other decoders of older versions read outside their memory on damaged files
+#define STBI_ONLY_JPEG
+#define STBI_ONLY_BMP
 #include <stb_image.h>
-#include <stb_image_resize.h>
 #endif
 
 namespace far_picture {
@@ -45,7 +44,6 @@ struct Preparation {
   }
 };
 
-#if FAR_PICTURES
 constexpr int64_t MOST_PIXELS = 89478485;  // as Pillow's, against files that unfold to gigabytes
 
 // Rows of 8-bit RGB.
@@ -100,37 +98,52 @@ inline Picture cut(const Picture& from, int left, int top, int width, int height
   return to;
 }
 
-// Beyond the border lies nothing: a fourth channel of ones says how much of the filter fell inside.
-inline Picture resize_once(const Picture& from, int width, int height, stbir_filter filter) {
-  if (from.width == width && from.height == height) return from;
-  std::vector<float> in(size_t(4) * from.width * from.height), out(size_t(4) * width * height);
-  for (size_t i = 0; i < in.size() / 4; ++i) {
-    for (int c = 0; c < 3; ++c) in[4 * i + c] = from.pixels[3 * i + c];
-    in[4 * i + 3] = 1;
+// A side at a time, rounded to 8 bits, by Pillow's filters: they spread where a picture shrinks, and what would lie
+// beyond the border has no weight. Catmull and Rom's cubic with a = -1/2, or a triangle.
+inline Picture resize_side(const Picture& from, int size, bool across, bool cubic) {
+  const int old = across ? from.width : from.height;
+  if (old == size) return from;
+  const auto filter = [&](double x) {
+    x = std::abs(x);
+    if (!cubic) return std::max(0.0, 1 - x);
+    return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+  };
+  Picture to{across ? size : from.width, across ? from.height : size, {}};
+  if (int64_t(to.width) * to.height > MOST_PIXELS) throw std::runtime_error("too long and too thin");
+  to.pixels.resize(size_t(3) * to.width * to.height);
+  const double scale = double(old) / size, spread = std::max(1.0, scale), reach = spread * (cubic ? 2 : 1);
+  const size_t step = 3 * (across ? 1 : size_t(from.width)), lines = across ? from.height : from.width;
+  std::vector<float> weights;
+  for (int i = 0; i < size; ++i) {
+    const double center = (i + 0.5) * scale;
+    const int low = std::max(0, int(center - reach + 0.5)), high = std::min(old, int(center + reach + 0.5));
+    weights.clear();
+    double sum = 0;
+    for (int j = low; j < high; ++j) sum += filter((j - center + 0.5) / spread);
+    for (int j = low; j < high; ++j) weights.push_back(float(filter((j - center + 0.5) / spread) / sum));
+    for (size_t line = 0; line < lines; ++line) {
+      const unsigned char* source = &from.pixels[across ? line * 3 * from.width + low * step : line * 3 + low * step];
+      float sums[3] = {};
+      for (size_t j = 0; j < weights.size(); ++j)
+        for (int c = 0; c < 3; ++c) sums[c] += weights[j] * source[j * step + c];
+      unsigned char* target = &to.pixels[3 * (across ? line * size + i : size_t(i) * to.width + line)];
+      for (int c = 0; c < 3; ++c) target[c] = (unsigned char)std::clamp(std::floor(sums[c] + 0.5f), 0.0f, 255.0f);
+    }
   }
-  if (!stbir_resize_float_generic(in.data(), from.width, from.height, 0, out.data(), width, height, 0, 4,
-                                  STBIR_ALPHA_CHANNEL_NONE, 0, STBIR_EDGE_ZERO, filter, STBIR_COLORSPACE_LINEAR,
-                                  nullptr))
-    throw std::bad_alloc();
-  Picture to{width, height, std::vector<unsigned char>(size_t(3) * width * height)};
-  for (size_t i = 0; i < out.size() / 4; ++i)
-    for (int c = 0; c < 3; ++c)
-      to.pixels[3 * i + c] =
-          (unsigned char)std::clamp(std::floor(out[4 * i + c] / out[4 * i + 3] + 0.5f), 0.0f, 255.0f);
   return to;
 }
 
 inline Picture resize(const Picture& from, int width, int height, bool cubic) {
-  const stbir_filter filter = cubic ? STBIR_FILTER_CATMULLROM : STBIR_FILTER_TRIANGLE;
-  return resize_once(resize_once(from, width, from.height, filter), width, height, filter);
+  return resize_side(resize_side(from, width, true, cubic), height, false, cubic);
 }
 
+#if FAR_PICTURES
 inline Picture read(const char* path) {
   std::ifstream stream(path, std::ios::binary);
   const std::vector<unsigned char> file{std::istreambuf_iterator<char>(stream), {}};
   const auto refuse = [](const std::string& why) { throw std::runtime_error("not a readable picture (" + why + ")"); };
   int width, height, channels;
-  if (!stream || file.empty()) refuse("no such file, or an empty one");
+  if (!stream || file.empty()) refuse("no such file, a folder, or empty");
   if (file.size() > size_t{1} << 30) refuse("more than a gigabyte");
   if (!stbi_info_from_memory(file.data(), int(file.size()), &width, &height, &channels)) refuse(stbi_failure_reason());
   if (int64_t(width) * height > MOST_PIXELS) refuse("more than " + std::to_string(MOST_PIXELS) + " pixels");
@@ -139,6 +152,12 @@ inline Picture read(const char* path) {
   if (!pixels) refuse(stbi_failure_reason());
   return upright({width, height, {pixels.get(), pixels.get() + size_t(3) * width * height}}, orientation(file));
 }
+
+#else
+inline Picture read(const char*) {
+  throw std::runtime_error("this far-run was built without stb_image; give it .f32 files");
+}
+#endif
 
 // What the model reads, channel by channel. Throws std::runtime_error, std::bad_alloc.
 inline std::vector<float> prepare(Picture picture, const Preparation& how) {
@@ -162,13 +181,5 @@ inline std::vector<float> prepare(Picture picture, const Preparation& how) {
       out[c * (out.size() / 3) + i] = (picture.pixels[3 * i + c] / 255.0f - how.mean[c]) / how.deviation[c];
   return out;
 }
-
-#else
-struct Picture {};
-inline std::vector<float> prepare(const Picture&, const Preparation&) { return {}; }
-inline Picture read(const char*) {
-  throw std::runtime_error("this far-run was built without stb_image; give it .f32 files");
-}
-#endif
 
 }  // namespace far_picture

@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 import main
 from datasets.registry import SOURCES
 from deploy.export import TARGETS
+from deploy.packed import PRECISIONS
 from deploy.predict import TABLES
 from engine import modes
 from engine.distill import LOSSES, TERMS
@@ -321,7 +322,7 @@ def test_help_is_grouped_and_shows_defaults(capsys):
 def test_the_parsers_names_are_those_of_the_registries():
     assert tuple(TEACHERS) == names.MODELS and tuple(REPLACEMENTS) == names.REPLACEMENTS and BACKENDS == names.BACKENDS
     assert tuple(SOURCES) == names.DATASETS and tuple(LOSSES) == names.LOSSES and tuple(TERMS) == names.TERMS
-    assert tuple(modes.FUSE) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
+    assert tuple(PRECISIONS) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
     assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS
     assert all(callable(getattr(modes, mode.job)) for mode in main.MODES.values())
 

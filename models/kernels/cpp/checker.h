@@ -15,7 +15,8 @@ using namespace far_engine;
 struct Checker {
   const Plan& plan;
   int64_t vectors, products;
-  mutable int64_t taken = 0;  // numbers of both that were asked for so far
+  mutable int64_t taken = 0;  // numbers of both that the natural form was found to hold so far
+  mutable int64_t place = 0;  // in the plan, behind the last table of records
 
   bool natural() const { return plan.vector_width == NATURAL; }
   // What `n` takes in memory: floats of a row; inputs of a product; a row of what mixing reads.
@@ -31,9 +32,9 @@ struct Checker {
   }
   static bool small(int64_t n) { return n > 0 && n <= int64_t{1} << 24; }
   bool take(int64_t at, int64_t count, int64_t within, int64_t each) const {
-    const bool good = lies(at, count, within, each);
-    taken += good ? count * each : 0;
-    return good;
+    if (!lies(at, count, within, each)) return false;
+    // A small file in which all records share their weights must not be packed into a large model.
+    return !natural() || (taken += count * each) <= vectors + products;
   }
   bool vector(int64_t at, int64_t count, int64_t each = 1) const { return take(at, count, vectors, each); }
   bool matrix(int64_t at, int64_t count, int64_t each) const { return take(at, count, products, each); }
@@ -70,9 +71,12 @@ struct Checker {
     for (int64_t i = 0; good && i < b.apart_count; ++i) good = head(plan.at<HeadPlan>(b.apart)[i], b);
     return good && total == b.mixed;
   }
+  // Tables lie one behind the other, so that none is another's or a block's.
   template <class T>
   bool records(int64_t at, int64_t count) const {
-    return lies(at, count, plan.length, sizeof(T) / 8);
+    if (at != place || !lies(at, count, plan.length, sizeof(T) / 8)) return false;
+    place += count * int64_t(sizeof(T) / 8);
+    return true;
   }
   bool block(const BlockPlan& b) const {
     return norm(b.norm1) && norm(b.norm2) && small(b.mixed) && records<CellPlan>(b.cells, b.cell_count) &&
@@ -84,13 +88,13 @@ struct Checker {
     const int64_t sizes[] = {plan.dim, plan.prefix, plan.channels, plan.patch_h, plan.patch_w, plan.height, plan.width};
     bool good = std::all_of(std::begin(sizes), std::end(sizes), [](int64_t n) { return n > 0 && n <= 1 << 18; });
     good = good && plan.channels <= 1 << 10 && norm(plan.norm) && plan.height >= plan.patch_h &&
-           plan.width >= plan.patch_w && plan.blocks > 0 && records<BlockPlan>(sizeof(Plan) / 8, plan.blocks) &&
+           plan.width >= plan.patch_w && plan.blocks > 0 && (place = sizeof(Plan) / 8) &&
+           records<BlockPlan>(place, plan.blocks) &&
            map(plan.embed, plan.channels * plan.patch_h * plan.patch_w, plan.dim) &&
            map(plan.head, plan.dim, plan.classes) && vector(plan.prefix_rows, plan.prefix, floats(plan.dim)) &&
            vector(plan.positions, plan.tokens() - plan.prefix, floats(plan.dim));
     for (int64_t i = 0; good && i < plan.blocks; ++i) good = block(plan.block(i));
-    // A small file in which all records share their weights must not be packed into a large model.
-    return good && (!natural() || taken <= vectors + products);
+    return good && place == plan.length;
   }
 };
 

@@ -7,7 +7,7 @@ namespace {
 
 // The plan, checked against the other two.
 const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
-                               bool natural) {
+                                bool natural) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && vectors.scalar_type() == at::kFloat && plan.is_contiguous() &&
                   vectors.is_contiguous() && products.is_contiguous(),
               "a plan in int64, vectors in float32");
@@ -23,7 +23,8 @@ const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vector
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_model(const at::Tensor& plan, const at::Tensor& vectors,
                                                           const at::Tensor& products) {
   const auto& natural = plan_of(plan, vectors, products, true);
-  const far_engine::Packed packed = far_engine::pack(natural, vectors.const_data_ptr<float>(), products.const_data_ptr());
+  const far_engine::Packed packed =
+      far_engine::pack(natural, vectors.const_data_ptr<float>(), products.const_data_ptr());
   const auto copy = [](const auto& from, at::ScalarType type) {
     const int64_t bytes = from.size() * sizeof(from[0]);
     at::Tensor to = at::empty({bytes / int64_t(at::elementSize(type))}, type);
@@ -46,8 +47,8 @@ at::Tensor model(const at::Tensor& images, const at::Tensor& plan, const at::Ten
   static auto* pool = new far_engine::Pool;  // never destroyed: threads may outlive static objects
   if (images.size(0))
     far_engine::run(p, vectors.const_data_ptr<float>(), products.const_data_ptr(), images.const_data_ptr<float>(),
-                   images.size(0), images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads(),
-                   *pool);
+                    images.size(0), images.strides().data(), logits.mutable_data_ptr<float>(), at::get_num_threads(),
+                    *pool);
   return logits;
 }
 

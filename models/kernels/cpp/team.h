@@ -101,7 +101,7 @@ void in_parallel([[maybe_unused]] int threads, const F& f) {
 // read past a row's end). Without a block it counts how much is needed.
 struct Pieces {
   char* base = nullptr;
-  size_t bytes = 0;
+  uint64_t bytes = 0;
   template <class T>
   T* take(int64_t count) {
     T* piece = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
@@ -113,11 +113,15 @@ struct Pieces {
 // A block of at least so many bytes out of a pool.
 class Scratch {
  public:
-  Scratch(far_engine::Pool& pool, size_t bytes) : pool(pool), block(pool.take()) {
+  Scratch(far_engine::Pool& pool, uint64_t bytes) : pool(pool), block(pool.take()) {
     if (block.bytes >= bytes) return;
     std::free(block.data);
-    block = {std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), bytes};
-    if (!block.data) throw std::bad_alloc();
+    const bool fits = bytes <= SIZE_MAX / 2;
+    block = {fits ? std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096) : nullptr, size_t(bytes)};
+    if (!block.data) {
+      pool.give({});
+      throw std::bad_alloc();
+    }
     std::memset(block.data, 0, bytes);
   }
   ~Scratch() { pool.give(block); }
