@@ -98,36 +98,40 @@ inline Picture cut(const Picture& from, int left, int top, int width, int height
   return to;
 }
 
-// A side at a time, rounded to 8 bits, by Pillow's filters: they spread where a picture shrinks, and what would lie
-// beyond the border has no weight. Catmull and Rom's cubic with a = -1/2, or a triangle.
+// A side at a time, bit for bit as Pillow does it: filters spread where a picture shrinks, what would lie beyond the
+// border has no weight, weights are integers of 22 bits. Catmull and Rom's cubic with a = -1/2, or a triangle.
 inline Picture resize_side(const Picture& from, int size, bool across, bool cubic) {
+  constexpr int BITS = 22;
   const int old = across ? from.width : from.height;
   if (old == size) return from;
   const auto filter = [&](double x) {
+    constexpr double A = -0.5;
     x = std::abs(x);
-    if (!cubic) return std::max(0.0, 1 - x);
-    return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+    if (!cubic) return x < 1 ? 1 - x : 0.0;
+    return x < 1 ? ((A + 2) * x - (A + 3)) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * A : 0.0;
   };
   Picture to{across ? size : from.width, across ? from.height : size, {}};
   if (int64_t(to.width) * to.height > MOST_PIXELS) throw std::runtime_error("too long and too thin");
   to.pixels.resize(size_t(3) * to.width * to.height);
   const double scale = double(old) / size, spread = std::max(1.0, scale), reach = spread * (cubic ? 2 : 1);
-  const size_t step = 3 * (across ? 1 : size_t(from.width)), lines = across ? from.height : from.width;
-  std::vector<float> weights;
+  const size_t step = across ? 3 : size_t(3) * from.width, lines = across ? from.height : from.width;
+  std::vector<double> shares;
+  std::vector<int> weights;
   for (int i = 0; i < size; ++i) {
     const double center = (i + 0.5) * scale;
     const int low = std::max(0, int(center - reach + 0.5)), high = std::min(old, int(center + reach + 0.5));
-    weights.clear();
+    shares.clear(), weights.clear();
     double sum = 0;
-    for (int j = low; j < high; ++j) sum += filter((j - center + 0.5) / spread);
-    for (int j = low; j < high; ++j) weights.push_back(float(filter((j - center + 0.5) / spread) / sum));
+    for (int j = low; j < high; ++j) sum += shares.emplace_back(filter((j - center + 0.5) * (1 / spread)));
+    for (const double share : shares) weights.push_back(int(std::round(share * (1 / sum) * (1 << BITS))));
     for (size_t line = 0; line < lines; ++line) {
-      const unsigned char* source = &from.pixels[across ? line * 3 * from.width + low * step : line * 3 + low * step];
-      float sums[3] = {};
-      for (size_t j = 0; j < weights.size(); ++j)
-        for (int c = 0; c < 3; ++c) sums[c] += weights[j] * source[j * step + c];
+      const unsigned char* source = &from.pixels[(across ? line * 3 * from.width : 3 * line) + low * step];
       unsigned char* target = &to.pixels[3 * (across ? line * size + i : size_t(i) * to.width + line)];
-      for (int c = 0; c < 3; ++c) target[c] = (unsigned char)std::clamp(std::floor(sums[c] + 0.5f), 0.0f, 255.0f);
+      for (int c = 0; c < 3; ++c) {
+        int total = 1 << (BITS - 1);
+        for (size_t j = 0; j < weights.size(); ++j) total += weights[j] * source[j * step + c];
+        target[c] = (unsigned char)std::clamp(total >> BITS, 0, 255);
+      }
     }
   }
   return to;

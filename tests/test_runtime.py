@@ -139,7 +139,9 @@ def test_the_program_names_what_is_in_pictures_as_python_does(crop_mode, interpo
     expected = model(torch.stack([how.transform(64)(read_image(path)) for path in files]))
     got = logits_of(file, *files).view(len(files), -1)
     assert torch.equal(got.argmax(1), expected.argmax(1))
-    assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+    jpegs = torch.tensor([path.suffix == ".jpg" for path in files])  # whose decoders round otherwise
+    gap = (got - expected).abs().amax(1) / expected.abs().max()
+    assert gap[~jpegs].max() < 1e-5 and gap[jpegs].max() < 1e-3
     said = far_run(file, "--top", 2, files[0]).decode().splitlines()
     order = expected[0].softmax(0).topk(2)
     shown = [
