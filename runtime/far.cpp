@@ -36,6 +36,17 @@ int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 [[noreturn]] void refuse(const std::string& why) { throw std::runtime_error(why); }
 
+// Fletcher's checksum of so many bytes, whole words.
+void check_sums(const char* from, int64_t bytes, uint64_t (&sums)[2]) {
+  sums[0] = sums[1] = 0;
+  for (int64_t i = 0; i < bytes; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, from + i, 8);
+    sums[0] += word;
+    sums[1] += sums[0];
+  }
+}
+
 // The parts of a file, as they stand in it.
 struct File {
   Header header;
@@ -56,13 +67,8 @@ struct File {
       length += padded(bytes);
     }
     read(file, length);
-    uint64_t sums[2] = {};
-    for (int64_t i = 0; i < length; i += 8) {
-      uint64_t word;
-      std::memcpy(&word, content.data() + i, 8);
-      sums[0] += word;
-      sums[1] += sums[0];
-    }
+    uint64_t sums[2];
+    check_sums(content.data(), length, sums);
     if (std::memcmp(sums, header.checksum, sizeof sums)) refuse("is damaged: its checksum is another");
   }
 

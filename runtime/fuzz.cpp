@@ -25,13 +25,8 @@ bool try_bytes(std::string& bytes) {
 }
 
 [[maybe_unused]] void correct_checksum(std::string& bytes) {
-  uint64_t sums[2] = {};
-  for (size_t i = sizeof(Header); i + 8 <= bytes.size(); i += 8) {
-    uint64_t word;
-    std::memcpy(&word, &bytes[i], 8);
-    sums[0] += word;
-    sums[1] += sums[0];
-  }
+  uint64_t sums[2];
+  check_sums(&bytes[sizeof(Header)], (bytes.size() - sizeof(Header)) / 8 * 8, sums);
   std::memcpy(&bytes[sizeof(Header) - sizeof sums], sums, sizeof sums);
 }
 
