@@ -109,10 +109,11 @@ struct far_model {
     const auto* vectors = reinterpret_cast<const float*>(file.vectors());
     const int64_t length = file.header.plan / 8;
     const bool halves = length > 2 && plan[2] == 1;
-    if (const char* fault = far_engine::find_fault(plan, length, file.header.vectors / 4,
-                                                   file.header.products / (halves ? 2 : 4), halves, true))
+    const int64_t numbers = file.header.vectors / 4, weights = file.header.products / (halves ? 2 : 4);
+    if (const char* fault = far_engine::find_fault(plan, length, numbers, weights, halves, true))
       refuse("is damaged: its plan does not fit (" + std::string(fault).substr(0, std::string(fault).find(':')) + ")");
-    packed = far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, file.products());
+    packed =
+        far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, numbers, file.products(), weights);
     const far_json::Value facts = far_json::Reader(config).read();
     for (const far_json::Value& name : facts["classes"].list) texts.push_back(name.text);
     if (!texts.empty() && int64_t(texts.size()) != packed.head().classes)

@@ -79,13 +79,18 @@ void run(const Plan& plan, const float* vectors, const void* products, const flo
   run_all<float>(plan, vectors, products, from, logits, threads, pool);
 }
 
-Packed pack(const Plan& natural, const float* vectors, const void* products) {
-  if (!natural.bfloat16) return Packer<float, float>(natural, vectors, static_cast<const float*>(products));
+Packed pack(const Plan& natural, const float* vectors, int64_t vector_count, const void* products,
+            int64_t product_count) {
+  const auto packed = [&](auto packer) {
+    packer.fill(vector_count, product_count);
+    return Packed(std::move(packer));
+  };
+  if (!natural.bfloat16) return packed(Packer<float, float>(natural, vectors, static_cast<const float*>(products)));
   const auto* halves = static_cast<const bf16*>(products);
 #if FAR_BFLOAT16
-  return Packer<bf16, bf16>(natural, vectors, halves);
+  return packed(Packer<bf16, bf16>(natural, vectors, halves));
 #endif
-  return Packer<float, bf16>(natural, vectors, halves);
+  return packed(Packer<float, bf16>(natural, vectors, halves));
 }
 
 }  // namespace far_engine

@@ -92,8 +92,8 @@ const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int
 void run(const Plan& plan, const float* vectors, const void* products, const float* images, int64_t batch,
          const int64_t* strides, float* logits, int threads, Pool& pool);
 
-// A natural plan without fault, packed for this CPU. Products in bfloat16 stay so where this CPU computes in it, else
-// they become float32.
+// A natural plan without fault and its numbers, packed for this CPU. Products in bfloat16 stay so where this CPU
+// computes in it, else they become float32.
 struct Packed {
   std::vector<int64_t> plan;
   Numbers<float> vectors;
@@ -101,6 +101,7 @@ struct Packed {
 
   const Plan& head() const { return *reinterpret_cast<const Plan*>(plan.data()); }
 };
-Packed pack(const Plan& natural, const float* vectors, const void* products);
+Packed pack(const Plan& natural, const float* vectors, int64_t vector_count, const void* products,
+            int64_t product_count);
 
 }  // namespace far_engine

@@ -23,8 +23,8 @@ const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vector
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_model(const at::Tensor& plan, const at::Tensor& vectors,
                                                           const at::Tensor& products) {
   const auto& natural = plan_of(plan, vectors, products, true);
-  const far_engine::Packed packed =
-      far_engine::pack(natural, vectors.const_data_ptr<float>(), products.const_data_ptr());
+  const far_engine::Packed packed = far_engine::pack(natural, vectors.const_data_ptr<float>(), vectors.numel(),
+                                                     products.const_data_ptr(), products.numel());
   const auto copy = [](const auto& from, at::ScalarType type) {
     const int64_t bytes = from.size() * sizeof(from[0]);
     at::Tensor to = at::empty({bytes / int64_t(at::elementSize(type))}, type);

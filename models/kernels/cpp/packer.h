@@ -19,6 +19,13 @@ class Packer : public Packed {
       : from_vectors(vectors_from), from_products(products_from), dim(natural.dim) {
     const auto* numbers = reinterpret_cast<const int64_t*>(&natural);
     plan.assign(numbers, numbers + natural.length);
+  }
+
+  // The counts are those of the natural form: a little more is reserved, as memory that is moved costs more than
+  // packing.
+  void fill(int64_t vector_count, int64_t product_count) {
+    vectors.reserve(vector_count * 5 / 4);
+    products.reserve(product_count * 5 / 4 * sizeof(X));
     Plan& p = *reinterpret_cast<Plan*>(plan.data());
     p.vector_width = V;
     p.bfloat16 = PAIRS;
@@ -89,12 +96,16 @@ class Packer : public Packed {
     const int64_t place = products.size() / sizeof(X), depth = inputs(k), panels = (padded(n) + panel - 1) / panel;
     constexpr int64_t EACH = PAIRS ? 2 : 1;
     products.resize((place + panels * panel * depth) * sizeof(X));
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = order(i);
-      if (row < 0) continue;
-      const From* w = from_products + at + row * k;
-      X* to = reinterpret_cast<X*>(products.data()) + place + i / panel * panel * depth + i % panel * EACH;
-      for (int64_t j = 0; j < k; ++j) to[j / EACH * panel * EACH + j % EACH] = rounded(w[j]);
+    std::vector<const From*> rows(panel);
+    for (int64_t from = 0; from < n; from += panel) {
+      for (int64_t i = 0; i < panel; ++i) {
+        const int64_t row = from + i < n ? order(from + i) : -1;
+        rows[i] = row < 0 ? nullptr : from_products + at + row * k;
+      }
+      X* to = reinterpret_cast<X*>(products.data()) + place + from * depth;
+      for (int64_t j = 0; j < k; ++j)
+        for (int64_t i = 0; i < panel; ++i)
+          if (rows[i]) to[(j / EACH * panel + i) * EACH + j % EACH] = rounded(rows[i][j]);
     }
     return place;
   }

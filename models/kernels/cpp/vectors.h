@@ -16,11 +16,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int V = 16;
-#elif defined(__wasm__) || defined(__arm__)
-constexpr int V = 4;  // at most 16 registers of four floats
-#else
-constexpr int V =
-    8;  // 16 registers of eight (AVX2), or 32 of four (NEON of aarch64): a tile of 4 x 3 vectors fills both
+#elif defined(__wasm__) || defined(__arm__)  // at most 16 registers of four floats
+constexpr int V = 4;
+#else  // 16 registers of eight (AVX2) or 32 of four (aarch64): a tile of 4 x 3 vectors fills both
+constexpr int V = 8;
 #endif
 typedef float vf __attribute__((vector_size(V * 4)));
 typedef int vi __attribute__((vector_size(V * 4)));
