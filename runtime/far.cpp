@@ -8,6 +8,8 @@
 //   plan, vectors, products                             model.h's natural form
 #include "far.h"
 
+#include <sys/stat.h>
+
 #include <bit>
 #include <cstdio>
 #include <cstring>
@@ -53,7 +55,7 @@ struct File {
   far_engine::Numbers<char> content;
 
   explicit File(std::FILE* file) {
-    if (!file) refuse("cannot be opened");
+    if (!file) refuse("is no file that can be opened");
     if (std::fread(&header, 1, sizeof header, file) != sizeof header || std::memcmp(header.magic, MAGIC, 8))
       refuse("is no file of `export.py --to engine`");
     if (std::endian::native != std::endian::little || header.version >> 32) refuse("has the other order of bytes");
@@ -128,7 +130,9 @@ extern "C" {
 far_model* far_open(const char* path) {
   far_model* model = new (std::nothrow) far_model;
   if (!model) return nullptr;
-  std::FILE* file = path ? std::fopen(path, "rb") : nullptr;
+  struct stat status;  // a pipe would be waited for
+  const bool regular = path && !stat(path, &status) && S_ISREG(status.st_mode);
+  std::FILE* file = regular ? std::fopen(path, "rb") : nullptr;
   try {
     model->open(file);
   } catch (const std::bad_alloc&) {

@@ -3,8 +3,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -86,9 +84,8 @@ std::string printable(const std::string& text) {
 
 // Image after image of a .f32 file.
 std::vector<float> read_floats(const char* path, size_t each) {
-  std::ifstream file(path, std::ios::binary);
-  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
-  if (!file || bytes.empty() || bytes.size() % (4 * each))
+  const std::vector<unsigned char> bytes = far_picture::read_file(path);
+  if (bytes.empty() || bytes.size() % (4 * each))
     throw std::runtime_error("not a file of images of " + std::to_string(each) + " floats each");
   std::vector<float> images(bytes.size() / 4);
   std::memcpy(images.data(), bytes.data(), bytes.size());

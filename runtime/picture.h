@@ -1,6 +1,8 @@
 // A picture file to what a model reads, as datasets/images.py and utils/preprocessing.py prepare PNG, JPEG and BMP:
 // turned upright, resized as Pillow does it, the middle cut out, each channel less its mean and over its deviation.
 #pragma once
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cmath>
 #include <fstream>
@@ -141,14 +143,20 @@ inline Picture resize(const Picture& from, int width, int height, bool cubic) {
   return resize_side(resize_side(from, width, true, cubic), height, false, cubic);
 }
 
+// All bytes of a file. Throws std::runtime_error where there is none, or too many.
+inline std::vector<unsigned char> read_file(const char* path) {
+  struct stat status;
+  if (stat(path, &status) || !S_ISREG(status.st_mode)) throw std::runtime_error("no such file");  // nor a pipe
+  if (status.st_size > 1 << 30) throw std::runtime_error("more than a gigabyte");
+  std::ifstream stream(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
+
 #if FAR_PICTURES
 inline Picture read(const char* path) {
-  std::ifstream stream(path, std::ios::binary);
-  const std::vector<unsigned char> file{std::istreambuf_iterator<char>(stream), {}};
   const auto refuse = [](const std::string& why) { throw std::runtime_error("not a readable picture (" + why + ")"); };
   int width, height, channels;
-  if (!stream || file.empty()) refuse("no such file, a folder, or empty");
-  if (file.size() > size_t{1} << 30) refuse("more than a gigabyte");
+  const std::vector<unsigned char> file = read_file(path);
   if (!stbi_info_from_memory(file.data(), int(file.size()), &width, &height, &channels)) refuse(stbi_failure_reason());
   if (int64_t(width) * height > MOST_PIXELS) refuse("more than " + std::to_string(MOST_PIXELS) + " pixels");
   const std::unique_ptr<unsigned char, void (*)(void*)> pixels(

@@ -48,7 +48,9 @@ def site(tmp_path_factory, far):
 @pytest.fixture(scope="module")
 def browser():
     with api.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=TOOLS["chromium"], args=["--no-sandbox", "--disable-gpu"])
+        browser = started.chromium.launch(
+            executable_path=TOOLS["chromium"], args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 
