@@ -18,16 +18,13 @@ gpu: .venv/ready
 	$(BIN)/python -m pytest -m cuda tests/test_cuda.py tests/test_triton.py; tests=$$?; \
 	$(BIN)/python benchmark.py --device cuda && exit $$tests
 
-test: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/* runtime/*.h runtime/*.cpp
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/* runtime/*.h runtime/*.cpp
+	$(BIN)/clang-format --dry-run --Werror models/kernels/cpp/* runtime/*.h runtime/*.cpp web/*.cpp
 
 # pip's ordinary index gives the build that fits the machine; the stamp makes a second run free.
 .venv/ready: requirements.txt requirements-dev.txt

@@ -46,15 +46,15 @@ QUICK = ["--epochs", "5", "--block-ft-epochs", "2"], ["--ft-epochs", "2"]
 PATIENT = ["--epochs", "15", "--block-ft-epochs", "5"], ["--ft-epochs", "4"]
 PRESERVE = ["--train-loss", "preserve", "--block-ft-train-loss", "preserve"]
 LABELS = ["--train-loss", "combine", "--block-ft-train-loss", "combine"]
+HYBRID = "FAR, ten blocks"
 # By row: main.py's flags of the swap, beside SWAP; the row that is pruned, and prune.py's flags, beside PRUNE.
 SWAPPED = {
     "FAR": PRESERVE,
     "FAR, labels": LABELS,
     "FAR, GRU": [*PRESERVE, "--rep-by", "gru"],
     "FAR, minGRU": [*PRESERVE, "--rep-by", "mingru"],
-    "FAR, ten blocks": [*PRESERVE, "--replace", "auto:10"],
+    HYBRID: [*PRESERVE, "--replace", "auto:10"],
 }
-HYBRID = "FAR, ten blocks"
 SMALLEST = "kept 0.25, half the MLPs"
 QUARTER = ["--keep-ratio", "0.25"]
 PRUNED = {
@@ -127,7 +127,7 @@ def by_count(weights: Path) -> list[tuple[float, float, float, str]]:
     for count in range(1, len(teacher.blocks) + 1):
         teacher.blocks[ranking.order[count - 1]].attn = student.blocks[ranking.order[count - 1]].attn
         hybrids[count] = copy.deepcopy(teacher)
-    times = in_engine(hybrids)
+    times = in_engine(hybrids)  # the same whatever the weights
     return [(times[k], cost.agreement, cost.kl, str(k)) for k, cost in enumerate(ranking.path, 1)]
 
 

@@ -223,7 +223,7 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
             continue
         try:
             calls[name] = start(path)
-            calls[name](torch.zeros(1, 3, config.img_size, config.img_size))
+            calls[name](torch.zeros(1, 3, config.img_size, config.img_size))  # some read the file no sooner
         except Exception as error:  # noqa: BLE001  (each runtime raises its own types)
             raise FarError(f"--to {args.to}: {runtime} refuses the file ({first_line(error)[:200]})") from error
 

@@ -65,9 +65,9 @@ struct File {
     int64_t length = 0;
     for (const int64_t bytes : {header.config, header.plan, header.vectors, header.products}) {
       if (bytes < 0 || bytes > int64_t{1} << 40) refuse("is damaged: its parts have no sizes");
-      if (header.config > int64_t{1} << 24) refuse("is damaged: its configuration is too long");
       length += padded(bytes);
     }
+    if (header.config > int64_t{1} << 24) refuse("is damaged: its configuration is too long");
     read(file, length);
     uint64_t sums[2];
     check_sums(content.data(), length, sums);
@@ -113,7 +113,7 @@ struct far_model {
     const bool halves = length > 2 && plan[2] == 1;
     const int64_t numbers = file.header.vectors / 4, weights = file.header.products / (halves ? 2 : 4);
     if (const char* fault = far_engine::find_fault(plan, length, numbers, weights, halves, true))
-      refuse("is damaged: its plan does not fit (" + std::string(fault).substr(0, std::string(fault).find(':')) + ")");
+      refuse("is damaged: its plan does not fit (" + std::string(fault) + ")");
     packed =
         far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, numbers, file.products(), weights);
     const far_json::Value facts = far_json::Reader(config).read();

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -147,15 +148,16 @@ int run(const Options& options) {
   const far_shape shape = far_describe(model.get());
   if (options.bench) return bench(model.get(), shape, options, opened), 0;
   const size_t each = size_t(shape.channels) * shape.height * shape.width;
+  std::optional<far_picture::Preparation> how;  // .f32 files need none
   int code = 0;
   for (const char* path : options.pictures) try {
       const std::string name_of = path;
       const bool floats = name_of.size() > 4 && name_of.compare(name_of.size() - 4, 4, ".f32") == 0;
       if (!floats && (shape.channels != 3 || shape.height != shape.width))
         throw std::runtime_error("this model reads no square pictures of three channels; give it .f32 files");
+      if (!floats && !how) how.emplace(shape.config, shape.height);
       const std::vector<float> images =
-          floats ? read_floats(path, each)
-                 : far_picture::prepare(far_picture::read(path), {shape.config, shape.height});
+          floats ? read_floats(path, each) : far_picture::prepare(far_picture::read(path), *how);
       const int64_t batch = images.size() / each;
       std::vector<float> logits(batch * shape.classes);
       const auto begin = Clock::now();

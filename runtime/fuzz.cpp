@@ -1,8 +1,7 @@
 // Damaged files: each must be refused in words or answer, never crash or read outside. Built by tests/test_runtime.py
 // with the sanitizers; as a target of libFuzzer by clang++ -fsanitize=fuzzer,address,undefined -DFAR_LIBFUZZER.
 //
-//   fuzz MODEL.far COUNT SEED     so many files with one to four bits flipped, every second one with the checksum made
-//   right
+//   fuzz MODEL.far COUNT SEED     so many files, one to four bits flipped, in every second the checksum made right
 #include <random>
 
 #include "far.cpp"

@@ -693,8 +693,12 @@ class ExportConfig(ModelName):
         super().__post_init__()
         if bool(self.far_weight) == bool(self.base_weight):
             raise FarError("--far-weight, --base-weight: name the one file that is to be exported")
-        owners = {"--opset": (self.opset, "onnx"), "--int8": (self.int8, "onnx"), "--aot": (self.aot, "pt2")}
-        owners["--precision"] = self.precision != "float32", "engine"
+        owners = {
+            "--opset": (self.opset, "onnx"),
+            "--int8": (self.int8, "onnx"),
+            "--aot": (self.aot, "pt2"),
+            "--precision": (self.precision != "float32", "engine"),
+        }
         for name, (value, target) in owners.items():
             if value and self.to != target:
                 raise FarError(f"{name}: means something for --to {target} alone; leave it out")

@@ -62,11 +62,10 @@ const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int
                        bool natural) {
   if (length < int64_t(sizeof(Plan) / 8)) return "no plan of a model";
   const Plan& p = *reinterpret_cast<const Plan*>(plan);
-  if (p.layout != LAYOUT) return "a plan of another version: load the unfused model and fuse it again";
-  if (p.vector_width != (natural ? NATURAL : V))
-    return "packed for another kind of CPU: load the unfused model and fuse it here";
+  if (p.layout != LAYOUT) return "a plan of another version";
+  if (p.vector_width != (natural ? NATURAL : V)) return "packed for another kind of CPU";
   if (p.bfloat16 != bfloat16 || (bfloat16 && !natural && !FAR_BFLOAT16)) return "bfloat16 weights need AVX512_BF16";
-  if (p.length != length || !Checker{p, vectors, products}.model()) return "a damaged plan: fuse the model again";
+  if (p.length != length || !Checker{p, vectors, products}.model()) return "a damaged plan";
   return nullptr;
 }
 
@@ -81,16 +80,9 @@ void run(const Plan& plan, const float* vectors, const void* products, const flo
 
 Packed pack(const Plan& natural, const float* vectors, int64_t vector_count, const void* products,
             int64_t product_count) {
-  const auto packed = [&](auto packer) {
-    packer.fill(vector_count, product_count);
-    return Packed(std::move(packer));
-  };
-  if (!natural.bfloat16) return packed(Packer<float, float>(natural, vectors, static_cast<const float*>(products)));
-  const auto* halves = static_cast<const bf16*>(products);
-#if FAR_BFLOAT16
-  return packed(Packer<bf16, bf16>(natural, vectors, halves));
-#endif
-  return packed(Packer<float, bf16>(natural, vectors, halves));
+  if (!natural.bfloat16) return Packer<float, float>(natural, vectors, vector_count, products, product_count);
+  using Product = std::conditional_t<FAR_BFLOAT16, bf16, float>;
+  return Packer<Product, bf16>(natural, vectors, vector_count, products, product_count);
 }
 
 }  // namespace far_engine

@@ -4,9 +4,8 @@
 // positions (float32); `plan`, 64-bit integers that say where in the two each part lies: one Plan, then a record a
 // block, a cell and a head projection. There are two forms:
 //
-//   natural   matrices (outputs, inputs), row by row; of cells in torch's order, gate by gate. The same on every
-//   machine;
-//             deploy/packed.py writes it, in the order in which the members stand here
+//   natural   matrices (outputs, inputs), row by row; of cells in torch's order, gate by gate. It is the same on every
+//             machine; deploy/packed.py writes it, in the order in which the members stand here
 //   packed    for vectors of V floats: see product.h and recurrence.h; vectors are padded with zeros to whole panels.
 //             packer.h makes it of the natural form, and run reads it
 #pragma once

@@ -15,7 +15,7 @@ const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vector
   TORCH_CHECK(half || products.scalar_type() == at::kFloat, "products must be float32 or bfloat16");
   const int64_t* from = plan.const_data_ptr<int64_t>();
   const char* fault = far_engine::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half, natural);
-  TORCH_CHECK(!fault, fault);
+  TORCH_CHECK(!fault, fault, ": load the unfused model and fuse it here");
   return *reinterpret_cast<const far_engine::Plan*>(from);
 }
 

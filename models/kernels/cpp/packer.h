@@ -15,15 +15,12 @@ inline float widened(bf16 x) {
 template <class X, class From>
 class Packer : public Packed {
  public:
-  Packer(const Plan& natural, const float* vectors_from, const From* products_from)
-      : from_vectors(vectors_from), from_products(products_from), dim(natural.dim) {
+  // A little more is reserved than comes in: memory that is moved while it grows costs more than packing.
+  Packer(const Plan& natural, const float* vectors_from, int64_t vector_count, const void* products_from,
+         int64_t product_count)
+      : from_vectors(vectors_from), from_products(static_cast<const From*>(products_from)), dim(natural.dim) {
     const auto* numbers = reinterpret_cast<const int64_t*>(&natural);
     plan.assign(numbers, numbers + natural.length);
-  }
-
-  // The counts are those of the natural form: a little more is reserved, as memory that is moved costs more than
-  // packing.
-  void fill(int64_t vector_count, int64_t product_count) {
     vectors.reserve(vector_count * 5 / 4);
     products.reserve(product_count * 5 / 4 * sizeof(X));
     Plan& p = *reinterpret_cast<Plan*>(plan.data());
