@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.merged import Merged, MergedBiRNN, merge, plain
+from models.operations import Operation, linear, recurrence, side_by_side
 from models.parts import Consumers, Place, Replacement, safe_root, shrunk
 
 
@@ -146,9 +147,10 @@ class MultiHeadBiRNN(Replacement):
                 if attn.qkv.bias is not None:
                     self.pre_proj.bias.copy_(attn.qkv.bias[-self.dim :])
 
-    def macs(self, shape: Sequence[int]) -> int:
-        """A cell's are G u (d + u) a token, G u d without a W_hh; elementwise work is not counted."""
-        return shape[0] * shape[1] * sum(w.numel() for w in self.parameters() if w.dim() == 2)
+    def operations(self, tokens: int) -> list[Operation]:
+        heads = side_by_side("head_proj", [proj.weight for proj in self.head_proj], tokens, tokens * self.dim)
+        pre, post = (linear(name, getattr(self, name), tokens) for name in ("pre_proj", "post_proj"))
+        return [pre, *recurrence(self.direction.kind, self.cells(), tokens), heads, post]
 
     def _places(self) -> Iterator[tuple[Place, Direction, Tensor]]:
         """Every place, its direction and its columns of head_proj's weight (d, u)."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import kernels
+from models.operations import Operation, recurrence, side_by_side
 from utils.errors import FarError
 
 # One large matrix product beats H small ones and a copy until it has this many times their multiplications (measured at
@@ -102,6 +103,16 @@ class MergedBiRNN(nn.Module):
             for parts in ((self.pre, self.cells), (self.heads, self.out))
         )
         return len(x) * (x.shape[1] * mixing + given * out)
+
+    def operations(self, tokens: int) -> list[Operation]:
+        """See `models.parts.BlockPart`."""
+        cells = [self.kind.cell(*cell) for cell in self.cells]
+        maps = {"pre_proj": [self.pre] * bool(self.pre), "head_proj": self.heads, "post_proj": [self.out]}
+        pre, heads, out = (
+            [side_by_side(name, [w for w, _ in parts], tokens, tokens * sum(len(b) for _, b in parts))] * bool(parts)
+            for name, parts in maps.items()
+        )
+        return [*pre, *recurrence(self.kind, cells, tokens), *heads, *out]
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None

@@ -1,11 +1,11 @@
 """Token mixing by an MLP (MLP-Mixer, arXiv 2105.01601), to compare with."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.operations import Operation, gelu, linear
 from models.parts import Replacement, Unprunable
 from utils.errors import FarError
 
@@ -22,9 +22,9 @@ class TokenMixer(Unprunable, Replacement):
     def mix(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x.transpose(1, 2)))).transpose(1, 2)  # (B, D, N) inside
 
-    def macs(self, shape: Sequence[int]) -> int:
-        b, n, dim = shape
-        return b * dim * (self.fc1.weight.numel() + self.fc2.weight.numel()) + b * n * self.post_proj.weight.numel()
+    def operations(self, tokens: int) -> list[Operation]:
+        hidden = linear("fc1", self.fc1, self.dim, waits="all", **gelu(self.dim * self.fc1.out_features))
+        return [hidden, linear("fc2", self.fc2, self.dim), linear("post_proj", self.post_proj, tokens, waits="all")]
 
     def check_tokens(self, tokens: int) -> None:
         if tokens != self.num_tokens:

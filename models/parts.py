@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.merged import Merged
+from models.operations import Operation, gelu, linear
 from utils.errors import FarError
 
 Place = tuple[int, ...]
@@ -56,8 +57,12 @@ class BlockPart(abc.ABC):
         """The same before pruning."""
 
     @abc.abstractmethod
+    def operations(self, tokens: int) -> list[Operation]:
+        """What it computes for one image of so many tokens, in order."""
+
     def macs(self, shape: Sequence[int]) -> int:
         """Multiply-accumulates of all its matrix products on an input of this shape (B, N, D)."""
+        return shape[0] * sum(operation.macs for operation in self.operations(shape[1]))
 
     @abc.abstractmethod
     def unit_norms(self) -> dict[Place, Tensor]:
@@ -118,8 +123,9 @@ class Mlp(timm.layers.Mlp, BlockPart):
     def full_sizes(self) -> int:
         return self.unpruned
 
-    def macs(self, shape: Sequence[int]) -> int:
-        return shape[0] * shape[1] * (self.fc1.weight.numel() + self.fc2.weight.numel())
+    def operations(self, tokens: int) -> list[Operation]:
+        hidden = linear("fc1", self.fc1, tokens, **gelu(tokens * self.fc1.out_features))
+        return [hidden, linear("fc2", self.fc2, tokens)]
 
     def unit_norms(self) -> dict[Place, Tensor]:
         """fc1's row and bias, fc2's column."""

@@ -146,6 +146,17 @@ def build(config: FarConfig, drop: float = 0.0, drop_path: float = 0.0) -> Visio
     return model
 
 
+def pruned_to(config: FarConfig, share: float) -> FarConfig:
+    """The configuration with this share of the hidden units in every place, at least one."""
+
+    def kept(sizes: Any) -> Any:
+        return [kept(part) for part in sizes] if isinstance(sizes, list) else max(1, round(share * sizes))
+
+    with torch.device("meta"):
+        parts = replacements(build(config))
+    return replace(config, units={str(i): kept(part.sizes) for i, part in parts.items() if part.sizes})
+
+
 def pack(model: VisionTransformer, config: FarConfig) -> dict[str, Any]:
     """Weights and configuration as tensors and plain data: the layout of every FAR checkpoint."""
     return {"model": model.state_dict(), "config": asdict(describe(model, config))}

@@ -265,3 +265,24 @@ def kept_by_time(series: dict[str, list[tuple[float, float, float, str]]], rival
     logarithmic(panels[1].yaxis, [p[2] for points in series.values() for p in points])
     legend_above(figure, panels[0])
     return figure
+
+
+def energy_bars(energy: dict[str, dict[str, Any]]) -> Figure:
+    """Microjoules an image by model and component, (low, likely, high); whiskers span the cost of writing cells."""
+    figure = Figure(figsize=(9, 1.2 + 0.36 * len(energy)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(energy))
+    for component, colour in zip(next(iter(energy.values())), COLOURS, strict=True):
+        values = np.array([parts[component][1] for parts in energy.values()])
+        axes.barh(range(len(energy)), values, left=left, color=colour, label=component, height=0.7)
+        left += values
+    for row, parts in enumerate(energy.values()):
+        low, likely, high = parts["writing cells"]
+        if high:
+            span = [[likely - low], [high - likely]]
+            axes.errorbar(left[row], row, xerr=span, color="black", capsize=3, lw=1)
+    axes.set_yticks(range(len(energy)), energy)
+    axes.invert_yaxis()
+    axes.set(xlabel="energy an image (µJ)")
+    legend_above(figure, axes)
+    return figure

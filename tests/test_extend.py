@@ -19,6 +19,7 @@ from models import kernels
 from models.deit import TEACHERS, Teacher
 from models.kernels.reference import reference
 from models.mixer import TokenMixer
+from models.operations import linear
 from models.replace import REPLACEMENTS, load_model
 from tests.conftest import BATCH, BLOCK_BATCH, QUIET
 from utils import names
@@ -39,8 +40,8 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
             calls.add("replacement")
             return self.value(x.mean(1, keepdim=True)).expand_as(x)
 
-        def macs(self, shape):
-            return 2 * shape[0] * shape[1] * self.dim**2
+        def operations(self, tokens):
+            return [linear("value", self.value, 1, waits="all"), linear("post_proj", self.post_proj, tokens)]
 
     def nano(img_size=16, **kwargs):
         return VisionTransformer(img_size=img_size, patch_size=8, embed_dim=32, depth=2, num_heads=2, **kwargs)

@@ -11,6 +11,7 @@ PARTS = (
     "prune.py",
     "visualization.py",
     "export.py",
+    "estimate.py",
     "demo.py",
     "study.py",
     "benchmark.py",

@@ -748,3 +748,42 @@ class ConvertConfig(ModelName):
     )
     remove_zeroed: bool = flag(False, "take units out that a mask left at zero, MLPs' too", "from the published code")
     per_head: bool = flag(False, "one nn.LSTM a head, its deployment form, not a dense one", "to the published code")
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """estimate.py."""
+
+    far_weight: Sequence[Path] = flag(
+        (), "checkpoints of ours, of FAR models or of teachers", "models", nargs="+", type=path, metavar="FILE"
+    )
+    base_model: Sequence[str] = flag(
+        (), "and models by name, whose weights are not needed; default, with no file: DeiT-Tiny", "models", nargs="+"
+    )
+    rep_by: Sequence[str] = flag(
+        ("multi-lstm",),
+        "what replaces attention in those by name, a model each",
+        "models",
+        nargs="+",
+        choices=names.REPLACEMENTS,
+    )
+    keep_ratio: float | None = flag(
+        None, "and each of them pruned to this share of its hidden units", "models", type=PART, metavar="R"
+    )
+    input_size: int | None = flag(
+        None, "image side in pixels of those by name; default: the model's", "models", type=number(int, 1, 8192)
+    )
+    merged: bool = flag(False, "neighbouring linear maps of FAR's layers merged as `fuse` does", "models")
+    hardware: Path | None = flag(None, "the profile; default: hardware/isaac.toml", "hardware", **FILE)
+    input_bits: int | None = flag(
+        None, "of activations, in place of the profile's", "hardware", type=number(int, 1, 32)
+    )
+    copies: int | None = flag(
+        None,
+        "of every stored matrix, but for W_hh's, in place of the profile's",
+        "hardware",
+        type=number(int, 1, 2**20),
+    )
+    output_dir: Path = flag(
+        Path("runs/estimate"), "for estimate.json and estimate.png", "output", type=path, metavar="DIR"
+    )

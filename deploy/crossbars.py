@@ -1,0 +1,301 @@
+"""Energy, latency and area in in-memory computing, a pure function of counts and constants. See docs/hardware.md.
+
+Weights lie in crossbars of R x C cells. A weight of w bits takes ceil(w / b) cells of b bits, and as many again for
+negative values. Inputs come in slices of as many bits as a DAC has. A crossbar takes one vector at a time: tokens go
+through a model as through a pipeline, except where an operation waits.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.operations import Operation
+from utils.errors import FarError, first_line
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+# How products of activations are computed, and what docs/hardware.md calls the ways.
+MAPPINGS = ("written", "reordered", "digital")
+CONSTANTS = {
+    "crossbar_pj": "a read of all cells of a crossbar by one slice of inputs",
+    "cycle_ns": "one slice of inputs through a crossbar and its ADCs",
+    "dac_pj": "one slice of one input",
+    "adc_pj": "one conversion",
+    "shift_add_pj": "one conversion joined with the others of its output",
+    "write_cell_pj": "one cell written",
+    "write_row_ns": "one row of a crossbar written",
+    "buffer_bit_pj": "one bit written to a buffer or read from it",
+    "mac_pj": "one digital multiply-accumulate of activations",
+    "add_pj": "one addition, multiplication or comparison",
+    "function_pj": "one exponential, tanh, sigmoid, erf, reciprocal or root",
+    "digital_ns": "one digital operation from its operands to its result",
+    "endurance_writes": "writes that a cell survives",
+}
+COMPONENTS = {  # of energy, as figures show them: the constants they are made of
+    "crossbars and DACs": ("crossbar_pj", "dac_pj"),
+    "ADCs": ("adc_pj", "shift_add_pj"),
+    "writing cells": ("write_cell_pj",),
+    "products of activations": ("mac_pj",),
+    "elementwise": ("add_pj", "function_pj"),
+    "buffers": ("buffer_bit_pj",),
+}
+
+
+class Design(NamedTuple):
+    """What a designer chooses."""
+
+    rows: int  # R
+    columns: int  # C
+    cell_bits: int  # b
+    weight_bits: int  # w
+    input_bits: int
+    dac_bits: int
+    copies: int  # of every stored matrix, so that as many tokens pass at once; a recurrence has no use for them
+    multipliers: int  # beside the crossbars, for products of activations
+
+    @property
+    def slices(self) -> int:
+        return math.ceil(self.input_bits / self.dac_bits)
+
+    @property
+    def cells(self) -> int:
+        """Cells a weight, two signs."""
+        return 2 * math.ceil(self.weight_bits / self.cell_bits)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A profile: its name, the design, and constants as (low, likely, high), in the units that their names end with."""
+
+    name: str
+    design: Design
+    constants: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, file: Path) -> "Hardware":
+        """Raises FarError where the file is no profile: a key missing or unknown, a negative value, no source."""
+        try:
+            content = tomllib.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise FarError(f"--hardware {file}: {first_line(error)}; give a file like hardware/isaac.toml") from error
+        design, constants = (content.get(key) for key in ("design", "constants"))
+
+        def check(fine: bool, fault: str) -> None:
+            if not fine:
+                raise FarError(f"--hardware {file}: {fault}; see hardware/isaac.toml")
+
+        for table, known, title in ((design, Design._fields, "design"), (constants, CONSTANTS, "constants")):
+            check(isinstance(table, dict), f"lacks [{title}]")
+            for key in (*known, *table):
+                check(key in table and key in known, f"[{title}] {'lacks' if key in known else 'has an unknown'} {key}")
+        for key, value in design.items():
+            check(type(value) is int and 1 <= value <= 2**20, f"{key} = {value!r}: must be a whole number from 1")
+        ranges = {}
+        for key, entry in constants.items():
+            check(isinstance(entry, dict) and isinstance(entry.get("source"), str), f"{key}: lacks its source")
+            value = entry.get("value")
+            ranges[key] = entry.get("low", value), value, entry.get("high", value)
+            numbers = all(type(x) in (int, float) and 0 <= x < math.inf for x in ranges[key])
+            check(numbers and sorted(ranges[key]) == [*ranges[key]], f"{key}: needs 0 <= low <= value <= high")
+        return cls(str(content.get("name", file.stem)), Design(**design), {k: np.array(v) for k, v in ranges.items()})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one image. Energies are (low, likely, high)."""
+
+    energy_uj: dict[str, np.ndarray]  # by component
+    latency_us: float
+    interval_us: float  # between images that follow one another
+    crossbars: int
+    used: float  # share of their cells
+    conversions: int  # by ADCs
+    writes: int  # of cells
+    events: Mapping[str, float]  # how often each constant of energy was spent
+
+    @property
+    def total_uj(self) -> np.ndarray:
+        return sum(self.energy_uj.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; energies as [low, likely, high]."""
+        energy = {name: value.tolist() for name, value in self.energy_uj.items()}
+        return {**vars(self), "energy_uj": energy, "total_uj": self.total_uj.tolist(), "events": dict(self.events)}
+
+
+def reorder(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Attention as (Q W_K^T) X^T and (S X) W_V: ReTransformer, eq. 7 (Yang et al., ICCAD 2020).
+
+    The one matrix of activations is the block's input X, written while the queries are computed. All heads read it, one
+    after another, and both products do. The keys' bias cancels in softmax, the values' is added behind W_V.
+    """
+    for op in operations:
+        name = op.name.rpartition(".")[2]
+        if name == "qkv":
+            ((dim, _),) = op.matrices
+            yield op._replace(matrices=((dim, dim),), elementwise=op.elementwise // 3, writes=op.writes // 3)
+        elif name == "scores":
+            (width, tokens), heads = op.matrices[0], len(op.matrices)
+            dim = heads * width
+            yield Operation(f"{op.name}_keys", tokens, ((width, dim),) * heads, writes=tokens * heads * dim)
+            yield op._replace(vectors=tokens * heads, matrices=((dim, tokens),), written=dim * tokens)
+        elif name == "values":
+            (tokens, width), heads = op.matrices[0], len(op.matrices)
+            dim, mixed = heads * width, tokens * heads * heads * width
+            yield op._replace(vectors=tokens * heads, matrices=((tokens, dim),), waits="all", written=0, writes=mixed)
+            yield Operation(
+                f"{op.name}_out", tokens, ((dim, width),) * heads, elementwise=tokens * dim, writes=tokens * dim
+            )
+        else:
+            yield op
+
+
+def tiles(matrix: tuple[int, int], design: Design) -> tuple[int, int]:
+    """Crossbars that a matrix (inputs, outputs) fills, along its inputs and along its outputs."""
+    inputs, outputs = matrix
+    return math.ceil(inputs / design.rows), math.ceil(outputs * design.cells / design.columns)
+
+
+def count_events(operations: Iterable[Operation], design: Design, mapping: str) -> Counter[str]:
+    """How often each constant of energy is spent on an image."""
+    events: Counter[str] = Counter()
+    for op in operations:
+        events["add_pj"] += op.elementwise
+        events["function_pj"] += op.functions
+        events["buffer_bit_pj"] += (op.reads + op.writes) * design.input_bits
+        if not op.stored and mapping == "digital":
+            events["mac_pj"] += op.macs
+            continue
+        reads = op.vectors * design.slices
+        for inputs, outputs in op.matrices:
+            down, across = tiles((inputs, outputs), design)
+            conversions = reads * outputs * design.cells * down
+            events["dac_pj"] += reads * inputs * across
+            events["crossbar_pj"] += reads * inputs * outputs * design.cells / (design.rows * design.columns)
+            events["adc_pj"] += conversions
+            events["shift_add_pj"] += conversions
+            events["add_pj"] += op.vectors * outputs * (down - 1)  # partial sums
+        events["write_cell_pj"] += op.written * design.cells
+    return events
+
+
+def run_pipeline(ready: np.ndarray, latency: float, interval: float) -> np.ndarray:
+    """When results are there, of vectors that are `ready` then and start in that order, an interval apart."""
+    order, turns = np.argsort(ready, kind="stable"), np.arange(len(ready)) * interval
+    done = np.empty_like(ready)
+    done[order] = np.maximum.accumulate(ready[order] - turns) + turns + latency
+    return done
+
+
+def run_chain(ready: np.ndarray, latency: float) -> np.ndarray:
+    """The same where each vector waits for the result before it, in both directions; the later one of both."""
+    turns = np.arange(len(ready)) * latency
+    ways = (np.maximum.accumulate(order - turns) + turns + latency for order in (ready, ready[::-1]))
+    forward, backward = ways
+    return np.maximum(forward, backward[::-1])
+
+
+def find_times(operations: Iterable[Operation], hardware: Hardware, mapping: str) -> tuple[float, float]:
+    """Latency of an image and the interval between images, in ns, by the likely constants."""
+    design, constants = hardware.design, {key: value[1] for key, value in hardware.constants.items()}
+    product, digital = design.slices * constants["cycle_ns"], constants["digital_ns"]
+    ready, slowest = np.zeros(1), 0.0
+    for op in operations:
+        copies = design.copies if op.stored else 1
+        if not op.stored and mapping == "digital":
+            step = interval = math.ceil(op.cells / design.multipliers) * digital
+        else:
+            step, interval = (product, product / copies) if op.matrices else (0.0, 0.0)
+        if op.waits == "all":
+            ready = np.full(op.vectors, ready.max())
+            if not op.stored and mapping == "written":  # keys and values at once, row after row
+                ready += min(design.rows, max(op.matrices[0])) * constants["write_row_ns"]
+        ready = fit(ready, op.vectors)
+        if op.waits == "previous":
+            interval = step + digital
+            ready = run_chain(ready, interval)
+        else:
+            ready = run_pipeline(ready, step + digital, interval)
+        slowest = max(slowest, op.vectors * interval)
+    return ready.max(), slowest
+
+
+def fit(ready: np.ndarray, vectors: int) -> np.ndarray:
+    """When so many vectors are ready.
+
+    More than there were: several of each, or prefix tokens before them. Fewer: the last of each several, or the first.
+    """
+    if vectors % len(ready) == 0:
+        return np.repeat(ready, vectors // len(ready))
+    if vectors > 1 and len(ready) % vectors == 0:
+        return ready.reshape(vectors, -1).max(1)
+    return np.concatenate([np.zeros(max(0, vectors - len(ready))), ready[:vectors]])
+
+
+def estimate(operations: Sequence[Operation], hardware: Hardware, mapping: str = "digital") -> Estimate:
+    """What an image costs.
+
+    Args:
+        operations: of a model, `models.operations.operations`.
+        hardware: the profile.
+        mapping: of products of activations, one of MAPPINGS.
+    """
+    design = hardware.design
+    ops = list(reorder(operations)) if mapping == "reordered" else operations
+    events = count_events(ops, design, mapping)
+    arrays = cells = 0
+    for op in ops:
+        copies = design.copies if op.stored and op.waits != "previous" else 1
+        if op.stored or mapping != "digital" and op.written:  # a matrix written once may serve two products
+            arrays += copies * sum(math.prod(tiles(matrix, design)) for matrix in op.matrices)
+            cells += copies * op.cells * design.cells
+    latency, interval = find_times(ops, hardware, mapping)
+    spent = {key: events[key] * hardware.constants[key] / 1e6 for key in events}
+    return Estimate(
+        energy_uj={name: sum(spent.get(key, np.zeros(3)) for key in keys) for name, keys in COMPONENTS.items()},
+        latency_us=latency / 1e3,
+        interval_us=interval / 1e3,
+        crossbars=arrays,
+        used=cells / (arrays * design.rows * design.columns),
+        conversions=events["adc_pj"],
+        writes=events["write_cell_pj"],
+        events=events,
+    )
+
+
+class Turn(NamedTuple):
+    """What a constant of energy decides: a model's energy over the cheapest rival's."""
+
+    now: float
+    halved: float
+    doubled: float
+    at: float | None  # the factor of the constant at which both cost the same; None where no factor does it
+
+
+def find_turns(model: Estimate, rivals: Sequence[Estimate], hardware: Hardware) -> dict[str, Turn]:
+    """By constant of energy: how the verdict over rivals depends on it, all others at their likely values."""
+    turns = {}
+    for key in (key for keys in COMPONENTS.values() for key in keys):
+        # Energies are a + b x, x the factor of this constant.
+        lines = []
+        for result in (model, *rivals):
+            slope = result.events[key] * hardware.constants[key][1] / 1e6
+            lines.append((result.total_uj[1] - slope, slope))
+
+        def ratio(x: float, lines=lines) -> float:
+            own, *others = (a + b * x for a, b in lines)
+            return own / min(others)
+
+        (a, b), *others = lines
+        crossings = [(a_other - a) / (b - b_other) for a_other, b_other in others if b != b_other]
+        crossings = [x for x in crossings if x > 0 and math.isclose(ratio(x), 1, rel_tol=1e-9)]
+        turns[key] = Turn(ratio(1), ratio(0.5), ratio(2), min(crossings, key=lambda x: abs(math.log(x)), default=None))
+    return turns
