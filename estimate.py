@@ -45,13 +45,24 @@ def show_counts(counts: dict[str, Any]) -> None:
 
 
 def show_costs(costs: dict[str, Any]) -> None:
-    heads = ("uJ", "low to high", "latency us", "images/s", "crossbars", "used", "conversions", "cells written")
+    heads = (
+        "uJ",
+        "low to high",
+        "latency us",
+        "images/s",
+        "crossbars",
+        "used",
+        "conversions",
+        "cells written",
+        "worn out in",
+    )
     rows = [["estimate, an image", *heads]]
     for name, cost in costs.items():
         low, likely, high = cost.total_uj
         rows.append([name, f"{likely:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{cost.latency_us:,.0f}"])
         rows[-1] += [f"{1e6 / cost.interval_us:,.0f}", f"{cost.crossbars:,}", f"{cost.used:.0%}"]
-        rows[-1] += [f"{count / 1e6:,.4g} M" for count in (cost.conversions, cost.writes)]
+        rows[-1] += [f"{count / 1e6:,.4g} M" if count else "0" for count in (cost.conversions, cost.writes)]
+        rows[-1] += ["-" if cost.lifetime_h is None else f"{cost.lifetime_h[1]:,.0f} h"]
     print(f"\n{table(rows)}")
 
 

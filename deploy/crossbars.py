@@ -119,6 +119,7 @@ class Estimate:
     used: float  # share of their cells
     conversions: int  # by ADCs
     writes: int  # of cells
+    lifetime_h: np.ndarray | None  # hours at full rate until cells that every image writes wear out; None without such
     events: Mapping[str, float]  # how often each constant of energy was spent
 
     @property
@@ -128,7 +129,9 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         """Plain data; energies as [low, likely, high]."""
         energy = {name: value.tolist() for name, value in self.energy_uj.items()}
-        return {**vars(self), "energy_uj": energy, "total_uj": self.total_uj.tolist(), "events": dict(self.events)}
+        lifetime = None if self.lifetime_h is None else self.lifetime_h.tolist()
+        plain = {"energy_uj": energy, "total_uj": self.total_uj.tolist(), "events": dict(self.events)}
+        return {**vars(self), **plain, "lifetime_h": lifetime}
 
 
 def reorder(operations: Iterable[Operation]) -> Iterator[Operation]:
@@ -267,6 +270,7 @@ def estimate(operations: Sequence[Operation], hardware: Hardware, mapping: str =
         used=cells / (arrays * design.rows * design.columns),
         conversions=events["adc_pj"],
         writes=events["write_cell_pj"],
+        lifetime_h=hardware.constants["endurance_writes"] * interval / 3.6e12 if events["write_cell_pj"] else None,
         events=events,
     )
 

@@ -193,6 +193,9 @@ def test_the_three_mappings_of_attention_at_the_size_of_a_vit_base():
     results = {mapping: estimate(ops, ISAAC, mapping) for mapping in MAPPINGS}
     assert results["written"].writes == 12 * 2 * n * dim * 8
     assert results["reordered"].writes == 12 * n * dim * 8
+    # A billion writes, one an image; the slowest operation takes 197 tokens of 0.8 us.
+    assert results["written"].lifetime_h[1] == pytest.approx(1e9 * 197 * 0.8e-6 / 3600)
+    assert results["digital"].lifetime_h is None
     assert results["digital"].writes == 0 and results["digital"].events["mac_pj"] == 12 * 2 * n * n * dim
     assert results["written"].energy_uj["writing cells"][2] > 1000 * results["written"].energy_uj["writing cells"][0]
 
