@@ -64,16 +64,18 @@ $(RUNTIME)/far-run: $(wildcard runtime/*.cpp runtime/*.h models/kernels/cpp/*) M
 MODELS ?= runs/demo
 WEB_FLAGS = -std=c++20 -O3 -msimd128 -fexceptions -isystem $(STB)
 WEB_EXPORTS = _far_open,_far_error,_far_close,_web_side,_web_classes,_web_config,_web_prepare,_web_run,_malloc,_free
-web: web/build/far.js
+web: web/build/far.js web/build/far-threads.js
 	for name in teacher far prune; do \
 	  $(BIN)/python export.py --to engine --far-weight $(MODELS)/$$name/best.pth --output web/build/$$name.far || exit; \
 	done
 	$(BIN)/python export.py --to onnx --far-weight $(MODELS)/teacher/best.pth --output web/build/teacher.onnx
-web/build/far.js: $(wildcard web/*.cpp runtime/*.cpp runtime/*.h models/kernels/cpp/*) Makefile
-	mkdir -p web/build
+# far-threads.js is for pages that are isolated, which a server says by two headers (docs/deploy.md).
+web/build/far-threads.js: THREADS = -pthread
+web/build/%.js: $(wildcard web/*.cpp runtime/*.cpp runtime/*.h models/kernels/cpp/*) Makefile
+	mkdir -p web/build/$*
 	for source in models/kernels/cpp/model runtime/far web/far_web; do \
-	  em++ $(WEB_FLAGS) -c $$source.cpp -o web/build/$$(basename $$source).o || exit; \
+	  em++ $(WEB_FLAGS) $(THREADS) $(THREADS:-pthread=-DFAR_THREADS) -c $$source.cpp -o web/build/$*/$$(basename $$source).o || exit; \
 	done
-	NODE_PATH=$${NODE_PATH:-/usr/share/nodejs} em++ -O3 -fexceptions web/build/*.o -o $@ -sMODULARIZE -sEXPORT_NAME=createFar \
-	  -sALLOW_MEMORY_GROWTH -sENVIRONMENT=web -sEXPORTED_FUNCTIONS=$(WEB_EXPORTS) \
-	  -sEXPORTED_RUNTIME_METHODS=FS,UTF8ToString,allocateUTF8
+	NODE_PATH=$${NODE_PATH:-/usr/share/nodejs} em++ -O3 -fexceptions $(THREADS) web/build/$*/*.o -o $@ -sMODULARIZE \
+	  -sEXPORT_NAME=createFar -sALLOW_MEMORY_GROWTH -sENVIRONMENT=web,worker -sEXPORTED_FUNCTIONS=$(WEB_EXPORTS) \
+	  $(THREADS:-pthread=-sPTHREAD_POOL_SIZE=4) -sEXPORTED_RUNTIME_METHODS=FS,UTF8ToString,allocateUTF8

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 
+import filelock
 import pytest
 import torch
 from PIL import Image
@@ -24,18 +25,33 @@ CLASSES = [f"digit {i}" for i in range(10)]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; a path that begins with `isolated` is its page with the headers by which threads are allowed."""
+
     def log_message(self, *_):
         pass
+
+    def translate_path(self, path):
+        return super().translate_path(path.replace("/isolated", "", 1))
+
+    def end_headers(self):
+        if self.path.startswith("/isolated"):
+            self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+            self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, far):
     """Folder and address of the page beside two models: one file whole, one damaged."""
     folder = tmp_path_factory.mktemp("web")
-    assert subprocess.run(["make", "-s", "-C", ROOT, "web/build/far.js"], check=False).returncode == 0
+    engines = ("web/build/far.js", "web/build/far-threads.js")
+    (ROOT / "web/build").mkdir(exist_ok=True)
+    with filelock.FileLock(ROOT / "web/build/lock"):  # two test processes share the checkout
+        assert subprocess.run(["make", "-s", "-C", ROOT, *engines], check=False).returncode == 0
     (folder / "build").mkdir()
-    for name in ("index.html", "build/far.js", "build/far.wasm"):
-        shutil.copy(ROOT / "web" / name, folder / name)
+    shutil.copy(ROOT / "web/index.html", folder)
+    for file in (ROOT / "web/build").glob("far*.[jw]*s*"):
+        shutil.copy(file, folder / "build")
     model, config = load_model(far / "best.pth")
     facts = {"data": vars(config.preprocessing), "classes": CLASSES, "parameters": 1234}
     (folder / "build/far.far").write_bytes(to_bytes(natural_form(model, torch.float32), facts))
@@ -97,6 +113,17 @@ def test_a_seven_is_drawn_and_answered_as_python_does(site, browser, far):
     assert re.search(r"1,234 parameters, [\d.]+ MB, [\d.]+ ms", page.locator("article").inner_text())
     page.click("#clear")
     assert page.locator("article").count() == 0
+
+
+def test_an_isolated_page_answers_the_same_on_threads(site, browser):
+    logits = []
+    for path in ("", "isolated/"):
+        page = opened(browser, site[1] + path)
+        draw_a_seven(page)
+        logits.append(answered(page)[1])
+    threads = min(4, page.evaluate("navigator.hardwareConcurrency"))
+    assert page.locator("#threads").inner_text() == (f"{threads} threads" if threads > 1 else "one thread")
+    assert torch.equal(*logits)
 
 
 def test_keys_draw_what_the_mouse_draws_and_a_picture_may_be_chosen(site, browser, far, tmp_path):

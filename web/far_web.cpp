@@ -20,6 +20,6 @@ EXPORTED const char* web_prepare(const far_model* model, const unsigned char* rg
   return nullptr;
 }
 
-EXPORTED const char* web_run(const far_model* model, const float* images, int batch, float* logits) {
-  return far_run(model, images, batch, logits, 1);
+EXPORTED const char* web_run(const far_model* model, const float* images, int batch, float* logits, int threads) {
+  return far_run(model, images, batch, logits, threads);
 }
