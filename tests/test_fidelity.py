@@ -26,7 +26,7 @@ PLAIN = Settings().autocast(torch.device("cpu"))
 
 def pair():
     """A teacher and a student of it that answers alike on some images and otherwise on others, never the last class."""
-    teacher, student = (create_teacher("DeiT-Micro", 7, 32) for _ in range(2))
+    teacher, student = (create_teacher("DeiT-Micro", 7, 16) for _ in range(2))
     student.load_state_dict(teacher.state_dict())
     swap_attention(student, (1, 3), "multi-lstm")
     with torch.no_grad():
@@ -93,7 +93,7 @@ def by_hand(student, teacher, images, labels):
 
 
 def test_fidelity_equals_loops_over_images_tokens_and_classes():
-    images, same = 3 * torch.randn(23, 3, 32, 32) + torch.randn(23, 3, 1, 1), 0
+    images, same = 3 * torch.randn(23, 3, 16, 16) + torch.randn(23, 3, 1, 1), 0
     while not 5 < same < 18:  # some pairs agree on nearly all images, or none
         student, teacher = pair()
         answers = [model.eval()(images).argmax(1) for model in (student, teacher)]
@@ -113,7 +113,7 @@ def test_fidelity_equals_loops_over_images_tokens_and_classes():
 
 def test_a_model_keeps_all_of_itself():
     _, teacher = pair()
-    loader = DataLoader(TensorDataset(torch.randn(6, 3, 32, 32), torch.randint(6, (6,))), 4)
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 16, 16), torch.randint(6, (6,))), 4)
     found = fidelity(teacher, teacher, loader, Context(), PLAIN)
     assert found["agreement"] == 100 and found["kl"] == pytest.approx(0, abs=1e-9)
     assert found["repeated_errors"] == found["teacher_errors"]
@@ -133,17 +133,8 @@ def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
 
 def test_training_and_eval_report_the_same_of_the_same_weights(far, teacher, tmp_path, capsys):
     trained = json.loads((far / "result.json").read_text())
-    argv = [
-        "--mode",
-        "eval",
-        *EVAL,
-        "--holdout",
-        "0.04",
-        "--far-weight",
-        str(far / "best.pth"),
-        "--base-weight",
-        str(teacher),
-    ]
+    weights = ["--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
+    argv = ["--mode", "eval", *EVAL, "--holdout", "0.04", *weights]
     for name, more in (("run", []), ("fused", ["--fuse", "float32"])):
         assert main.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
         assert f"agrees with its teacher on {trained['agreement']:.2f} %" in capsys.readouterr().out or more
@@ -159,18 +150,14 @@ def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tm
     monkeypatch.setattr(pruning, "fidelity", lambda *args: passes.append(args) or fidelity(*args))
     small = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, *BATCH, "--epochs", "0"]
     argv = ["--model-path", str(far / "best.pth"), *small, "--ft-epochs", "0", "--keep-ratio", "0.5"]
-    for name, more in (("without", []), ("with", ["--base-weight", str(teacher)])):
-        assert prune.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
-        report = json.loads((tmp_path / name / "prune_report.json").read_text())
-        said = table(report)
-        assert said in capsys.readouterr().out
-        widths = {len(line) for line in said.splitlines()}
-        assert len(widths) == 1 and ("agrees %" in said) == bool(more) == (tmp_path / name / "fidelity.png").exists()
-        rows = [*report["rows"], report.get("teacher", report["rows"][0])]
-        assert all((row.keys() >= KEYS) == bool(more) for row in rows)
+    assert prune.main([*argv, "--base-weight", str(teacher), "--output-dir", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "prune_report.json").read_text())
     assert len(passes) == 2  # before, and pruned: where nothing trains nothing is measured again
+    assert all(row.keys() >= KEYS for row in (*report["rows"], report["teacher"]))
+    assert (tmp_path / "fidelity.png").exists()
     assert report["teacher"]["agreement"] == 100 > report["rows"][-1]["agreement"]
-    last = report["rows"][-1]
+    last, said = report["rows"][-1], table(report)
+    assert said in capsys.readouterr().out and len({len(line) for line in said.splitlines()}) == 1
     cosine, error = min(last["z_similarity"].values()), max(last["output_error"].values())
     shown = [f"{last['kl']:.4f}", str(last["repeated_errors"]), f"{cosine:.3f}", f"{error:.3f}", str(last["units"])]
     assert " ".join(shown) in " ".join(said.splitlines()[-1].split())

@@ -40,12 +40,6 @@ def test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing(mode, teacher,
         assert "4 of 4 blocks" in said
 
 
-def test_a_mixed_batch_is_weighed_too(teacher, tmp_path, capsys):
-    flags = ["--mode", "teacher", *DIGITS, "--mixup", "0.8", "--batch-size", "64", "--dry-run"]
-    assert main.main([*flags, "--output-dir", str(tmp_path / "run")]) == 0
-    assert "MB an image" in capsys.readouterr().out
-
-
 def test_memory_is_that_of_weights_optimiser_and_what_the_backward_pass_needs():
     data = Data(DataConfig("DIGITS", None, 32, train_subset=0.05), Context())
     model = create_teacher("DeiT-Micro", 10, 32)

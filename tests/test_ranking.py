@@ -65,9 +65,8 @@ def cost_by_hand(pair, images, replaced) -> Cost:
 def test_costs_are_those_of_hybrids_built_by_hand(replaced, pair, images, hybrids):
     for block, cost in hybrids.toggled(replaced, (3, 0, 2)).items():
         expected = cost_by_hand(pair, images, set(replaced) ^ {block})
-        assert cost.kl == pytest.approx(expected.kl, rel=1e-5, abs=1e-6) and cost.agreement == pytest.approx(
-            expected.agreement
-        )
+        assert cost.kl == pytest.approx(expected.kl, rel=1e-5, abs=1e-6)
+        assert cost.agreement == pytest.approx(expected.agreement)
 
 
 @pytest.mark.parametrize("name", ["alone", "restore", "greedy"])
@@ -113,14 +112,14 @@ def test_spacing_spreads_whatever_is_measured(depth, first):
 
 
 PATH = (Cost(0.0, 100.0), Cost(0.1, 97.5), Cost(0.2, 98.0), Cost(0.9, 60.0))
+RANKED = Ranking("greedy", {0: 3.0, 1: 0.0, 2: 2.0, 3: 1.0}, (1, 3, 2, 0), PATH)
 
 
 def test_the_choice_keeps_as_many_as_agree_enough_also_at_equality():
-    ranked = Ranking("greedy", {0: 3.0, 1: 0.0, 2: 2.0, 3: 1.0}, (1, 3, 2, 0), PATH)
-    assert ranked.choose(2, None) == (1, 3)
+    assert RANKED.choose(2, None) == (1, 3)
     for least, expected in ((98.0, (1, 2, 3)), (98.1, (1,)), (100, (1,)), (10, (0, 1, 2, 3))):
-        assert ranked.choose(None, least) == expected
-    worse = Ranking("greedy", ranked.scores, ranked.order, PATH[1:] + PATH[3:])
+        assert RANKED.choose(None, least) == expected
+    worse = replace(RANKED, path=PATH[1:] + PATH[3:])
     with pytest.raises(FarError, match=r"--min-agreement 99: with 2 of 4 blocks replaced 98\.00 % stay"):
         worse.choose(None, 99)
 
@@ -142,18 +141,14 @@ def test_a_run_ranks_between_its_stages_and_resumes_in_the_middle(teacher, tmp_p
         block = {name: w for name, w in before.items() if name.startswith(f"blocks.{i}.")}
         assert block and all(torch.equal(whole["model"][name], w) for name, w in block.items())
 
-    def broken(*_):
-        raise RuntimeError("power is gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(modes, "rank_blocks", broken)
-        with pytest.raises(RuntimeError, match="power"):
-            main.main([*flags, "--output-dir", str(tmp_path / "cut")])
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(modes, "rank_blocks", None)  # the power is gone
+        main.main([*flags, "--output-dir", str(tmp_path / "cut")])
+    capsys.readouterr()
     assert main.main([*flags, "--output-dir", str(tmp_path / "cut"), "--resume"]) == 0
     cut = load(tmp_path / "cut/best.pth", "--t")["model"]
     assert all(torch.equal(cut[name], w) for name, w in whole["model"].items())
-    trained = len((tmp_path / "cut/attn/log.jsonl").read_text().splitlines())
-    assert trained == 2 and "stage attn" not in capsys.readouterr().out.partition("power")[2].partition("keeps")[2]
+    assert "stage attn: " not in capsys.readouterr().out  # it is not trained again
 
 
 def test_two_processes_choose_alike(teacher, far, tmp_path):
@@ -196,16 +191,13 @@ def test_images_are_kept_aside_from_all_of_a_sorted_folder_and_never_trained_on(
     assert sorted(i for share in shares for i in share) == list(range(12))
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"ranking": {"scores": {"0": 1}}}'])
-def test_a_damaged_ranking_is_told(text, tmp_path):
-    (tmp_path / "ranking.json").write_text(text)
+def test_a_ranking_is_read_back_and_a_damaged_one_told(tmp_path):
+    file = tmp_path / "ranking.json"
+    file.write_text(json.dumps(as_record(RANKED)))
+    assert read_ranking(file, 4) == RANKED
+    file.write_text('{"ranking": {"scores": {"0": 1}}}')
     with pytest.raises(FarError, match="damaged; remove it, and the blocks are ranked again"):
-        read_ranking(tmp_path / "ranking.json", 4)
-    whole = as_record(Ranking("greedy", {0: 3.0, 1: 0.0, 2: 2.0, 3: 1.0}, (1, 3, 2, 0), PATH))
-    (tmp_path / "ranking.json").write_text(json.dumps(whole))
-    assert as_record(read_ranking(tmp_path / "ranking.json", 4)) == whole
-    with pytest.raises(FarError, match="damaged"):
-        read_ranking(tmp_path / "ranking.json", 12)
+        read_ranking(file, 4)
 
 
 def test_a_dry_run_says_what_is_left_and_written(teacher, capsys):
@@ -219,15 +211,10 @@ def test_a_dry_run_says_what_is_left_and_written(teacher, capsys):
     ("flags", "said"),
     [
         ("--replace auto", "give either a number of blocks"),
-        ("--replace auto:2 --min-agreement 98", "give either a number of blocks"),
-        ("--replace auto:0", "write auto:8"),
-        ("--replace auto:2 3", "no block beside it"),
         ("--replace auto:5", "--replace auto:5: this model has 4 blocks"),
         ("--replace 0-2 --rank alone", "--rank, --min-agreement: choose blocks for --replace auto"),
         ("--replace auto:2 --train-loss kl", "--train-loss kl: compares no block"),
         ("--replace auto:2 --skip-train-attn", "ranks trained replacements"),
-        ("--replace auto:2 --epochs 0", "ranks trained replacements"),
-        ("--replace auto:2 --block-ft-epochs 0", "ends with stage block"),
         ("--replace auto:2 --dataset wds/x --holdout 0 --train-subset 1", "--replace auto: not with --dataset wds/x"),
     ],
 )

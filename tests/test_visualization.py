@@ -1,6 +1,7 @@
 """Maps against what they are by definition; visualization.py from the outside."""
 
-from html.parser import HTMLParser
+import re
+from html import escape
 from itertools import combinations
 from pathlib import Path
 from urllib.parse import unquote
@@ -10,7 +11,6 @@ import pytest
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.stats import spearmanr
 
@@ -21,10 +21,10 @@ from models.deit import create_teacher
 from models.features import attention_weights
 from models.replace import FarConfig, build, pack, swap_attention
 from plots.explain import influence, integrated_gradients, rank_correlation, z_of
-from plots.figures import fidelity_by_block, logarithmic, plain, training_curves
+from plots.figures import plain, training_curves
 from plots.map_figures import Row, importance_maps, signed, token_matrices
 from plots.page import Section, write_page
-from plots.pictures import HOW_IMPORTANT, Gallery, find_images, find_models, sampling
+from plots.pictures import HOW_IMPORTANT, Gallery, Images, find_images, find_models, sampling
 from tests.conftest import image_folder
 from utils.configs import PictureConfig
 
@@ -94,25 +94,8 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation(a, a.exp()) == pytest.approx(1)
 
 
-class Links(HTMLParser):
-    """The tags of a page, which must close in order, its links and its text."""
-
-    def __init__(self, page: Path):
-        super().__init__()
-        self.open, self.links, self.text = [], [], ""
-        self.feed(page.read_text())
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.open += [tag] * (tag not in ("meta", "img"))
-        self.links += [unquote(value) for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+def links(page: str) -> list[str]:
+    return [unquote(link) for link in re.findall(r'(?:src|href)="([^"]+)"', page)]
 
 
 def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
@@ -127,47 +110,40 @@ def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
     assert arrays["FAR ‖∂z/∂x‖ block 2"].shape == (65, 65) and "attention weights block 2" in arrays
     found = [np.load(out / f"{name}.npz") for name in maps]
     rho = signed(np.mean([spearmanr(m["FAR"].ravel(), m["teacher"].ravel()).statistic for m in found]))
-    said = capsys.readouterr()
-    assert f"importance: rank correlation of FAR with teacher, mean over the images: {rho}\n" in said.out
-    assert str(out / "index.html") in said.out
-    page = Links(out / "index.html")
-    assert set(page.links) == {f"{n}.png" for n in names}
-    assert "326,602" in page.text and "DIGITS, evaluation image 359, labelled “4”" in page.text
-    assert f"mean over the imagesFAR{rho}" in page.text.replace("\n", "")
+    said, page = capsys.readouterr().out, (out / "index.html").read_text()
+    assert f"importance: rank correlation of FAR with teacher, mean over the images: {rho}\n" in said
+    assert str(out / "index.html") in said and set(links(page)) == {f"{n}.png" for n in names}
+    text = re.sub("<[^>]*>", "", page)
+    assert "326,602" in text and "DIGITS, evaluation image 359, labelled “4”" in text
+    assert f"mean over the imagesFAR{rho}" in text.replace("\n", "")
+
+    models, config, _ = find_models(PictureConfig(base_weight=teacher, far_weight=far / "best.pth"))
+    images = find_images(PictureConfig(count=2), config).read
+    plain_images = images.mean((2, 3), keepdim=True).expand_as(images)
+    with torch.no_grad():
+        named = models["teacher"](images).argmax(1, keepdim=True)  # all maps explain the class that the first one names
+        for name, m in models.items():
+            rises = (m(images) - m(plain_images)).gather(1, named)[:, 0]
+            np.testing.assert_allclose([shown[name].sum() for shown in found], rises, rtol=0.02, atol=0.02)
 
 
-def test_maps_explain_the_class_that_the_first_model_names_as_shares_of_its_logit(teacher, far, tmp_path):
-    files = {"teacher": teacher, "FAR": far / "best.pth"}
-    models, config, _ = find_models(PictureConfig(base_weight=files["teacher"], far_weight=files["FAR"]))
-    images = find_images(PictureConfig(count=2), config)
-    gallery = Gallery(models, images, [0], tmp_path, "png", 0, torch.device("cpu"))
-    gallery.importance()
+def test_colours_are_a_patchs_share_of_its_map(tmp_path):
+    images = Images(torch.zeros(1, 3, 32, 32), np.zeros((1, 32, 32, 3)), ["zero"], ())
     patches = torch.zeros(8, 8)
     patches[2, 5], patches[6, 1] = 3.0, -1.0
-    smooth = gallery._smooth(patches)  # shares of the map, over the image
+    smooth = Gallery({"FAR": None}, images, [0], tmp_path, "png", 0, torch.device("cpu"))._smooth(patches)
     assert smooth.shape == (32, 32) and smooth.sum() / 16 == pytest.approx(50, rel=0.05)  # a patch has 16 pixels
     assert smooth[8:12, 20:24].max() == smooth.max() == pytest.approx(75, rel=0.1)
-    x = images.read
-    with torch.no_grad():
-        named = models["teacher"](x).argmax(1, keepdim=True)
-        for name, m in models.items():
-            rises = (m(x) - m(x.mean((2, 3), keepdim=True).expand_as(x))).gather(1, named)[:, 0]
-            sums = [np.load(tmp_path / f"importance-{k}.npz")[name].sum() for k in range(2)]
-            np.testing.assert_allclose(sums, rises, rtol=0.02, atol=0.02)
 
 
 def test_a_page_shows_names_as_they_are_and_links_relatively(tmp_path):
-    figure, shown = tmp_path / "b/a #1 <i>.png", "<script>&\"'"
-    section = Section(shown, shown, [[shown, shown], ["x", shown]], [(figure, shown), (tmp_path / "c.pdf", shown)])
-    (tmp_path / "c").mkdir()
-    write_page(tmp_path / "c/index.html", shown, [section])
-    page = Links(tmp_path / "c/index.html")
-    assert page.links == ["../b/a #1 <i>.png", "../b/a #1 <i>.png", "../c.pdf"]
-    assert page.text.count(shown) == 9 and "<script" not in (tmp_path / "c/index.html").read_text()
-
-
-def texts(figure: Figure) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
+    name, folder = "<script>&\"'", tmp_path / "c"
+    section = Section(name, name, [[name]], [(tmp_path / "b/a #1 <i>.png", name), (tmp_path / "c.pdf", name)])
+    folder.mkdir()
+    write_page(folder / "index.html", name, [section])
+    page = (folder / "index.html").read_text()
+    assert "<script" not in page and page.count(escape(name)) == 8
+    assert links(page) == ["../b/a #1 <i>.png", "../b/a #1 <i>.png", "../c.pdf"]
 
 
 def test_importance_maps_share_one_scale_and_lie_over_the_image():
@@ -183,78 +159,54 @@ def test_importance_maps_share_one_scale_and_lie_over_the_image():
     panels = {axes.get_title(): axes for axes in figure.findobj(Axes) if axes.images}
     assert list(panels) == ["image", *maps]
     for name, values in maps.items():
-        _, laid = panels[name].images
-        colours = colormaps["PuOr"]((values / top + 1) / 2)
-        np.testing.assert_allclose(laid.get_array(), colours, atol=1e-6)
-        assert laid.get_extent() == panels[name].images[0].get_extent() == [0, 56, 56, 0]
+        below, laid = panels[name].images
+        np.testing.assert_allclose(laid.get_array(), colormaps["PuOr"]((values / top + 1) / 2), atol=1e-6)
+        assert laid.get_extent() == below.get_extent() == [0, 56, 56, 0]
     boxes = [written[text] for text in ("a cat", caption, *panels)] + [bar.get_tightbbox()]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
-@pytest.mark.parametrize("blocks", [1, 12, 24])
+@pytest.mark.parametrize("blocks", [1, 24])
 def test_token_matrices_share_a_scale_a_row_and_use_the_page(blocks):
     rng = np.random.default_rng(0)
+    maps = [{i: rng.normal(size=(9, 17)) * 10.0**-k for i in range(blocks)} for k in range(2)]
     rows = [
-        Row(f"{name} says “7$_”", {i: rng.normal(size=(9, 17)) * 10.0**-k for i in range(blocks)}, True, "u", None, rho)
-        for k, (name, rho) in enumerate({"teacher": {}, "FAR": dict.fromkeys(range(blocks), -0.004)}.items())
+        Row("teacher says “7$_”", maps[0], True, "u", None, {}),
+        Row("FAR says “7$_”", maps[1], True, "u", None, dict.fromkeys(range(blocks), -0.004)),
     ]
     figure = token_matrices("tokens", rows, ("token", "token"), "purple is alike")
     figure.draw_without_rendering()
-    panels = [axes for axes in figure.findobj(Axes) if axes.get_title().startswith("block")]
-    assert len(panels) == 2 * blocks
-    said = texts(figure)
-    assert "purple is alike" in said and "FAR says “7$_”" in said and "block 0, ρ 0.00" in said
-    bars = [axes for axes in figure.findobj(Axes) if axes.get_ylabel() == "u"]
-    assert len(bars) == 2 and bars[0].get_ylim()[1] > 5 * bars[1].get_ylim()[1]
+    titles = [axes.get_title() for axes in figure.findobj(Axes)]
+    assert sum(title.startswith("block") for title in titles) == 2 * blocks and "block 0, ρ 0.00" in titles
+    said = [text.get_text() for text in figure.findobj(Text)]
+    assert "purple is alike" in said and "FAR says “7$_”" in said
+    teacher, far = [axes.get_ylim()[1] for axes in figure.findobj(Axes) if axes.get_ylabel() == "u"]
+    assert teacher > 5 * far
     width, height = figure.get_size_inches()
     assert width < 20 and height < 2 * width
 
 
 def test_ticks_are_as_a_person_writes_them():
-    assert [plain(v) for v in (7.25, 0.002, 4097, 5e-5, 2e6, -0.5, 0)] == [
-        *("7.25", "0.002", "4,097", "5e−5", "2e6", "−0.5", "0")
-    ]
-    for low, high in ((7.1, 7.4), (0.01, 8), (0.4, 60), (1e-6, 1e3), (0, 5), (3, 3)):
-        figure = Figure()
-        axes = figure.subplots()
-        axes.plot([low, high])
-        logarithmic(axes.yaxis, [low, high])
-        figure.draw_without_rendering()
-        shown = [tick.get_text() for tick in axes.get_yticklabels() if tick.get_text()]
-        assert len(shown) >= 3 and not any("$" in text or "10^" in text for text in shown), (low, high, shown)
-        assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))
-
-
-def stage_rows(stages: dict[str, int], terms=("similarity", "classification")) -> list[dict]:
-    rows = []
-    for index, (stage, epochs) in enumerate(stages.items()):
-        for epoch in range(epochs + 1):
-            train = {"loss": 2.0 + index, **dict.fromkeys(terms, 1.0), "hoyer_square": 500.0} if epoch else {}
-            val = {"loss": 0.5, "acc1": 90.0, "acc5": 99.0}
-            rows.append({"stage": stage, "stage_index": index, "epoch": epoch, "lr": 0.1, "train": train, "val": val})
-    return rows
+    shown = {7.25: "7.25", 0.002: "0.002", 4097: "4,097", 5e-5: "5e−5", 2e6: "2e6", -0.5: "−0.5", 0: "0"}
+    assert {value: plain(value) for value in shown} == shown
 
 
 def test_curves_are_a_line_a_stage_and_loss():
-    figure = training_curves(stage_rows({"attn": 3, "block": 2, "head": 1}))
-    loss, accuracy, rate = figure.axes
+    rows = []
+    for index, (stage, epochs) in enumerate({"attn": 3, "block": 2, "head": 1}.items()):
+        for epoch in range(epochs + 1):
+            train = {"loss": 2.0 + index, "similarity": 1.0, "classification": 1.0, "hoyer_square": 500.0}
+            val = {"loss": 0.5, "acc1": 90.0, "acc5": 99.0}
+            row = {"stage": stage, "stage_index": index, "epoch": epoch, "lr": 0.1, "val": val}
+            rows.append({**row, "train": train if epoch else {}})
+    loss, accuracy, rate = training_curves(rows).axes
     named = ["classification", "evaluation cross entropy", "similarity", "training loss"]
     assert sorted(text.get_text() for text in loss.get_legend().get_texts()) == named  # once each
-    lines = [line for line in loss.lines if len(line.get_xdata()) and line.get_linestyle() in ("-", "--")]
-    curves = [tuple(line.get_xdata()) for line in lines if len(set(line.get_ydata())) == 1]
+    curves = [tuple(line.get_xdata()) for line in loss.lines if line.get_linestyle() in ("-", "--")]
     for begin, end in ((0, 3), (3, 5), (5, 6)):  # epochs go on from stage to stage
         assert curves.count(tuple(range(begin + 1, end + 1))) == 3 and curves.count(tuple(range(begin, end + 1))) == 1
     assert len(rate.lines) == 3 + 2 and rate.get_legend() is None
     assert [t.get_text() for t in accuracy.child_axes[0].get_xticklabels()] == ["attn", "block", "head"]
-    for axes in figure.axes:
-        assert not axes.get_legend() or not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
-
-
-def test_the_cosine_axis_ends_at_one():
-    values = {str(i): v for i, v in enumerate((-0.3, 0.999, 0.5))}
-    figure = fidelity_by_block({"after": {"z_similarity": values, "output_error": values}})
-    low, high = figure.axes[0].get_ylim()
-    assert high == 1 and low < -0.3
 
 
 def test_other_formats_and_images_of_ones_own(far, tmp_path):
@@ -271,32 +223,20 @@ def test_the_two_photographs_ship():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        ("", "make demo"),
         ("--far-weight none.pth", "none.pth"),
-        ("--images nowhere", "--images nowhere"),
-        ("--block 9", "--block 9"),
-        ("--dataset NO", "NO"),
+        ("--far-weight FAR --images nowhere", "--images nowhere"),
+        ("--far-weight FAR --images broken", "broken.png"),
+        ("--far-weight FAR --block 9", "--block 9"),
+        ("--far-weight gru.pth --lstm-backend cpu", "--lstm-backend cpu"),
     ],
 )
-def test_mistakes_are_one_line(flags, said, far, tmp_path, failure):
-    assert said in failure(
-        "--far-weight", far / "best.pth", "--output-dir", tmp_path / "o", *flags.split(), script=visualization.main
-    )
-
-
-def test_a_kernel_that_cannot_compute_a_model_is_told_before_a_folder_is_made(tmp_path, failure):
-    config = FarConfig("DeiT-Micro", 10, 32, "gru", replaced=(1,))
-    torch.save(pack(build(config), config), tmp_path / "gru.pth")
-    argv = ["--far-weight", tmp_path / "gru.pth", "--output-dir", tmp_path / "o", "--lstm-backend", "cpu"]
-    said = failure(*argv, script=visualization.main)
-    assert "--lstm-backend cpu" in said and not (tmp_path / "o").exists()
-
-
-def test_an_undecodable_image_is_named(far, tmp_path, failure):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    argv = ["--far-weight", far / "best.pth", "--output-dir", tmp_path / "o", "--images", tmp_path]
-    assert "broken.png" in failure(*argv, script=visualization.main)
-
-
-def test_without_a_demo_run_it_says_how_to_make_one(tmp_path, failure, monkeypatch):
+def test_mistakes_are_one_line(flags, said, far, tmp_path, failure, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "make demo" in failure(script=visualization.main)
+    Path("broken").mkdir()
+    Path("broken/broken.png").write_bytes(b"no image")
+    config = FarConfig("DeiT-Micro", 10, 32, "gru", replaced=(1,))
+    torch.save(pack(build(config), config), "gru.pth")
+    argv = flags.replace("FAR", str(far / "best.pth")).split()
+    assert said in failure(*argv, "--output-dir", "out", script=visualization.main)
+    assert not Path("out").exists()
