@@ -1,5 +1,6 @@
 """Scores and regularizers against written-out loops, shrinking against zeroed groups, prune.py from the outside."""
 
+import functools
 import json
 import signal
 from dataclasses import replace
@@ -236,23 +237,29 @@ def test_a_pruned_model_can_be_pruned_again(pruned, tmp_path):
     assert report["rows"][-1]["units"] == 128
 
 
-CHANGES = "--reg 1, --decay 10, --prune-mlp, --ft-lr 1, --lr 1e-2, --no-distill, --score carried, --refit"
-CHANGES += ", --sensitivity 0.9, --target-params 250000"
+CHANGES = {  # by what trains
+    "--epochs 0 --ft-epochs 0": "--prune-mlp, --score carried, --refit, --sensitivity 0.9, --target-params 250000",
+    "--ft-epochs 0": "--reg 1, --decay 10, --lr 1e-2, --no-distill",
+    "--epochs 0": "--ft-lr 1",
+}
 
 
 @pytest.fixture(scope="module")
-def unchanged(far, teacher, tmp_path_factory):
-    base = ["--base-weight", str(teacher), "--seed", "1", "--select", "last"]
-    folder = tmp_path_factory.mktemp("unchanged") / "run"
-    run(folder, far, *base)
-    return base, load(folder / "best.pth", "--test")["model"]
+def weights_after(far, teacher, tmp_path_factory):
+    """The pruned weights that flags lead to."""
+
+    @functools.cache
+    def get(flags):
+        folder, base = tmp_path_factory.mktemp("flags") / "run", "--seed 1 --select last --base-weight"
+        run(folder, far, *base.split(), str(teacher), *flags.split())
+        return load(folder / "best.pth", "--test")["model"]
+
+    return get
 
 
-@pytest.mark.parametrize("flags", CHANGES.split(", "))
-def test_each_pruning_flag_changes_the_result(flags, far, unchanged, tmp_path):
-    base, before = unchanged
-    run(tmp_path / "run", far, *base, *flags.split())
-    pairs = zip(before.values(), load(tmp_path / "run/best.pth", "--test")["model"].values(), strict=True)
+@pytest.mark.parametrize(("base", "flags"), [(base, flag) for base in CHANGES for flag in CHANGES[base].split(", ")])
+def test_each_pruning_flag_changes_the_result(base, flags, weights_after):
+    pairs = zip(weights_after(base).values(), weights_after(f"{base} {flags}").values(), strict=True)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
 
@@ -317,18 +324,14 @@ def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, fai
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gru_trains_prunes_fuses_and_is_refused_by_a_kernel_for_lstms(teacher, tmp_path, failure):
-    short = ["--dataset", "DIGITS", "--train-subset", "0.05", *QUIET, "--batch-size", "64", "--epochs", "1"]
-    weight = ["--base-weight", str(teacher), "--scale", "Micro"]
-    train = ["--mode", "train", "--rep-by", "gru", *short, *weight, "--block-ft-epochs", "0"]
-    line = failure(*train, "--lstm-backend", "cpu", "--output-dir", tmp_path / "no")
-    assert "--lstm-backend cpu: computes LSTMs alone" in line and not (tmp_path / "no").exists()
-    assert main.main([*train, "--output-dir", str(tmp_path / "far")]) == 0
-    far = str(tmp_path / "far/best.pth")
-    flags = [*short, "--ft-epochs", "1", "--ft-batch-size", "64", "--keep-ratio", "0.5", "--prune-mlp"]
-    assert prune.main([*flags, "--model-path", far, "--output-dir", str(tmp_path / "prune")]) == 0
-    model, config = load_model(tmp_path / "prune/best.pth")
+def test_a_gru_trains_prunes_and_fuses(teacher, tmp_path):
+    short = ["--dataset", "DIGITS", "--train-subset", "0.05", *QUIET, "--batch-size", "64"]
+    train = ["--mode", "train", "--rep-by", "gru", *short, "--base-weight", str(teacher), "--epochs", "1"]
+    assert main.main([*train, "--block-ft-epochs", "0", "--output-dir", str(tmp_path / "far")]) == 0
+    far, pruned = (str(tmp_path / name / "best.pth") for name in ("far", "prune"))
+    half = "--keep-ratio 0.5 --prune-mlp --epochs 0 --ft-epochs 0".split()
+    assert prune.main([*short, *half, "--model-path", far, "--output-dir", str(tmp_path / "prune")]) == 0
+    model, config = load_model(pruned)
     assert config.rep_by == "gru" and sum(sum(map(sum, sizes)) for sizes in config.units.values()) == 4 * 4 * 32 / 2
     assert count_parameters(model) < 0.6 * count_parameters(load_model(far)[0])
-    evaluate = ["--mode", "eval", *EVAL, "--far-weight", str(tmp_path / "prune/best.pth"), "--fuse", "float32"]
-    assert main.main(evaluate) == 0
+    assert main.main(["--mode", "eval", *EVAL, "--far-weight", pruned, "--fuse", "float32"]) == 0

@@ -10,13 +10,10 @@ import torch
 import main
 from datasets.loading import Data
 from engine import modes, ranking
-from engine.fidelity import fidelity
-from engine.ranking import ASIDE, RANKINGS, Cost, Hybrids, Ranking, as_record, rank_blocks, read_ranking
-from engine.train import Trainer
+from engine.ranking import RANKINGS, Cost, Hybrids, Ranking, as_record, rank_blocks, read_ranking
 from models.deit import create_teacher
-from models.replace import load_model
 from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, image_folder, run_ranks
-from utils.checkpoint import load, save
+from utils.checkpoint import load
 from utils.configs import DataConfig, Settings
 from utils.distributed import Context
 from utils.errors import FarError
@@ -161,23 +158,6 @@ def test_two_processes_choose_alike(teacher, far, tmp_path):
     assert one["ranking"]["order"] == two["ranking"]["order"]
     kept = [load(tmp_path / name / "best.pth", "--t")["config"]["replaced"] for name in ("one", "two")]
     assert kept[0] == kept[1]
-
-
-def test_what_was_measured_is_what_goes_on(teacher, far, tmp_path, monkeypatch):
-    """Also where the replacements come from a file whose other weights are not the teacher's."""
-    content, seen = load(far / "best.pth", "--t"), []
-    content["model"]["head.bias"] += torch.arange(10)
-    save(tmp_path / "moved.pth", content)
-    fit = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self: seen.append(copy.deepcopy(self.model)) or fit(self))
-    flags = [*RUN, "--base-weight", str(teacher), "--attn-weight", str(tmp_path / "moved.pth"), "--skip-train-attn"]
-    assert main.main([*flags, "--replace", "auto:3", "--output-dir", str(tmp_path / "run")]) == 0
-    path = json.loads((tmp_path / "run/ranking.json").read_text())["ranking"]["path"]
-    config, reference = load_model(teacher)[1], load_model(teacher)[0]
-    data = Data(DataConfig("DIGITS", None, 32, holdout=0.04, aside=ASIDE, num_workers=0), Context(), config.reading)
-    result = fidelity(seen[0], reference, data.aside_loader(64), Context(), PLAIN)
-    assert result["agreement"] == pytest.approx(path[2]["agreement"])
-    assert result["kl"] == pytest.approx(path[2]["kl"], rel=1e-4)
 
 
 def test_images_are_kept_aside_from_all_of_a_sorted_folder_and_never_trained_on(tmp_path):

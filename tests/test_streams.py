@@ -45,8 +45,8 @@ def write_shards(root: Path, name: str, lengths: tuple[int, ...], numbers: Itera
             for k in range(length):
                 image, label = digits[next(numbers)]
                 image.save(content := io.BytesIO(), "png")
-                add(tar, f"{file}-{k}.png", content.getvalue())
-                add(tar, f"{file}-{k}.cls", str(label).encode())
+                add(tar, f"{file[:-4]}-{k}.png", content.getvalue())
+                add(tar, f"{file[:-4]}-{k}.cls", str(label).encode())
     return {"name": name, "filenames": files, "shard_lengths": list(lengths), "num_samples": sum(lengths)}
 
 
