@@ -325,7 +325,7 @@ def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, fai
 
 
 def test_a_gru_trains_prunes_and_fuses(teacher, tmp_path):
-    short = ["--dataset", "DIGITS", "--train-subset", "0.05", *QUIET, "--batch-size", "64"]
+    short = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, "--batch-size", "64"]
     train = ["--mode", "train", "--rep-by", "gru", *short, "--base-weight", str(teacher), "--epochs", "1"]
     assert main.main([*train, "--block-ft-epochs", "0", "--output-dir", str(tmp_path / "far")]) == 0
     far, pruned = (str(tmp_path / name / "best.pth") for name in ("far", "prune"))
@@ -334,4 +334,4 @@ def test_a_gru_trains_prunes_and_fuses(teacher, tmp_path):
     model, config = load_model(pruned)
     assert config.rep_by == "gru" and sum(sum(map(sum, sizes)) for sizes in config.units.values()) == 4 * 4 * 32 / 2
     assert count_parameters(model) < 0.6 * count_parameters(load_model(far)[0])
-    assert main.main(["--mode", "eval", *EVAL, "--far-weight", pruned, "--fuse", "float32"]) == 0
+    assert main.main(["--mode", "eval", *EVAL, "--holdout", "0.02", "--far-weight", pruned, "--fuse", "float32"]) == 0
