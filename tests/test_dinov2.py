@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import onnx
@@ -23,18 +24,11 @@ from utils.preprocessing import Preprocessing
 DIM, HEADS, GRID, PATCH = 32, 2, 5, 14
 
 
-class Chain(nn.Module):
+class Chain(nn.Sequential):
     """Modules by name, one after the other."""
 
     def __init__(self, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        for module in self.children():
-            x = module(x)
-        return x
+        super().__init__(OrderedDict(modules))
 
 
 class Scale(nn.Module):
@@ -92,7 +86,7 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.ModuleList(Layer() for _ in range(2))
+        self.layer = nn.ModuleList([Layer(), Layer()])
 
     def forward(self, x):
         for layer in self.layer:
@@ -160,8 +154,6 @@ def features(path: Path, base_model: str, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_made_file_gives_the_features_that_onnx_runtime_computes(exported, tmp_path):
-    names = {i.name for i in onnx.load(exported).graph.initializer}
-    assert len([name for name in names if name.startswith("onnx::MatMul")]) == 12  # as in the real file
     to_teacher("--onnx", exported, "--base-model", "tiny", "--output", tmp_path / "a.pth")
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
     expected = run_onnx(onnx.load(exported), "features", images)
@@ -185,32 +177,20 @@ def test_a_teacher_trains_from_it_at_another_size_and_nothing_else_reads_it(expo
     )
 
 
-def edit(path, change):
+def lack_a_bias(path):
     model = onnx.load(path)
-    change(model.graph)
+    model.graph.initializer.remove(next(i for i in model.graph.initializer if i.name == "backbone.layernorm.bias"))
     onnx.save(model, path)
-
-
-def lack_a_bias(graph):
-    graph.initializer.remove(next(i for i in graph.initializer if i.name == "backbone.layernorm.bias"))
-
-
-def lack_names(graph):
-    for node in graph.node:
-        node.name = ""
 
 
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
-        (Path.unlink, "", "no such file"),
         (lambda path: path.write_bytes(b"\x93numpy"), "", "not a readable ONNX file"),
-        (lambda path: edit(path, lack_a_bias), "", "it lacks layernorm.bias"),
-        (lambda path: edit(path, lack_names), "", "it lacks embeddings.Concat"),
+        (lack_a_bias, "", "it lacks layernorm.bias"),
         (Path.exists, "", "has width 32, which is none of vit_small_patch14_dinov2"),
         (Path.exists, "--base-model DeiT-Micro", "weights of another architecture"),
         (Path.exists, "--per-head", "--per-head: --onnx does not use it"),
-        (Path.exists, "--output b.safetensors", "unknown suffix"),
     ],
 )
 def test_what_is_no_dinov2_is_one_line_and_nothing_is_written(change, words, message, exported, failure, monkeypatch):

@@ -1,6 +1,5 @@
 """Folders as people have them: with what systems and tools leave there, with val/ alone, moved, named by a tilde."""
 
-import json
 import shutil
 
 import pytest
@@ -13,15 +12,7 @@ from tests.conftest import QUIET, image_folder, write_images
 from utils.configs import DataConfig
 from utils.distributed import Context
 
-LEFT = [
-    "._0.jpg",
-    ".hidden.png",
-    "Thumbs.db",
-    "notes.txt",
-    "@eaDir/0.jpg",
-    "__MACOSX/._0.jpg",
-    ".ipynb_checkpoints/0.jpg",
-]
+LEFT = ["._0.jpg", ".hidden.png", "Thumbs.db", "notes.txt", "@eaDir/0.jpg", "__MACOSX/._0.jpg"]
 
 
 def litter(folder):
@@ -43,16 +34,15 @@ def test_what_is_no_picture_is_skipped_and_counted_in_one_line(name, tmp_path, c
     assert f"{count} in all" in line and str(root) in line
 
 
-def test_images_of_one_folder_are_those_with_a_known_suffix(tmp_path, caplog):
-    write_images(tmp_path, 1)
-    for suffix in SUFFIXES:
-        (tmp_path / f"b{suffix.upper()}").write_bytes(b"")
+def test_images_of_one_folder_are_those_with_a_known_suffix(tmp_path):
+    names = {f"b{suffix.upper()}" for suffix in SUFFIXES}
+    for name in names:
+        (tmp_path / name).touch()
     litter(tmp_path)
-    assert {path.name for path in find_files(tmp_path)} == {"0.jpg", *(f"b{s.upper()}" for s in SUFFIXES)}
-    assert f"{len(LEFT)} in all" in caplog.text
+    assert {path.name for path in find_files(tmp_path)} == names
 
 
-@pytest.mark.parametrize("name", ["$RECYCLE.BIN", "#recycle", ".Trashes"])
+@pytest.mark.parametrize("name", ["$RECYCLE.BIN", ".Trashes"])
 def test_leftovers_are_no_class(name, tmp_path):
     (image_folder(tmp_path) / "train" / name).mkdir()
     assert build_split("FOLDER", tmp_path, True).classes == ["class0", "class1"]
@@ -67,24 +57,19 @@ def test_what_evaluates_alone_needs_no_training_split(tmp_path):
 TEACH = ["--mode", "teacher", "--scale", "Micro", "--input-size", "32", "--batch-size", "4", "--epochs", "1", *QUIET]
 
 
-def test_a_run_goes_on_wherever_its_data_and_weights_lie_but_not_with_others(tmp_path, failure, capsys):
-    first, data = tmp_path / "first", image_folder(tmp_path / "data")
-    read = ["--dataset", "FOLDER", "--data-path"]
-    main.main([*TEACH, *read, str(data), "--output-dir", str(first)])
-    weight, moved, run = first / "best.pth", tmp_path / "moved.pth", str(tmp_path / "run")
-    main.main([*TEACH, "--base-weight", str(weight), *read, str(data), "--output-dir", run])
-    shutil.copy(weight, moved)
+def test_a_run_goes_on_wherever_its_data_and_weights_lie_but_not_with_others(teacher, tmp_path, failure):
+    data, run = image_folder(tmp_path / "data"), tmp_path / "run"
+    weight, moved = shutil.copy(teacher, tmp_path / "weight.pth"), shutil.copy(teacher, tmp_path / "moved.pth")
+    flags = [*TEACH, "--dataset", "FOLDER", "--output-dir", run, "--data-path"]
+    assert main.main([str(word) for word in [*flags, data, "--base-weight", weight]]) == 0
     data = data.rename(tmp_path / "elsewhere")
-    again = [*TEACH, *read, data, "--output-dir", run, "--resume", "--base-weight"]
-    assert main.main(list(map(str, [*again, moved]))) == 0
-    moved.write_bytes((tmp_path / "run/best.pth").read_bytes())
-    assert "does not hold what" in failure(*again, moved) and "--base-weight" in failure(*again, moved)
+    again = [*flags, data, "--resume", "--base-weight"]
+    assert main.main([str(word) for word in [*again, moved]]) == 0
+    shutil.copy(run / "best.pth", moved)
+    line = failure(*again, moved)
+    assert "does not hold what" in line and "--base-weight" in line
     write_images(data / "train/class0", 1, seed=7)  # another picture of the same name
     assert f"--data-path {data}: does not hold what" in failure(*again, weight)
-    record = json.loads((tmp_path / "run/args.json").read_text())
-    del record["contents"]  # as earlier versions wrote it
-    (tmp_path / "run/args.json").write_text(json.dumps(record))
-    assert "was run with --base-weight" in failure(*again, moved)
 
 
 def test_a_tilde_is_the_home_folder_in_any_path(tmp_path, monkeypatch):

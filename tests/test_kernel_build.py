@@ -1,6 +1,5 @@
 """Building the CPU kernel, with compilers that are not there or pretend: nothing is compiled here."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,14 +38,6 @@ def test_concurrent_builds_do_not_collide(build, tmp_path):
     assert libraries == {folder / "lstm.so"}
 
 
-def test_where_the_cache_cannot_be_written_another_folder_serves(build, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")  # a file in the folder's place fails for root too
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    library, _ = build()
-    assert library.is_file() and library.is_relative_to(tmp_path / f"torch_extensions_{os.getuid()}")
-
-
 def test_a_cpu_with_other_instructions_gets_its_own_build(build):
     one, _ = build("#define __AVX512F__ 1")
     other, calls = build("#define __AVX512F__ 1\n#define __AVX512BF16__ 1")
@@ -54,31 +45,23 @@ def test_a_cpu_with_other_instructions_gets_its_own_build(build):
     assert build("#define __AVX512F__ 1") == (one, 0)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda p: p.write_text("ma"), lambda p: p.unlink(), lambda p: p.with_name("sha256").write_text("")]
-)
-def test_a_damaged_build_is_made_again(build, damage, tmp_path):
+def test_a_damaged_build_is_made_again(build, tmp_path):
     library, _ = build()
-    damage(library)
+    library.write_text("ma")
     assert build() == (library, STEPS) and library.read_text() == "made" and len(list(tmp_path.iterdir())) == 1
 
 
-FAILS = 'echo "In file included from a.h:1" >&2; echo "a.h:9: fatal error: b.h: No such file" >&2; exit 1'
-
-
-@pytest.mark.parametrize(
-    ("script", "said"), [("", "no-such-compiler"), (FAILS, "a.h:9: fatal error: b.h: No such file")]
-)
-def test_without_a_working_compiler_torch_serves_and_one_line_says_why(script, said, monkeypatch, tmp_path, caplog):
-    compiler = tmp_path / "no-such-compiler"
-    if script:
-        compiler.write_text(f"#!/bin/sh\n{script}\n")
-        compiler.chmod(0o755)
+def test_without_a_working_compiler_torch_serves_and_one_line_says_why(monkeypatch, tmp_path, caplog):
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text(
+        '#!/bin/sh\necho "In file included from a.h:1" >&2; echo "a.h:9: fatal error: no b.h" >&2; exit 1'
+    )
+    compiler.chmod(0o755)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
     assert load(cpu.TUNED) is None
-    (record,) = caplog.records
-    assert "could not be built, torch's own operators serve instead" in record.message and said in record.message
+    (line,) = caplog.messages
+    assert "could not be built, torch's own operators serve instead" in line and "a.h:9: fatal error: no b.h" in line
 
 
 def test_openmp_and_a_tuned_build_may_be_missing(monkeypatch):
@@ -96,15 +79,3 @@ def test_openmp_and_a_tuned_build_may_be_missing(monkeypatch):
     monkeypatch.setattr(cpu.torch, "ops", SimpleNamespace(load_library=lambda path: None, far=operators))
     assert load(cpu.TUNED) is operators
     assert tried == [(cpu.TUNED, True), (cpu.TUNED, False), ((), True), ((), False)]
-
-
-def test_neither_a_user_number_nor_a_home_is_needed(monkeypatch):
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.delattr(os, "getuid", raising=False)
-    monkeypatch.setenv("USER", "somebody")
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    assert [folder.name for folder in cpu.cache_folders()] == ["torch_extensions_somebody"]
