@@ -15,7 +15,7 @@ import main
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model, pack
 from models.weights import load_teacher_weights, read
-from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, run_ranks
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS
 from utils import checkpoint
 from utils.errors import FarError
 
@@ -189,31 +189,3 @@ def test_a_command_opens_each_file_once(state, tmp_path, monkeypatch):
     weights = ["--base-weight", str(teacher), "--attn-weight", str(attn), "--replace", "0"]
     main.main(["--mode", "train", *few, *weights, "--output-dir", str(tmp_path / "run")])
     assert sorted(opened) == ["attn.pth", "best.pth", "teacher.pth"]  # best.pth is the run's own
-
-
-SHARED = """
-import sys
-import torch.distributed as dist
-from utils import checkpoint, distributed
-from utils.errors import Echo, FarError
-groups, send = [], dist.broadcast_object_list
-dist.broadcast_object_list = lambda *args, **kwargs: groups.append(kwargs["group"]) or send(*args, **kwargs)
-with distributed.joined(True, "cpu") as context:
-    distributed.control_group = dist.new_group(backend="gloo")  # as beside NCCL: not the default group
-    folder = sys.argv[1] if context.main else "/nowhere"
-    assert checkpoint.load(f"{folder}/a.pth")["x"].tolist() == [1, 2]
-    try:
-        checkpoint.load(f"{folder}/damaged.pth")
-    except FarError as error:
-        assert "damaged" in str(error) and isinstance(error, Echo) != context.main
-    else:
-        raise AssertionError
-    assert groups == [distributed.control_group] * 2
-"""
-
-
-def test_a_file_of_rank_0_alone_is_loaded_by_all_over_the_control_group(tmp_path):
-    write(tmp_path / "a.pth", {"x": torch.tensor([1, 2])})
-    (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04")
-    done = run_ranks("-c", SHARED, str(tmp_path), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import torch
 
 import main
 from models import choosing, kernels
-from models.bigru import GRU
 from models.choosing import FILE, choose_kernels
 from models.replace import FarConfig, build, replacements
 from tests.conftest import TRAIN
@@ -72,27 +71,11 @@ def test_what_is_wrong_or_fails_is_left_out_with_a_line_and_the_fastest_is_taken
     choose_kernels(model, "auto", 6, ALONE)
     assert backends(model) == {"quick"} and torch.equal(state, torch.get_rng_state())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and all(
-        "2 heads of 32 units, batch 6, 65 tokens, training on cpu: " in line for line in lines
-    )
+    what = "2 heads of 32 units, batch 6, 65 tokens, training on cpu: "
+    assert len(lines) == 5 and all(what in line for line in lines)
     for line, said in zip(lines, ("by 1.0e-03", "by 1.0", "by nan", "no tensor cores"), strict=False):
         assert " is left out: " in line and said in line
     assert lines[-1].endswith(": quick of torch 5 ms, slow 9 ms, quick 1 ms")
-
-
-def test_a_named_kernel_is_not_measured_nor_auto_on_other_devices(monkeypatch, capsys):
-    choose_kernels(model := tiny(), "torch", 6, ALONE)
-    assert backends(model) == {"torch"}
-    monkeypatch.delitem(choosing.CANDIDATES, "cpu")
-    choose_kernels(model, "auto", 6, ALONE)
-    assert backends(model) == {"auto"} and not capsys.readouterr().out
-
-
-def test_a_kernel_that_refuses_is_no_candidate(monkeypatch, capsys):
-    refusing = kernels.Kernel(stock, lambda task: "computes LSTMs" * (task.kind == GRU))
-    monkeypatch.setitem(kernels.KERNELS, "quick", refusing)
-    choose_kernels(model := tiny(rep_by="gru"), "auto", 6, ALONE)
-    assert backends(model) == {"torch"} and "quick" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)])

@@ -2,11 +2,9 @@
 
 import json
 import unicodedata
-from functools import partial
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 import export
@@ -15,14 +13,12 @@ import models.timm_models  # noqa: F401  (registers)
 import prune
 import visualization
 from datasets.classes import UnknownClass, imagenet_names, match_classes
-from datasets.loading import Data
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
 from plots.pictures import find_models
 from tests.conftest import QUIET, write_images
 from utils.checkpoint import save
-from utils.configs import DataConfig, PictureConfig
-from utils.distributed import Context
+from utils.configs import PictureConfig
 from utils.preprocessing import Preprocessing
 
 KNOWN = ("square", "circle", "bars")  # not in the order of a folder's names
@@ -68,6 +64,12 @@ def folder(root, **counts):
     return ["--dataset", "FOLDER", "--data-path", str(root)]
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The flags of class folders in which six of eight images are circles."""
+    return folder(tmp_path_factory.mktemp("shapes"), bars=1, circle=6, square=1)
+
+
 def says(folder, name, classes, number, replaced=(0, 1, 2, 3)):
     """A checkpoint of a model with these classes that always answers one of them."""
     config = FarConfig(
@@ -86,46 +88,46 @@ SMALL = ["--batch-size", "4", "--input-size", "32", *QUIET]
 TRAINED = [*SMALL, "--epochs", "1", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0"]
 
 
-def accuracy(how, weights, data, out):
-    """Top-1 of far.pth or teacher.pth on the data, by one of the scripts."""
+def door(how, weights):
+    """A script and its flags, with far.pth or teacher.pth from this folder."""
     far, teacher = ["--far-weight", str(weights / "far.pth")], ["--base-weight", str(weights / "teacher.pth")]
-    run = [*data, "--output-dir", str(out)]
-    if how == "prune":
-        prune.main(["--model-path", far[1], "--epochs", "0", "--ft-epochs", "0", *SMALL, *run])
-        return json.loads((out / "prune_report.json").read_text())["rows"][0]["acc1"]
-    flags = {
-        "train": ["--mode", "train", *teacher, *TRAINED, "--block-ft-batch-size", "4", "--block-ft-epochs", "0"],
-        "downstream": ["--mode", "downstream", *far, *TRAINED],
-        "teacher": ["--mode", "teacher", *teacher, *TRAINED],
-        "eval": ["--mode", "eval", *far, "--num-workers", "0"],
+    block = ["--block-ft-batch-size", "4", "--block-ft-epochs", "0"]
+    return {
+        "eval": (main.main, ["--mode", "eval", *far, "--num-workers", "0"]),
+        "train": (main.main, ["--mode", "train", *teacher, *TRAINED, *block]),
+        "downstream": (main.main, ["--mode", "downstream", *far, *TRAINED]),
+        "teacher": (main.main, ["--mode", "teacher", *teacher, *TRAINED]),
+        "prune": (prune.main, ["--model-path", far[1], "--epochs", "0", "--ft-epochs", "0", *SMALL]),
+        "export": (export.main, ["--to", "safetensors", *far, "--output", str(weights / "a.safetensors")]),
     }[how]
-    main.main([*flags, *run])
-    return json.loads((out / "result.json").read_text())["acc1"]
+
+
+def result(how, weights, data, out):
+    """What a script writes down of its evaluation."""
+    script, flags = door(how, weights)
+    assert script([*flags, *data, "--output-dir", str(out)]) == 0
+    if how == "prune":
+        return json.loads((out / "prune_report.json").read_text())["rows"][0]
+    return json.loads((out / "result.json").read_text())
 
 
 @pytest.mark.parametrize("how", ["eval", "prune", "train", "downstream", "teacher"])
-def test_labels_are_the_models_numbers_by_name(how, circle, tmp_path):
-    data = folder(tmp_path / "data", bars=1, circle=6, square=1)
-    assert accuracy(how, circle, data, tmp_path / "run") == 75
+def test_labels_are_the_models_numbers_by_name(how, circle, shapes, tmp_path):
+    assert result(how, circle, shapes, tmp_path / "run")["acc1"] == 75
     if how != "eval":
         assert load_model(tmp_path / "run/best.pth")[1].classes == KNOWN
 
 
 def test_a_folder_of_some_of_the_classes_is_evaluated_on_those(circle, tmp_path, capsys):
-    assert accuracy("eval", circle, folder(tmp_path / "data", bars=1, circle=3), tmp_path / "run") == 75
+    data = folder(tmp_path / "data", bars=1, circle=3)
+    assert result("eval", circle, data, tmp_path / "run")["acc1"] == 75
     assert "has 2 of the 3 classes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["eval", "prune", "train", "export"])
-def test_a_class_that_the_model_does_not_know_is_named(script, circle, tmp_path, failure):
-    data = folder(tmp_path / "data", bars=1, cat=1, dog=1)
-    call, flags = {
-        "eval": (main.main, ["--mode", "eval", "--far-weight", circle / "far.pth"]),
-        "train": (main.main, ["--base-weight", circle / "teacher.pth", *SMALL]),
-        "prune": (prune.main, ["--model-path", circle / "far.pth", *SMALL]),
-        "export": (export.main, ["--to", "safetensors", "--far-weight", circle / "far.pth"]),
-    }[script]
-    line = failure(*flags, *data, script=call)
+@pytest.mark.parametrize("how", ["eval", "prune", "train", "export"])
+def test_a_class_that_the_model_does_not_know_is_named(how, circle, tmp_path, failure):
+    script, flags = door(how, circle)
+    line = failure(*flags, *folder(tmp_path / "data", bars=1, cat=1, dog=1), script=script)
     assert "knows 3 classes, but not 'cat', one of the 3 that --dataset FOLDER has" in line
 
 
@@ -135,7 +137,7 @@ def test_a_class_that_the_model_does_not_know_is_named(script, circle, tmp_path,
 )
 def test_other_classes_get_a_fresh_classifier_and_their_own_names(how, more, names, circle, tmp_path, capsys):
     data = [*folder(tmp_path / "data", bird=1, cat=1, dog=2), *more]
-    accuracy(how, circle, data, tmp_path / "run")
+    result(how, circle, data, tmp_path / "run")
     model, config = load_model(tmp_path / "run/best.pth")
     assert config.classes == names
     assert model.head.weight.abs().sum() > 0 and "a fresh classifier is trained" in capsys.readouterr().out
@@ -144,30 +146,18 @@ def test_other_classes_get_a_fresh_classifier_and_their_own_names(how, more, nam
 OTHER = ("circle", "bars", "square")  # the same classes in another order, of which the first is circle
 
 
-@pytest.mark.parametrize("how", ["eval", "prune"])
-def test_a_model_and_its_teacher_are_compared_by_name(how, circle, tmp_path, failure):
-    far, run = str(circle / "far.pth"), tmp_path / "run"
-    script, flags, report = {
-        "eval": (main.main, ["--mode", "eval", "--far-weight", far, "--num-workers", "0"], "result.json"),
-        "prune": (prune.main, ["--model-path", far, "--epochs", "0", "--ft-epochs", "0", *SMALL], "prune_report.json"),
-    }[how]
-    flags += folder(tmp_path / "data", bars=1, circle=6, square=1)
-    teacher = says(tmp_path, "teacher", OTHER, 0, replaced=())
-    assert script([*flags, "--base-weight", teacher, "--output-dir", str(run)]) == 0
-    result = json.loads((run / report).read_text())
-    result = result["rows"][0] if how == "prune" else result
-    assert result["agreement"] == 100 and result["teacher_acc1"] == result["acc1"] == 75
-    stranger = says(tmp_path, "stranger", ("circle", "cat", "square"), 0, replaced=())
-    assert "does not know the class 'bars'" in failure(*flags, "--base-weight", stranger, script=script)
+def test_a_model_and_its_teacher_are_compared_by_name(circle, shapes, tmp_path, failure):
+    teacher = ["--base-weight", says(tmp_path, "teacher", OTHER, 0, replaced=())]
+    answers = result("eval", circle, [*shapes, *teacher], tmp_path / "run")
+    assert answers["agreement"] == 100 and answers["teacher_acc1"] == answers["acc1"] == 75
+    stranger = ["--base-weight", says(tmp_path, "stranger", ("circle", "cat", "square"), 0, replaced=())]
+    assert "does not know the class 'bars'" in failure(*door("eval", circle)[1], *shapes, *stranger)
 
 
-def test_weights_after_the_attention_stage_answer_by_name(circle, tmp_path):
-    attn, data = says(tmp_path, "attn", OTHER, 0), folder(tmp_path / "data", bars=1, circle=6, square=1)
-    weights = ["--base-weight", str(circle / "teacher.pth"), "--attn-weight", attn]
-    block = ["--block-ft-batch-size", "4", "--block-ft-epochs", "0"]
-    main.main(["--mode", "train", *TRAINED, *block, *weights, *data, "--output-dir", str(tmp_path / "run")])
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["acc1"] == 75 and result["agreement"] == 100
+def test_weights_after_the_attention_stage_answer_by_name(circle, shapes, tmp_path):
+    attn = ["--attn-weight", says(tmp_path, "attn", OTHER, 0)]
+    answers = result("train", circle, [*shapes, *attn], tmp_path / "run")
+    assert answers["acc1"] == 75 and answers["agreement"] == 100
 
 
 def test_pictures_of_two_models_name_classes_alike(circle, tmp_path):
@@ -177,45 +167,19 @@ def test_pictures_of_two_models_name_classes_alike(circle, tmp_path):
     assert answers == {"circle"}
 
 
-def test_splits_agree_however_accents_are_composed(tmp_path):
-    for split, spelled in (("train", "café"), ("val", ACCENTED)):
-        write_images(tmp_path / split / spelled, 2)
-        write_images(tmp_path / split / "cafz", 1)
-    data = Data(DataConfig("FOLDER", tmp_path, 32), Context())
-    assert data.names == ("cafz", "café")  # one split sorts its folders the other way
-    assert sorted(label for _, label in data.val) == [0, 1, 1]
-
-
 def test_export_counts_right_answers_by_name(circle, tmp_path, capsys):
-    data = folder(tmp_path / "data", bars=1, circle=3)
-    weight = ["--far-weight", str(circle / "far.pth"), "--output", str(tmp_path / "a.safetensors")]
-    export.main(["--to", "safetensors", *weight, *data])
+    script, flags = door("export", circle)
+    assert script([*flags, *folder(tmp_path / "data", bars=1, circle=3)]) == 0
     assert "75.00" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("classes", "unknown"), [({"cat": 1, "circle": 1}, True), ({"bars": 1, "circle": 1}, False)])
-def test_visualization_says_which_class_the_models_do_not_know(classes, unknown, circle, tmp_path, caplog):
-    flags = [
-        "--far-weight",
-        str(circle / "far.pth"),
-        "--count",
-        "1",
-        "--block",
-        "0",
-        *folder(tmp_path / "a", **classes),
-    ]
-    visualization.main([*flags, "--output-dir", str(tmp_path / "figures")])
-    assert ("do not know its class 'cat'" in caplog.text) == unknown == bool(caplog.text)
+def test_visualization_says_which_class_the_models_do_not_know(circle, tmp_path, caplog):
+    flags = ["--far-weight", str(circle / "far.pth"), "--count", "1", "--block", "0"]
+    visualization.main([*flags, *folder(tmp_path / "a", cat=1, circle=1), "--output-dir", str(tmp_path / "figures")])
+    assert "do not know its class 'cat'" in caplog.text
 
 
-def test_the_hub_and_timm_know_the_names_until_the_classifier_is_another(circle, tmp_path):
-    far = str(circle / "far.pth")
+def test_the_hub_knows_the_names_until_the_classifier_is_another(circle):
+    far = circle / "far.pth"
     assert hub.load(far).pretrained_cfg["label_names"] == KNOWN
     assert "label_names" not in hub.load(far, num_classes=2).pretrained_cfg
-    config = FarConfig("DeiT-Tiny", 3, 32, replaced=(0,), classes=KNOWN)
-    save(tmp_path / "tiny.pth", pack(build(config), config))
-    flags = ["--far-weight", str(tmp_path / "tiny.pth"), "--output", str(tmp_path / "model.safetensors")]
-    export.main(["--to", "safetensors", *flags])
-    create = partial(timm.create_model, f"local-dir:{tmp_path}", pretrained=True)
-    assert tuple(create().pretrained_cfg["label_names"]) == KNOWN
-    assert "label_names" not in create(num_classes=5).pretrained_cfg

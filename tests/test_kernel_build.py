@@ -1,5 +1,6 @@
 """Building the CPU kernel, with compilers that are not there or pretend: nothing is compiled here."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,14 @@ def test_concurrent_builds_do_not_collide(build, tmp_path):
         libraries = {library for library, _ in pool.map(lambda _: build(), range(4))}
     (folder,) = tmp_path.iterdir()  # one build, nothing left over
     assert libraries == {folder / "lstm.so"}
+
+
+def test_where_the_cache_cannot_be_written_another_folder_serves(build, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()  # a file in the folder's place fails for root too
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    library, _ = build()
+    assert library.is_file() and library.is_relative_to(tmp_path / f"torch_extensions_{os.getuid()}")
 
 
 def test_a_cpu_with_other_instructions_gets_its_own_build(build):

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from utils.terminal import table
 
 PROGRAM = """
 import sys
@@ -27,8 +26,3 @@ def test_streams_may_be_of_ascii_closed_or_full(streams, code, answers, line):
     assert done.returncode == code and done.stdout.count(" %") == answers, done
     assert done.stderr.startswith(line) and len(done.stderr.splitlines()) == bool(line), done.stderr
     assert ("\\u732b" in done.stdout) == bool(answers)
-
-
-def test_a_table_aligns_its_first_column_left_and_the_others_right():
-    text = table([["model", "ms", "top-1 %"], ["FAR", "10.25", "98.6"], ["attention", "", "9"]])
-    assert text.splitlines() == ["model         ms  top-1 %", "FAR        10.25     98.6", "attention               9"]
