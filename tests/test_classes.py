@@ -11,11 +11,10 @@ import export
 import main
 import models.timm_models  # noqa: F401  (registers)
 import prune
-import visualization
 from datasets.classes import UnknownClass, imagenet_names, match_classes
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
-from plots.pictures import find_models
+from plots.pictures import find_images, find_models
 from tests.conftest import QUIET, write_images
 from utils.checkpoint import save
 from utils.configs import PictureConfig
@@ -173,9 +172,10 @@ def test_export_counts_right_answers_by_name(circle, tmp_path, capsys):
     assert "75.00" in capsys.readouterr().out
 
 
-def test_visualization_says_which_class_the_models_do_not_know(circle, tmp_path, caplog):
-    flags = ["--far-weight", str(circle / "far.pth"), "--count", "1", "--block", "0"]
-    visualization.main([*flags, *folder(tmp_path / "a", cat=1, circle=1), "--output-dir", str(tmp_path / "figures")])
+def test_pictures_say_which_class_the_models_do_not_know(tmp_path, caplog):
+    folder(tmp_path, cat=1, circle=1)
+    args = PictureConfig(dataset="FOLDER", data_path=tmp_path, count=1)
+    find_images(args, FarConfig("DeiT-Micro", 3, 32, classes=KNOWN))
     assert "do not know its class 'cat'" in caplog.text
 
 

@@ -15,9 +15,9 @@ from utils.checkpoint import load
 from utils.configs import Optim
 from utils.errors import FarError
 
-FLAGS = """--dataset DIGITS --scale Micro --num-workers 0 --select last --holdout 0.02 --train-subset 0.06
---replace 1 --epochs 1 --block-ft-epochs 1 --batch-size 24 --block-ft-batch-size 24 --train-loss preserve --device cpu
---block-ft-train-loss combine --eval-every 9 --drop-path 0.3""".split()
+FLAGS = """--dataset DIGITS --scale Micro --num-workers 0 --select last --holdout 0.02 --train-subset 0.06 --replace 1
+--skip-train-attn --block-ft-epochs 1 --block-ft-batch-size 24 --block-ft-train-loss combine --device cpu
+--eval-every 9 --drop-path 0.3""".split()
 
 
 @pytest.fixture(autouse=True)

@@ -94,20 +94,6 @@ class Encoder(nn.Module):
         return x
 
 
-class Saliency(nn.Module):
-    """A backbone with a decoder on top; it gives the features too."""
-
-    def __init__(self):
-        super().__init__()
-        norm = nn.LayerNorm(DIM, eps=1e-6)
-        self.backbone = Chain(embeddings=Embeddings(), encoder=Encoder(), layernorm=norm)
-        self.decoder = nn.Conv2d(DIM, 1, 1)
-
-    def forward(self, x):
-        features = self.backbone(x)
-        return self.decoder(features[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID))), features
-
-
 def tiny(img_size: int = GRID * PATCH, **kwargs) -> VisionTransformer:
     """timm's model of the same shape."""
     shape = {"patch_size": PATCH, "embed_dim": DIM, "depth": 2, "num_heads": HEADS, "init_values": 1e-5}
@@ -118,13 +104,14 @@ def tiny(img_size: int = GRID * PATCH, **kwargs) -> VisionTransformer:
 def exported(tmp_path_factory) -> Iterator[Path]:
     """A file as HuggingFace's exporter writes it, and its model among the teachers as `tiny`."""
     torch.manual_seed(0)
-    model, path = Saliency().eval(), tmp_path_factory.mktemp("onnx") / "made.onnx"
+    backbone = Chain(embeddings=Embeddings(), encoder=Encoder(), layernorm=nn.LayerNorm(DIM, eps=1e-6))
+    model, path = Chain(backbone=backbone).eval(), tmp_path_factory.mktemp("onnx") / "made.onnx"
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an exporter that the real file was made with
-        names = {"input_names": ["images"], "output_names": ["map", "features"]}
+        names = {"input_names": ["images"], "output_names": ["features"]}
         torch.onnx.export(model, (images,), path, dynamo=False, **names, dynamic_axes={"images": {0: "batch"}})
     with pytest.MonkeyPatch.context() as patch:
         teacher = Teacher(tiny, GRID * PATCH, PATCH, False, 0, "tiny", Preprocessing(crop_pct=1.0))

@@ -84,18 +84,11 @@ def test_classes_and_size_that_are_asked_for_are_had(files, caplog):
         model.load_state_dict(checkpoint.load(path)["model"])
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "more", "said"),
-    [
-        ("far_deit_small_patch16_224", "ragged", {}, "holds a DeiT-Tiny"),
-        (NAME, "micro", {}, "DeiT-Micro"),
-        (NAME, "ragged", {"depth": 6}, "holds a DeiT-Tiny"),
-        (NAME, "mixer", {"img_size": 96}, "a mixer works on its own 17 tokens, not on 37"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_says_so(name, file, more, said, files):
-    with pytest.raises(FarError, match=said):
-        create_model(name, checkpoint_path=files / f"{file}.pth", **more)
+def test_a_checkpoint_that_does_not_fit_says_so(files):
+    with pytest.raises(FarError, match="holds a DeiT-Tiny"):
+        create_model("far_deit_small_patch16_224", checkpoint_path=files / "ragged.pth")
+    with pytest.raises(FarError, match="a mixer works on its own 17 tokens, not on 37"):
+        create_model(NAME, checkpoint_path=files / "mixer.pth", img_size=96)
 
 
 @torch.no_grad()
@@ -124,7 +117,7 @@ def test_timm_takes_the_features_of_a_checkpoint(files):
     expected = model.forward_intermediates(x, [1, 11], norm=False, intermediates_only=True)
     for got, want in zip(FeatureGetterNet(model, out_indices=[1, 11])(x), expected, strict=True):
         assert torch.equal(got, want)
-    assert [f.shape for f in create_model(NAME, features_only=True)(images(224))] == [(2, 192, 14, 14)] * 3
+    assert [f.shape for f in create_model(NAME, features_only=True, img_size=64)(images(64))] == [(2, 192, 4, 4)] * 3
 
 
 def test_another_input_size_resizes_positions_and_travels_with_the_checkpoint(files, tmp_path):
@@ -177,4 +170,4 @@ def test_torch_hub_names_another_package_in_the_place_of_the_suites(files, tmp_p
     other.__file__ = str(tmp_path / "utils.py")
     monkeypatch.setitem(sys.modules, "utils", other)
     with pytest.raises(ImportError, match=r"another `utils` is already imported \(.*utils\.py\)"):
-        torch.hub.load(str(ROOT), "far", source="local", checkpoint=files / "gru.pth")
+        torch.hub.load(str(ROOT), "far", source="local", checkpoint=files / "ragged.pth")
