@@ -101,10 +101,10 @@ def test_features_are_what_the_blocks_give(files):
     last, inner = model.forward_intermediates(x, [1, 4], return_prefix_tokens=True, output_fmt="NLC")
     assert torch.equal(last, model.norm(states[-1]))
     for (patches, prefix), i in zip(inner, (1, 4), strict=True):
-        assert torch.equal(torch.cat([prefix, patches], 1), states[i + 1])
+        assert torch.equal(torch.cat([prefix, patches], 1), states[i])
     got = model.get_intermediate_layers(x, [4, 11], reshape=True, norm=True)
     for grid, i in zip(got, (4, 11), strict=True):
-        assert torch.equal(grid.flatten(2).transpose(1, 2), model.norm(states[i + 1])[:, 1:])
+        assert torch.equal(grid.flatten(2).transpose(1, 2), model.norm(states[i])[:, 1:])
     assert torch.equal(logits, model.head(last[:, 0])) and torch.equal(last, model.forward_features(x))
     model.reset_classifier(3)
     assert torch.equal(model(x), model.head(last[:, 0])) and model(x).shape == (2, 3)
