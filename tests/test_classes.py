@@ -20,15 +20,16 @@ from utils.checkpoint import save
 from utils.configs import PictureConfig
 from utils.preprocessing import Preprocessing
 
-KNOWN = ("square", "circle", "bars")  # not in the order of a folder's names
+KNOWN = ("circle", "square", "bars")  # none has the number that it has among a folder's names
+OTHER = ("bars", "square", "circle")
 ACCENTED = unicodedata.normalize("NFD", "café")
 
 
 @pytest.mark.parametrize(
     ("known", "names", "numbers"),
     [
-        (KNOWN, ("bars", "circle", "square"), [2, 1, 0]),
-        (KNOWN, ("circle",), [1]),
+        (KNOWN, ("bars", "circle", "square"), [2, 0, 1]),
+        (KNOWN, ("square",), [1]),
         (("tea", "café"), (ACCENTED,), [1]),
         (imagenet_names(), ("n01443537", "n03126707"), [1, 517]),  # goldfish, the second of two cranes
         (imagenet_names(), imagenet_names(), list(range(1000))),
@@ -50,8 +51,8 @@ def test_the_first_name_without_a_number_of_its_own_is_named(known, names, first
 def circle(tmp_path_factory):
     """Checkpoints far.pth and teacher.pth of models that know KNOWN and always answer circle."""
     root = tmp_path_factory.mktemp("circle")
-    says(root, "far", KNOWN, 1)
-    says(root, "teacher", KNOWN, 1, replaced=())
+    says_circle(root, "far", KNOWN)
+    says_circle(root, "teacher", KNOWN, replaced=())
     return root
 
 
@@ -69,8 +70,8 @@ def shapes(tmp_path_factory):
     return folder(tmp_path_factory.mktemp("shapes"), bars=1, circle=6, square=1)
 
 
-def says(folder, name, classes, number, replaced=(0, 1, 2, 3)):
-    """A checkpoint of a model with these classes that always answers one of them."""
+def says_circle(folder, name, classes, replaced=(0, 1, 2, 3)):
+    """A checkpoint of a model with these classes that always answers circle."""
     config = FarConfig(
         "DeiT-Micro", len(classes), 32, replaced=replaced, classes=classes, preprocessing=Preprocessing()
     )
@@ -78,7 +79,7 @@ def says(folder, name, classes, number, replaced=(0, 1, 2, 3)):
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.zero_()
-        model.head.bias[number] = 9
+        model.head.bias[classes.index("circle")] = 9
     save(folder / f"{name}.pth", pack(model, config))
     return str(folder / f"{name}.pth")
 
@@ -142,25 +143,22 @@ def test_other_classes_get_a_fresh_classifier_and_their_own_names(how, more, nam
     assert model.head.weight.abs().sum() > 0 and "a fresh classifier is trained" in capsys.readouterr().out
 
 
-OTHER = ("circle", "bars", "square")  # the same classes in another order, of which the first is circle
-
-
 def test_a_model_and_its_teacher_are_compared_by_name(circle, shapes, tmp_path, failure):
-    teacher = ["--base-weight", says(tmp_path, "teacher", OTHER, 0, replaced=())]
+    teacher = ["--base-weight", says_circle(tmp_path, "teacher", OTHER, replaced=())]
     answers = result("eval", circle, [*shapes, *teacher], tmp_path / "run")
     assert answers["agreement"] == 100 and answers["teacher_acc1"] == answers["acc1"] == 75
-    stranger = ["--base-weight", says(tmp_path, "stranger", ("circle", "cat", "square"), 0, replaced=())]
+    stranger = ["--base-weight", says_circle(tmp_path, "stranger", ("circle", "cat", "square"), replaced=())]
     assert "does not know the class 'bars'" in failure(*door("eval", circle)[1], *shapes, *stranger)
 
 
 def test_weights_after_the_attention_stage_answer_by_name(circle, shapes, tmp_path):
-    attn = ["--attn-weight", says(tmp_path, "attn", OTHER, 0)]
+    attn = ["--attn-weight", says_circle(tmp_path, "attn", OTHER)]
     answers = result("train", circle, [*shapes, *attn], tmp_path / "run")
     assert answers["acc1"] == 75 and answers["agreement"] == 100
 
 
 def test_pictures_of_two_models_name_classes_alike(circle, tmp_path):
-    weights = {"base_weight": says(tmp_path, "t", OTHER, 0, replaced=()), "far_weight": circle / "far.pth"}
+    weights = {"base_weight": says_circle(tmp_path, "t", OTHER, replaced=()), "far_weight": circle / "far.pth"}
     loaded, config, _ = find_models(PictureConfig(**{k: Path(v) for k, v in weights.items()}, output_dir=tmp_path))
     answers = {config.classes[model(torch.zeros(1, 3, 32, 32)).argmax()] for model in loaded.values()}
     assert answers == {"circle"}
