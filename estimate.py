@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.arguments import Parser, pick
 from utils.configs import EstimateConfig, ModelName
+from utils.errors import FarError
 from utils.script import run_script
 from utils.terminal import table
 
@@ -18,94 +19,99 @@ def build_parser() -> Parser:
     return parser
 
 
-def find_models(config: EstimateConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(name, its teacher's configuration, its own): only shapes count, no weights are needed. Teachers come first."""
-    from models.deit import named_teacher
+def find_models(config: EstimateConfig) -> Iterator[tuple[str, str, Any, Any]]:
+    """(source, name, configuration of the teacher, of the model), a teacher's own with an empty name."""
+    from models.deit import check_size, named_teacher
     from models.replace import FarConfig, build_on_meta, pruned_to, read_config
     from utils.checkpoint import load
 
-    for file in config.far_weight:
-        far = read_config(load(file, "--far-weight"), f"--far-weight {file}")
-        yield str(file), FarConfig(far.base_model, far.num_classes, far.img_size), far
+    for file in config.far_weight or ():
+        source = f"--far-weight {file}"
+        far = read_config(load(file, "--far-weight"), source)
+        teacher = FarConfig(far.base_model, far.num_classes, far.img_size)
+        yield source, "", teacher, teacher
+        if far.replaced or far.mlp:
+            yield source, str(file), teacher, far
     for name in config.base_model or ("DeiT-Tiny",) * (not config.far_weight):
-        teacher = named_teacher(ModelName(base_model=name))
-        plain = FarConfig(name, teacher.classes, config.input_size or teacher.input_size)
-        depth = len(build_on_meta(plain, f"--base-model {name}").blocks)
+        source, teacher = f"--base-model {name}", named_teacher(ModelName(base_model=name))
+        teacher = FarConfig(name, teacher.classes, config.input_size or teacher.input_size)
+        check_size(name, teacher.img_size)
+        yield source, "", teacher, teacher
+        blocks = tuple(range(len(build_on_meta(teacher, source).blocks)))
         for rep_by in config.rep_by:
-            far = replace(plain, rep_by=rep_by, replaced=tuple(range(depth)))
-            yield f"{name}, {rep_by}", plain, far
+            far = replace(teacher, rep_by=rep_by, replaced=blocks)
+            yield source, f"{name}, {rep_by}", teacher, far
             if config.keep_ratio and (pruned := pruned_to(far, config.keep_ratio)) != far:
-                yield f"{name}, {rep_by}, {config.keep_ratio:g} of units", plain, pruned
+                yield source, f"{name}, {rep_by}, {config.keep_ratio:g}", teacher, pruned
 
 
-def show_counts(counts: dict[str, Any]) -> None:
-    heads = ("static MACs", "dynamic MACs", "elementwise", "functions", "read", "written", "chain", "weights")
-    rows = [[name, *(f"{x / 1e6:,.4g} M" if x >= 1e5 else f"{x:,}" for x in row)] for name, row in counts.items()]
-    print(table([["exact counts, an image", *heads], *rows]))
+def short(count: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if count >= size / 10:
+            return f"{count / size:.3f} {unit}"
+    return f"{count:,.0f}"
 
 
-def show_costs(costs: dict[str, Any]) -> None:
-    heads = (
-        "uJ",
-        "low to high",
-        "latency us",
-        "images/s",
-        "crossbars",
-        "used",
-        "conversions",
-        "cells written",
-        "worn out in",
-    )
-    rows = [["estimate, an image", *heads]]
+def show(counts: dict[str, Any], costs: dict[str, Any], turns: dict[str, Any]) -> None:
+    """Prints counts, costs, and what decides between models."""
+    heads = ("static MACs", "dynamic", "elementwise", "functions", "read", "written", "chain", "weights")
+    print(table([["counts, an image", *heads], *([name, *map(short, row)] for name, row in counts.items())]))
+    rows = [["estimate, an image", "uJ", "low to high", "us", "images/s", "crossbars", "used", "worn out in"]]
     for name, cost in costs.items():
         low, likely, high = cost.total_uj
+        worn = "-" if cost.lifetime_h is None else f"{cost.lifetime_h[1]:,.0f} h"
         rows.append([name, f"{likely:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{cost.latency_us:,.0f}"])
-        rows[-1] += [f"{1e6 / cost.interval_us:,.0f}", f"{cost.crossbars:,}", f"{cost.used:.0%}"]
-        rows[-1] += [f"{count / 1e6:,.4g} M" if count else "0" for count in (cost.conversions, cost.writes)]
-        rows[-1] += ["-" if cost.lifetime_h is None else f"{cost.lifetime_h[1]:,.0f} h"]
+        rows[-1] += [f"{1e6 / cost.interval_us:,.0f}", f"{cost.crossbars:,}", f"{cost.used:.0%}", worn]
     print(f"\n{table(rows)}")
-
-
-def show_turns(turns: dict[str, Any]) -> None:
     rows = [["energy over attention's cheapest", "ratio", "a constant halved or doubled", "even where"]]
     for name, by in turns.items():
         ratios = [ratio for turn in by.values() for ratio in (turn.halved, turn.doubled)]
         even = [f"{key} x {turn.at:.2f}" for key, turn in by.items() if turn.at and 0.1 < turn.at < 10]
         now = next(iter(by.values())).now
         rows.append([name, f"{now:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", ", ".join(even) or "-"])
-    print(f"\n{table(rows)}")
+    if turns:
+        print(f"\n{table(rows)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = pick(EstimateConfig, build_parser().parse_args(argv))
+    parser = build_parser()
+    config = pick(EstimateConfig, parser.parse_args(argv))
+    if config.far_weight and not config.base_model:
+        parser.refuse(argv, {"rep_by", "keep_ratio", "input_size"}, "is for models by name, --base-model")
     from deploy.crossbars import MAPPINGS, Hardware, estimate, find_turns
     from deploy.fuse import merge_blocks
     from models.operations import count, operations
-    from models.replace import build, build_on_meta
+    from models.replace import build_on_meta
     from plots.figures import energy_bars, save_figure
     from utils.files import check_writable
     from utils.recipe import write_json
 
     check_writable(config.output_dir)
-    hardware = Hardware.read(config.hardware or Path(__file__).parent / "hardware/isaac.toml")
+    profile = config.hardware or Path(__file__).parent / "hardware/isaac.toml"
+    hardware = Hardware.read(profile)
     chosen = {key: getattr(config, key) for key in ("input_bits", "copies") if getattr(config, key)}
     hardware = replace(hardware, design=hardware.design._replace(**chosen))
     counts, costs, turns = {}, {}, {}
-    for name, teacher, far in find_models(config):
-        attention = f"{teacher.base_model} {teacher.img_size} px"
-        for title, shape in {attention: teacher, name: far}.items():
-            if title not in counts and not (title == name and far == teacher):
-                model = merge_blocks(build(shape)) if config.merged else build_on_meta(shape, title)
-                ops = list(operations(model))
-                counts[title] = count(ops)
-                mappings = MAPPINGS if counts[title].dynamic_macs else ("",)
-                for mapping in mappings:
-                    costs[f"{title}, {mapping}".removesuffix(", ")] = estimate(ops, hardware, mapping or "digital")
-        if name in costs:
-            rivals = [costs[f"{attention}, {mapping}"] for mapping in MAPPINGS]
-            turns[name] = find_turns(costs[name], rivals, hardware)
+    for source, name, teacher, shape in find_models(config):
+        classes = "" if teacher.num_classes == 1000 else f", {teacher.num_classes} classes"
+        attention = f"{teacher.base_model}, {teacher.img_size} px{classes}"
+        title = name or attention
+        if title in counts:
+            continue
+        try:
+            ops = list(operations(merge_blocks(build_on_meta(shape, source))))
+        except FarError as error:
+            raise FarError(f"{source}: {str(error).removeprefix(f'{source}: ')}; leave it out") from error
+        counts[title] = count(ops)
+        several = {f"{title}, {way}": estimate(ops, hardware, way) for way in MAPPINGS if counts[title].dynamic_macs}
+        mapped = several or {title: estimate(ops, hardware)}
+        costs |= mapped
+        if name:
+            cheapest = min(mapped.values(), key=lambda cost: cost.total_uj[1])
+            turns[title] = find_turns(cheapest, [costs[f"{attention}, {way}"] for way in MAPPINGS], hardware)
     record = {
-        "hardware": {"name": hardware.name, **hardware.design._asdict()},
+        "hardware": {"file": str(profile), "name": hardware.name, **hardware.design._asdict()},
+        "constants": {key: value.tolist() for key, value in hardware.constants.items()},
         "counts": {name: row._asdict() for name, row in counts.items()},
         "costs": {name: cost.as_json() for name, cost in costs.items()},
         "turns": {name: {key: turn._asdict() for key, turn in by.items()} for name, by in turns.items()},
@@ -113,9 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "estimate.json", record)
     save_figure(energy_bars({name: cost.energy_uj for name, cost in costs.items()}), config.output_dir / "estimate.png")
-    show_counts(counts)
-    show_costs(costs)
-    show_turns(turns)
+    show(counts, costs, turns)
     print(f"\n{hardware.name}; {config.output_dir}/estimate.json, estimate.png")
     return 0
 

@@ -39,6 +39,7 @@ CONSTANTS = {
     "digital_ns": "one digital operation from its operands to its result",
     "endurance_writes": "writes that a cell survives",
 }
+ENTRY = {"value", "low", "high", "node_nm", "source"}  # of a constant
 COMPONENTS = {  # of energy, as figures show them: the constants they are made of
     "crossbars and DACs": ("crossbar_pj", "dac_pj"),
     "ADCs": ("adc_pj", "shift_add_pj"),
@@ -58,17 +59,16 @@ class Design(NamedTuple):
     weight_bits: int  # w
     input_bits: int
     dac_bits: int
-    copies: int  # of every stored matrix, so that as many tokens pass at once; a recurrence has no use for them
-    multipliers: int  # beside the crossbars, for products of activations
+    copies: int  # of every stored matrix: as many tokens pass at once, or, where they wait for one another, images
+    multipliers: int  # of each product of activations, beside the crossbars
 
     @property
     def slices(self) -> int:
         return math.ceil(self.input_bits / self.dac_bits)
 
-    @property
-    def cells(self) -> int:
-        """Cells a weight, two signs."""
-        return 2 * math.ceil(self.weight_bits / self.cell_bits)
+    def cells(self, op: Operation) -> int:
+        """Cells a value of an operation's matrices, two signs."""
+        return 2 * math.ceil((self.weight_bits if op.stored else self.input_bits) / self.cell_bits)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Hardware:
             content = tomllib.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise FarError(f"--hardware {file}: {first_line(error)}; give a file like hardware/isaac.toml") from error
-        design, constants = (content.get(key) for key in ("design", "constants"))
+        design, constants = (content.pop(key, None) for key in ("design", "constants"))
 
         def check(fine: bool, fault: str) -> None:
             if not fine:
@@ -96,11 +96,14 @@ class Hardware:
             check(isinstance(table, dict), f"lacks [{title}]")
             for key in (*known, *table):
                 check(key in table and key in known, f"[{title}] {'lacks' if key in known else 'has an unknown'} {key}")
+        for key in content:
+            check(key == "name", f"has an unknown {key}")
         for key, value in design.items():
             check(type(value) is int and 1 <= value <= 2**20, f"{key} = {value!r}: must be a whole number from 1")
         ranges = {}
         for key, entry in constants.items():
-            check(isinstance(entry, dict) and isinstance(entry.get("source"), str), f"{key}: lacks its source")
+            check(isinstance(entry, dict) and set(entry) <= ENTRY, f"{key}: may have {', '.join(sorted(ENTRY))} alone")
+            check(bool(entry.get("source")), f"{key}: lacks its source")
             value = entry.get("value")
             ranges[key] = entry.get("low", value), value, entry.get("high", value)
             numbers = all(type(x) in (int, float) and 0 <= x < math.inf for x in ranges[key])
@@ -161,10 +164,35 @@ def reorder(operations: Iterable[Operation]) -> Iterator[Operation]:
             yield op
 
 
-def tiles(matrix: tuple[int, int], design: Design) -> tuple[int, int]:
-    """Crossbars that a matrix (inputs, outputs) fills, along its inputs and along its outputs."""
+def join(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Recurrent cells as [W_ih W_hh] [x h]: what only adds up does so on one column, and is converted once."""
+    before = None
+    for op in operations:
+        added, of = op.added
+        if not added:
+            if before:
+                yield before
+            before = op
+            continue
+        matrices = []
+        for (inputs, outputs), (hidden, _) in zip(before.matrices, op.matrices, strict=True):
+            both = outputs * added // of
+            matrices.append((inputs + hidden, both))
+            matrices += [(inputs, outputs - both), (hidden, outputs - both)] * (both < outputs)
+        sums = before.writes * added // of  # additions, and values that no buffer sees
+        before = op._replace(
+            matrices=tuple(matrices),
+            elementwise=before.elementwise + op.elementwise - sums,
+            operands=op.operands - before.writes,
+        )
+    if before:
+        yield before
+
+
+def tiles(matrix: tuple[int, int], cells: int, design: Design) -> tuple[int, int]:
+    """Crossbars that a matrix (inputs, outputs) of so many cells a value fills, along its inputs and its outputs."""
     inputs, outputs = matrix
-    return math.ceil(inputs / design.rows), math.ceil(outputs * design.cells / design.columns)
+    return math.ceil(inputs / design.rows), math.ceil(outputs * cells / design.columns)
 
 
 def count_events(operations: Iterable[Operation], design: Design, mapping: str) -> Counter[str]:
@@ -177,16 +205,16 @@ def count_events(operations: Iterable[Operation], design: Design, mapping: str) 
         if not op.stored and mapping == "digital":
             events["mac_pj"] += op.macs
             continue
-        reads = op.vectors * design.slices
+        reads, cells = op.vectors * design.slices, design.cells(op)
         for inputs, outputs in op.matrices:
-            down, across = tiles((inputs, outputs), design)
-            conversions = reads * outputs * design.cells * down
+            down, across = tiles((inputs, outputs), cells, design)
+            conversions = reads * outputs * cells * down
             events["dac_pj"] += reads * inputs * across
-            events["crossbar_pj"] += reads * inputs * outputs * design.cells / (design.rows * design.columns)
+            events["crossbar_pj"] += reads * inputs * outputs * cells / (design.rows * design.columns)
             events["adc_pj"] += conversions
             events["shift_add_pj"] += conversions
             events["add_pj"] += op.vectors * outputs * (down - 1)  # partial sums
-        events["write_cell_pj"] += op.written * design.cells
+        events["write_cell_pj"] += op.written * cells
     return events
 
 
@@ -207,27 +235,34 @@ def run_chain(ready: np.ndarray, latency: float) -> np.ndarray:
 
 
 def find_times(operations: Iterable[Operation], hardware: Hardware, mapping: str) -> tuple[float, float]:
-    """Latency of an image and the interval between images, in ns, by the likely constants."""
+    """Latency of an image and the interval between images, in ns, by the likely constants.
+
+    Elementwise work has as many units as it needs: it takes one operation's time.
+    """
     design, constants = hardware.design, {key: value[1] for key, value in hardware.constants.items()}
     product, digital = design.slices * constants["cycle_ns"], constants["digital_ns"]
-    ready, slowest = np.zeros(1), 0.0
+    ready, slowest, busy = np.zeros(1), 0.0, 0.0
     for op in operations:
-        copies = design.copies if op.stored else 1
+        step = product if op.matrices else 0.0
+        interval = step / design.copies if op.stored else step
+        shared = busy if not op.stored and not op.written else 0.0  # by products that read one array in turn
+        writing = 0.0
         if not op.stored and mapping == "digital":
             step = interval = math.ceil(op.cells / design.multipliers) * digital
-        else:
-            step, interval = (product, product / copies) if op.matrices else (0.0, 0.0)
+        elif op.written:  # row after row, keys and values at once
+            writing = min(design.rows, max(op.matrices[0])) * constants["write_row_ns"]
         if op.waits == "all":
             ready = np.full(op.vectors, ready.max())
-            if not op.stored and mapping == "written":  # keys and values at once, row after row
-                ready += min(design.rows, max(op.matrices[0])) * constants["write_row_ns"]
+            if mapping == "written":
+                ready += writing
         ready = fit(ready, op.vectors)
         if op.waits == "previous":
-            interval = step + digital
-            ready = run_chain(ready, interval)
+            ready = run_chain(ready, step + digital)
+            interval = (step + digital) / design.copies
         else:
             ready = run_pipeline(ready, step + digital, interval)
-        slowest = max(slowest, op.vectors * interval)
+        busy = shared + writing + op.vectors * interval
+        slowest = max(slowest, busy)
     return ready.max(), slowest
 
 
@@ -243,7 +278,7 @@ def fit(ready: np.ndarray, vectors: int) -> np.ndarray:
     return np.concatenate([np.zeros(max(0, vectors - len(ready))), ready[:vectors]])
 
 
-def estimate(operations: Sequence[Operation], hardware: Hardware, mapping: str = "digital") -> Estimate:
+def estimate(operations: Iterable[Operation], hardware: Hardware, mapping: str = MAPPINGS[-1]) -> Estimate:
     """What an image costs.
 
     Args:
@@ -252,14 +287,14 @@ def estimate(operations: Sequence[Operation], hardware: Hardware, mapping: str =
         mapping: of products of activations, one of MAPPINGS.
     """
     design = hardware.design
-    ops = list(reorder(operations)) if mapping == "reordered" else operations
+    ops = list(join(reorder(operations) if mapping == "reordered" else operations))
     events = count_events(ops, design, mapping)
-    arrays = cells = 0
+    arrays = used = 0
     for op in ops:
-        copies = design.copies if op.stored and op.waits != "previous" else 1
         if op.stored or mapping != "digital" and op.written:  # a matrix written once may serve two products
-            arrays += copies * sum(math.prod(tiles(matrix, design)) for matrix in op.matrices)
-            cells += copies * op.cells * design.cells
+            copies, cells = design.copies if op.stored else 1, design.cells(op)
+            arrays += copies * sum(math.prod(tiles(matrix, cells, design)) for matrix in op.matrices)
+            used += copies * op.cells * cells
     latency, interval = find_times(ops, hardware, mapping)
     spent = {key: events[key] * hardware.constants[key] / 1e6 for key in events}
     return Estimate(
@@ -267,7 +302,7 @@ def estimate(operations: Sequence[Operation], hardware: Hardware, mapping: str =
         latency_us=latency / 1e3,
         interval_us=interval / 1e3,
         crossbars=arrays,
-        used=cells / (arrays * design.rows * design.columns),
+        used=used / (arrays * design.rows * design.columns),
         conversions=events["adc_pj"],
         writes=events["write_cell_pj"],
         lifetime_h=hardware.constants["endurance_writes"] * interval / 3.6e12 if events["write_cell_pj"] else None,

@@ -22,7 +22,7 @@ def _layer(tokens: Tensor, zero: Tensor, weights: list[Tensor]) -> Tensor:
     return torch._VF.gru(tokens, zero, weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
 
 
-GRU = kernels.CellKind("gru", 3, 1, 8, 3, _step, partial(kernels.by_head, _layer))
+GRU = kernels.CellKind("gru", 3, 1, 9, 3, 2, _step, partial(kernels.by_head, _layer))
 
 
 class DirectionGRU(Direction):

@@ -49,7 +49,8 @@ def plain(*modules: nn.Module) -> bool:
 @torch.no_grad()
 def merge(attn: nn.Module) -> Merged:
     """The maps of a MultiHeadBiRNN, in its own precision, autocast or not."""
-    with torch.autocast(attn.post_proj.weight.device.type, enabled=False):
+    device = attn.post_proj.weight.device.type
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
         return _merge(attn)
 
 

@@ -99,7 +99,7 @@ def _stock(x: Tensor, cells: Sequence[MinGRUCell]) -> Tensor:
     return torch.cat([hidden for head in zip(*ways, strict=True) for hidden in head], dim=2)
 
 
-MINGRU = kernels.CellKind("mingru", 2, 1, 3, 1, _step, _stock, MinGRUCell)
+MINGRU = kernels.CellKind("mingru", 2, 1, 3, 1, 0, _step, _stock, MinGRUCell)
 
 
 class DirectionMinGRU(Direction):

@@ -19,6 +19,7 @@ class Operation(NamedTuple):
     stored: the matrices are weights; else activations, as attention's keys and values are.
     written: values of activations that become its matrices.
     waits: what a vector's turn waits for: its own "token", "all" tokens, or the result of the "previous" one.
+    added: how many of every so many outputs, (added, outputs), do nothing but add to those of the operation before.
     elementwise: additions, multiplications and comparisons.
     functions: exponentials, tanh, sigmoid, erf, reciprocals and square roots.
     operands: values read besides the inputs of products.
@@ -34,6 +35,7 @@ class Operation(NamedTuple):
     stored: bool = True
     written: int = 0
     waits: str = "token"
+    added: tuple[int, int] = (0, 1)
     elementwise: int = 0
     functions: int = 0
     operands: int = 0
@@ -108,6 +110,7 @@ def recurrence(kind: kernels.CellKind, cells: Iterable[Any], tokens: int) -> lis
     hidden = side_by_side("weight_hh", recurrent, tokens, kind.elementwise * units)
     read = gates + states - (units if recurrent else 0)  # the product has read the hidden state
     hidden = hidden._replace(waits="previous", functions=kind.functions * units, operands=read, writes=states)
+    hidden = hidden._replace(added=(kind.added, kind.gates))
     return [side_by_side("weight_ih", [cell.weight_ih for cell in cells], tokens, gates), hidden]
 
 
@@ -155,7 +158,12 @@ def _attention(attn: Attention, tokens: int) -> Iterator[Operation]:
 
 
 def operations(model: VisionTransformer) -> Iterator[Operation]:
-    """Of a teacher or a FAR model, in their order; every token goes through every block."""
+    """Of a teacher or a FAR model, in their order; every token goes through every block.
+
+    An MLP's activation counts as the exact GELU. Raises FarError where a part's operations are not known.
+    """
+    if getattr(model, "attn_pool", None) is not None:
+        raise FarError("it pools tokens by attention, whose operations are not known")
     embed, dim = model.patch_embed, model.embed_dim
     tokens = embed.num_patches + model.num_prefix_tokens
     outputs, *patch = embed.proj.weight.shape
@@ -174,7 +182,7 @@ def operations(model: VisionTransformer) -> Iterator[Operation]:
     for i, block in enumerate(model.blocks):
         for part in (block.attn, block.mlp):
             if not (hasattr(part, "operations") or isinstance(part, Attention)):
-                raise FarError(f"block {i} has a {type(part).__name__}, whose operations are not known")
+                raise FarError(f"its block {i} has a {type(part).__name__}, whose operations are not known")
         mixing = _attention(block.attn, tokens) if isinstance(block.attn, Attention) else block.attn.operations(tokens)
         for name, norm, part, scale in (
             ("1", block.norm1, mixing, block.ls1),
@@ -183,11 +191,14 @@ def operations(model: VisionTransformer) -> Iterator[Operation]:
             branch = (*_norm(f"norm{name}", norm, tokens, dim), *part, _residual(f"residual{name}", scale, tokens, dim))
             yield from (op._replace(name=f"blocks.{i}.{op.name}") for op in branch)
     yield from _norm("norm", model.norm, tokens, dim)
-    pooled = model.global_pool != "token"
-    if pooled:
-        yield Operation("pool", 1, elementwise=tokens * dim, operands=tokens * dim, writes=dim)
+    if model.global_pool != "token":
+        values = embed.num_patches * dim
+        yield Operation("pool", 1, waits="all", elementwise=values, operands=values, writes=dim)
     yield from _norm("fc_norm", model.fc_norm, 1, dim)
-    classifiers = model.get_classifier()
-    for k, head in enumerate(classifiers if isinstance(classifiers, tuple) else (classifiers,)):
-        if isinstance(head, nn.Linear):
-            yield linear(f"head{k or ''}", head, 1, waits="all" if pooled else "token")
+    heads = model.get_classifier()
+    heads = [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, nn.Linear)]
+    if heads:  # a distilled DeiT has two, and means their logits
+        classes = len(heads[0].weight)
+        yield side_by_side("head", [head.weight for head in heads], 1, len(heads) * classes)._replace(
+            elementwise=len(heads) * classes + (len(heads) > 1) * 2 * classes, writes=classes
+        )

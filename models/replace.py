@@ -154,7 +154,8 @@ def pruned_to(config: FarConfig, share: float) -> FarConfig:
 
     with torch.device("meta"):
         parts = replacements(build(config))
-    return replace(config, units={str(i): kept(part.sizes) for i, part in parts.items() if part.sizes})
+    units = {str(i): kept(part.sizes) for i, part in parts.items() if share < 1 and part.sizes}
+    return replace(config, units=units)
 
 
 def pack(model: VisionTransformer, config: FarConfig) -> dict[str, Any]:

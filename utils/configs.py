@@ -754,11 +754,15 @@ class ConvertConfig(ModelName):
 class EstimateConfig:
     """estimate.py."""
 
-    far_weight: Sequence[Path] = flag(
-        (), "checkpoints of ours, of FAR models or of teachers", "models", nargs="+", type=path, metavar="FILE"
+    far_weight: Sequence[Path] | None = flag(
+        None, "checkpoints of ours, of FAR models or of teachers", "models", nargs="+", type=path, metavar="FILE"
     )
-    base_model: Sequence[str] = flag(
-        (), "and models by name, whose weights are not needed; default, with no file: DeiT-Tiny", "models", nargs="+"
+    base_model: Sequence[str] | None = flag(
+        None,
+        "and models by name, whose weights are not needed; default, with no file: DeiT-Tiny",
+        "models",
+        nargs="+",
+        metavar="NAME",
     )
     rep_by: Sequence[str] = flag(
         ("multi-lstm",),
@@ -773,16 +777,12 @@ class EstimateConfig:
     input_size: int | None = flag(
         None, "image side in pixels of those by name; default: the model's", "models", type=number(int, 1, 8192)
     )
-    merged: bool = flag(False, "neighbouring linear maps of FAR's layers merged as `fuse` does", "models")
     hardware: Path | None = flag(None, "the profile; default: hardware/isaac.toml", "hardware", **FILE)
     input_bits: int | None = flag(
         None, "of activations, in place of the profile's", "hardware", type=number(int, 1, 32)
     )
     copies: int | None = flag(
-        None,
-        "of every stored matrix, but for W_hh's, in place of the profile's",
-        "hardware",
-        type=number(int, 1, 2**20),
+        None, "of every stored matrix, in place of the profile's", "hardware", type=number(int, 1, 2**20)
     )
     output_dir: Path = flag(
         Path("runs/estimate"), "for estimate.json and estimate.png", "output", type=path, metavar="DIR"

@@ -39,6 +39,7 @@ class CellKind:
     states: tensors (B, u) that pass from token to token, the hidden state first.
     elementwise, functions: additions and multiplications, and sigmoids and tanhs, of a step, a unit; the biases that
         can be added before it are not among them.
+    added: gates whose recurrent product does nothing but add to that of the input.
     step: (from the input (B, G u), from the hidden state (B, G u), states) to the next states, differentiable.
     stock: by torch's own operators, (x, cells) to hidden as in `models.kernels`, differentiable.
     cell: the type of its weights.
@@ -49,6 +50,7 @@ class CellKind:
     states: int
     elementwise: int
     functions: int
+    added: int
     step: Callable[[Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor]]
     stock: Callable[[Tensor, Sequence[Any]], Tensor]
     cell: type = Cell
@@ -103,7 +105,7 @@ def _lstm_layer(tokens: Tensor, zero: Tensor, weights: list[Tensor]) -> Tensor:
     return torch._VF.lstm(tokens, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), True, True)[0]
 
 
-LSTM = CellKind("lstm", 4, 2, 8, 5, _lstm_step, partial(by_head, _lstm_layer))
+LSTM = CellKind("lstm", 4, 2, 8, 5, 4, _lstm_step, partial(by_head, _lstm_layer))
 
 
 class Task(NamedTuple):
