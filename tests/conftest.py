@@ -1,5 +1,6 @@
 """Shared fixtures: small runs of main.py, fake data in real layouts, weights made here."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -20,6 +21,7 @@ import models  # noqa: F401  (makes torchvision importable, which test files imp
 from engine import modes, pruning
 from plots import figures
 from tests import child
+from utils.checkpoint import load
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
@@ -102,13 +104,16 @@ class Started:
         return subprocess.CompletedProcess([], self.process.exitcode, out, err)
 
 
-def run_ranks(script: str, *argv: str, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess:
-    """A script with --distributed in several processes, as torchrun starts them: rank 0, or the one that failed."""
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = free_port()
-    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+def start_ranks(script: str, *argv: str, cwd: Path) -> list[Started]:
+    """A script with --distributed, or "-c" and a program, in two processes, as torchrun starts them."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     argv = argv if script == "-c" else ("--distributed", *argv)
-    done = [job.finish() for job in [Started(script, *argv, cwd=cwd, **rank) for rank in ranks]]
+    return [Started(script, *argv, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+
+
+def run_ranks(script: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The same until they end: rank 0, or the one that failed."""
+    done = [job.finish() for job in start_ranks(script, *argv, cwd=cwd)]
     return next((result for result in done if result.returncode), done[0])
 
 
@@ -148,6 +153,20 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen | Started,
 
 def lines_in(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def rows(run: Path) -> list[dict]:
+    """A run's epochs."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path, name: str = "last.pth") -> dict[str, torch.Tensor]:
+    return load(run / name, "--test")["model"]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """The same weights, to the bit."""
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(autouse=True)

@@ -10,23 +10,32 @@ import pytest
 import torch
 
 import main
-from tests.conftest import ROOT, Started, free_port, launch, lines_in, run_ranks, spawn, torchrun, wait_for
+from datasets.loading import Data
+from engine.evaluate import evaluate
+from models.deit import create_teacher
+from models.replace import load_model
+from tests.conftest import (
+    QUIET,
+    Started,
+    assert_equal,
+    free_port,
+    launch,
+    lines_in,
+    rows,
+    run_ranks,
+    spawn,
+    start_ranks,
+    torchrun,
+    wait_for,
+    weights,
+    write_images,
+)
 from utils import distributed
 from utils.checkpoint import load
-from utils.configs import Record, RunConfig
+from utils.configs import DataConfig, Record, RunConfig, Settings
+from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import open_run
-
-MAIN = str(ROOT / "main.py")
-
-
-def weights(run: Path, name: str = "last.pth"):
-    return load(run / name, "--test")["model"]
-
-
-def assert_same(a: Path, b: Path, name: str = "last.pth"):
-    ours, theirs = weights(a, name), weights(b, name)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +43,9 @@ def short(teacher):
     """A run of two stages with fresh modules in each, eight steps an epoch for two processes."""
     return [
         *"--mode train --dataset DIGITS --scale Micro --num-workers 0 --train-subset 0.185 --holdout 0.02".split(),
-        *"--batch-size 16 --block-ft-batch-size 16 --base-weight".split(),
+        *"--batch-size 16 --block-ft-batch-size 16 --epochs 1 --block-ft-epochs 1 --step 2".split(),
+        *"--drop-path 0 --accum-steps 2 --select last --base-weight".split(),
         str(teacher),
-        *"--epochs 2 --block-ft-epochs 1 --step 2 --drop-path 0.2 --accum-steps 2".split(),
     ]
 
 
@@ -46,6 +55,61 @@ def undisturbed(short, tmp_path_factory):
     done = run_ranks("main.py", *short, "--output-dir", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+def test_two_processes_with_half_the_batch_give_the_weights_of_one(short, undisturbed, tmp_path):
+    """Augmentation follows from the sample, not the process, so even the random crops agree."""
+    twice = ["--batch-size", "32", "--block-ft-batch-size", "32"]
+    assert main.main([*short, *twice, "--output-dir", str(tmp_path)]) == 0
+    one, two = weights(tmp_path), weights(undisturbed)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+    assert len(rows(tmp_path)) == 8
+    for ours, theirs in zip(rows(tmp_path), rows(undisturbed), strict=True):
+        for part in ("train", "val"):
+            assert ours[part] == pytest.approx(theirs[part], rel=1e-4)
+    ours, theirs = (json.loads((run / "result.json").read_text()) for run in (tmp_path, undisturbed))
+    assert ours["images"] == theirs["images"] == 29 and ours["acc1"] == pytest.approx(theirs["acc1"])
+
+
+def test_the_best_epoch_is_what_two_processes_hand_on_and_report(tmp_path):
+    """The model begins with the class of most evaluation images; training, on the other, turns it away."""
+    for split, counts in (("train", (4, 38)), ("val", (7, 2))):
+        for c, count in enumerate(counts):
+            write_images(tmp_path / f"data/{split}/class{c}", count, size=32, seed=c)
+    model = create_teacher("DeiT-Micro", 2, 32)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([0.5, -0.5]))
+        model.head.weight.mul_(0.1)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    flags = "--mode teacher --dataset FOLDER --data-path data --scale Micro --base-weight start.pth --output-dir run"
+    flags += " --epochs 2 --batch-size 7 --opt sgd --lr 0.03 --unscale-lr --warmup-epochs 0 --drop-path 0 --select best"
+    done = run_ranks("main.py", *flags.split(), *QUIET, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    accuracies = [row["val"]["acc1"] for row in rows(tmp_path / "run")]
+    assert accuracies[-1] == pytest.approx(100 * 2 / 9) and max(accuracies) == pytest.approx(100 * 7 / 9)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    model, _ = load_model(tmp_path / "run/best.pth", "--test")
+    data = Data(DataConfig("FOLDER", tmp_path / "data", 32, num_workers=0), Context())
+    alone = evaluate(model, data.val_loader(4), Context(), Settings().autocast(torch.device("cpu")))
+    assert result["acc1"] == pytest.approx(alone["acc1"]) == pytest.approx(max(accuracies))
+    assert result["loss"] == pytest.approx(alone["loss"], rel=1e-5) and result["images"] == alone["images"]
+    assert_equal(weights(tmp_path / "run"), model.state_dict())
+
+
+def test_a_signal_to_one_process_stops_all_within_the_step_and_resume_ends_bit_equal(short, undisturbed, tmp_path):
+    jobs = start_ranks("main.py", *short, "--output-dir", "run", cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 3, jobs[0])
+    time.sleep(0.1)
+    jobs[1].send_signal(signal.SIGTERM)
+    done = [job.finish(timeout=60) for job in jobs]
+    assert [job.returncode for job in done] == [0, 0], done
+    assert [job.stdout.count("--resume goes on") for job in done] == [1, 0]
+    place = load(tmp_path / "run/last.pth", "--test")["position"]
+    assert place["step"] % 2 == 0  # whole groups of --accum-steps
+    done = run_ranks("main.py", *short, "--output-dir", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_equal(weights(tmp_path / "run"), weights(undisturbed))
 
 
 def process_of_rank(rank: int, folder: Path) -> int:
@@ -58,58 +122,6 @@ def process_of_rank(rank: int, folder: Path) -> int:
         except OSError:
             continue
     raise AssertionError(f"no rank {rank}")
-
-
-def test_a_signal_to_the_job_saves_within_the_step_and_resume_ends_bit_equal(short, undisturbed, tmp_path):
-    job = spawn(*torchrun(*short, "--output-dir", "run"), cwd=tmp_path)
-    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 3, job)
-    time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=60)[0]
-    assert output.count("--resume goes on") == 1, output
-    place = load(tmp_path / "run/last.pth", "--test")["position"]
-    assert place["step"] % 2 == 0 or place["step"] == 4  # whole groups of --accum-steps
-    done = run_ranks("main.py", *short, "--output-dir", "run", "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "run", undisturbed)
-
-
-def test_a_second_signal_ends_at_once(tmp_path):
-    program = """
-import signal, time
-from utils import signals
-with signals.deferred() as request:
-    print("ready", flush=True)
-    while True:
-        time.sleep(0.01)
-"""
-    run = spawn("-c", program, cwd=tmp_path)
-    assert run.stdout.readline() == "ready\n"
-    for _ in range(3):
-        run.send_signal(signal.SIGINT)  # one request, however often it is sent within a second
-    time.sleep(1.3)
-    assert run.poll() is None
-    run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=10) == -signal.SIGINT
-
-
-def test_outside_a_training_a_signal_ends_with_one_line(tmp_path, far):
-    program = f"""
-import sys, time, main
-from engine import modes
-def slow(*args):
-    print("ready", flush=True)
-    time.sleep(60)
-modes.evaluate = slow
-from utils.script import run_script
-argv = "--mode eval --dataset DIGITS --num-workers 0 --far-weight".split()
-sys.exit(run_script(main.main, [*argv, {str(far / "best.pth")!r}]))
-"""
-    run = Started("-c", program, cwd=tmp_path)
-    wait_for(lambda: run.said() == "ready\n", run)
-    run.send_signal(signal.SIGINT)
-    done = run.finish(timeout=30)
-    assert (done.stdout, done.stderr, done.returncode) == ("ready\nstopped by SIGINT\n", "", 130)
 
 
 def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_weights(
@@ -131,43 +143,37 @@ def test_two_nodes_recover_from_a_killed_rank_and_end_with_the_undisturbed_runs_
     os.kill(process_of_rank(1, folders[1]), signal.SIGKILL)
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert_same(folders[0] / "run", undisturbed)
-    assert_same(folders[0] / "run", undisturbed, "best.pth")
+    for name in ("last.pth", "best.pth"):
+        assert_equal(weights(folders[0] / "run", name), weights(undisturbed, name))
     assert outputs[0].count("lost contact") == 1 and "Traceback" not in outputs[0], outputs  # the survivor's one line
 
 
-def test_an_error_of_one_rank_is_its_one_line(short, tmp_path):
+def test_an_error_of_one_rank_is_its_one_line_and_the_other_has_lost_contact(short, tmp_path):
     program = """
 import os, sys, main
 from datasets import loading
 from utils.errors import FarError
 from utils.script import run_script
-whole = loading.Data.at
+at = loading.Data.at
 def broken(self, loader, *place):
     if os.environ["RANK"] == "1":
         raise FarError("picture.jpg: not a readable image; mend or remove the file")
-    return whole(self, loader, *place)
+    return at(self, loader, *place)
 loading.Data.at = broken
-sys.exit(run_script(main.main))
+sys.exit(run_script(main.main, sys.argv[1:]))
 """
-    (tmp_path / "broken.py").write_text(program)
-    command = torchrun(*short, "--output-dir", "run")
-    command[command.index(MAIN)] = "broken.py"
-    done = launch(*command, cwd=tmp_path)
-    ours = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert done.returncode != 0 and len(ours) == 2, done.stderr
-    assert any("picture.jpg" in line for line in ours) and any("lost contact" in line for line in ours)
-    assert "main.py" not in done.stderr.split("torch/distributed")[0]  # no traceback of ours
+    jobs = start_ranks("-c", program, "--distributed", *short, "--output-dir", "run", cwd=tmp_path)
+    survivor, broken = (job.finish() for job in jobs)
+    assert broken.stderr.splitlines() == ["error: picture.jpg: not a readable image; mend or remove the file"]
+    (line,) = survivor.stderr.splitlines()
+    assert line.startswith("error: ") and "lost contact" in line and (survivor.returncode, broken.returncode) == (1, 2)
 
 
 def test_what_all_ranks_meet_is_told_once_an_attempt_and_last(tmp_path):
-    flags, restarts = ["--data-path", "nowhere"], 1
-    command = torchrun(*"--mode teacher --dataset FOLDER --scale Micro --device cpu --output-dir run".split(), *flags)
-    command.insert(command.index(MAIN), f"--max-restarts={restarts}")
-    done = launch(*command, cwd=tmp_path)
-    lines = done.stderr.splitlines()
-    said = [k for k, line in enumerate(lines) if "error: " in line and (flags[0] in line)]
-    assert len(said) == 1 + restarts and said[-1] == len(lines) - 2, done.stderr  # below it a line of = signs alone
+    command = torchrun(*"--lr inf --output-dir run".split(), before=("--max-restarts=1",))
+    lines = launch(*command, cwd=tmp_path).stderr.splitlines()
+    said = [k for k, line in enumerate(lines) if "error: " in line and "--lr" in line]
+    assert len(said) == 2 and said[-1] == len(lines) - 2, lines  # below it a line of = signs alone
     assert said[-1] > lines.index("Root Cause (first observed failure):") and not (tmp_path / "run").exists()
 
 
@@ -178,42 +184,50 @@ def test_a_process_that_does_not_come_is_missed_after_the_time_given(short, tmp_
     assert "did not find one another within 0:00:01.2" in line and "Traceback" not in done.stderr, done.stderr
 
 
+def test_another_number_of_processes_is_refused(short, undisturbed, failure):
+    assert "number of processes 2, not 1" in failure(*short, "--output-dir", undisturbed, "--resume")
+
+
+# How a process ends.
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    program = """
+import signal, time
+from utils import signals
+with signals.deferred() as request:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+    run = spawn("-c", program, cwd=tmp_path)
+    assert run.stdout.readline() == "ready\n"
+    for _ in range(3):
+        run.send_signal(signal.SIGINT)  # one request, however often it is sent within a second
+    time.sleep(1.3)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=10) == -signal.SIGINT
+
+
+def test_outside_a_training_a_signal_ends_with_one_line(tmp_path):
+    program = """
+import sys, time
+from utils.script import run_script
+sys.exit(run_script(lambda argv: print("ready", flush=True) or time.sleep(60)))
+"""
+    run = Started("-c", program, cwd=tmp_path)
+    wait_for(lambda: run.said() == "ready\n", run)
+    run.send_signal(signal.SIGINT)
+    done = run.finish(timeout=30)
+    assert (done.stdout, done.stderr, done.returncode) == ("ready\nstopped by SIGINT\n", "", 130)
+
+
 def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     program = "from utils.script import run_script\nimport sys\nsys.exit(run_script(lambda argv: 1 / 0))"
     done = launch("-c", program, cwd=tmp_path)
     first, *rest = done.stderr.splitlines()
-    assert (
-        done.returncode == 1 and "a fault of FAR" in first and "args.json" in first and "ZeroDivisionError" in rest[-1]
-    )
-
-
-def asked(mode="train", output_dir=None, resume=None):
-    flags = {"output_dir": output_dir, "resume": resume, "epochs": 1}
-    return RunConfig(mode, output_dir, resume, Record(flags, {}))
-
-
-def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
-    context = distributed.Context()
-    with open_run(asked(), context) as a, open_run(asked(), context) as b, open_run(asked(), context) as c:
-        assert len({a.path, b.path, c.path}) == 3
-
-
-def test_a_folder_has_one_owner_at_a_time(tmp_path):
-    folder, context = tmp_path / "run", distributed.Context()
-    with open_run(asked("train", folder), context), pytest.raises(FarError, match="another run is writing there"):
-        open_run(asked("train", folder, "must"), context).__enter__()
-    with open_run(asked("train", folder, "auto"), context) as run:  # free again
-        assert run.resumed
-
-
-def test_a_finished_run_is_not_overwritten_where_its_last_checkpoint_was_removed(tmp_path):
-    for name in ("args.json", "best.pth", "log.jsonl"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(FarError, match="already holds a run"), open_run(asked("eval", tmp_path), distributed.Context()):
-        pass
-    assert (tmp_path / "log.jsonl").exists()
+    assert done.returncode == 1 and "a fault of FAR" in first and "ZeroDivisionError" in rest[-1]
 
 
 def test_no_memory_left_is_one_line():
@@ -223,25 +237,37 @@ def test_no_memory_left_is_one_line():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_resume_auto_begins_where_there_is_nothing_and_continues_where_there_is_a_run(short, tmp_path, capsys):
-    results = []
-    for finished in (False, True):
-        assert main.main([*short, "--epochs", "1", "--output-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
-        assert ("before training" in capsys.readouterr().out) != finished
-        results.append(json.loads((tmp_path / "run/result.json").read_text()))
-    assert results[0] == results[1]
+# Who owns a folder.
 
 
-def test_another_number_of_processes_is_refused(short, undisturbed, failure):
-    assert "number of processes 2, not 1" in failure(*short, "--output-dir", undisturbed, "--resume")
+def opened(output_dir=None, resume=None):
+    return open_run(RunConfig("train", output_dir, resume, Record({"resume": resume}, {})), Context())
 
 
-def test_files_of_others_in_a_run_folder_stay(tmp_path):
-    for name in ("notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"):
-        (tmp_path / name).write_text("mine")
-    context = distributed.Context()
-    with open_run(asked("train", tmp_path), context):
+def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    with opened() as a, opened() as b, opened() as c:
+        assert len({a.path, b.path, c.path}) == 3
+
+
+def test_a_folder_has_one_owner_at_a_time(tmp_path):
+    with opened(tmp_path), pytest.raises(FarError, match="another run is writing there"):
+        opened(tmp_path, "must").__enter__()
+    with opened(tmp_path, "auto") as run:  # free again
+        assert run.resumed
+
+
+def test_a_finished_run_is_not_overwritten_where_its_last_checkpoint_was_removed(tmp_path):
+    (tmp_path / "best.pth").touch()
+    with pytest.raises(FarError, match="already holds a run"), opened(tmp_path):
         pass
-    assert {p.name for p in tmp_path.iterdir()} >= {"notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"}
-    with open_run(asked("train", tmp_path, "must"), context):
-        assert not (tmp_path / ".last.pth.12.tmp").exists() and (tmp_path / ".hidden.tmp").exists()
+
+
+def test_a_resumed_run_removes_what_a_kill_left_half_written_and_no_file_of_others(tmp_path):
+    with opened(tmp_path):
+        pass
+    for name in ("notes.jsonl", ".hidden.tmp", ".last.pth.12.tmp"):
+        (tmp_path / name).touch()
+    with opened(tmp_path, "must"):
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", "args.json", "notes.jsonl", ".hidden.tmp"}

@@ -1,10 +1,11 @@
-"""The loop keeps its promises: resumable to the bit, exact over processes, stopping cleanly."""
+"""The loop keeps its promises: resumable to the bit, exact in what it adds up, stopping cleanly."""
 
 import json
 import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,65 +22,48 @@ from engine.train import Trainer, make_optimizer
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model
-from tests.conftest import TEACH, TRAIN, Started, lines_in, wait_for
+from tests.conftest import TEACH, TRAIN, Started, assert_equal, lines_in, rows, wait_for, weights
 from utils.checkpoint import load
 from utils.configs import DataConfig, Optim, Settings
 from utils.distributed import Context, prepare
 from utils.run_folder import RunFolder
 
-
-def weights(run, name="last.pth"):
-    return load(run / name, "--test")["model"]
+FEW = "--train-subset 0.04 --holdout 0.02 --batch-size 16 --block-ft-batch-size 16 --epochs 1 --block-ft-epochs 1"
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def distil(teacher: Path, run: Path, flags: str) -> Path:
+    """A finished run of main.py --mode train, of three steps a stage unless the flags say otherwise; its folder."""
+    line = [*TRAIN, *FEW.split(), *flags.split(), "--base-weight", str(teacher)]
+    assert main.main([*line, "--output-dir", str(run)]) == 0
+    return run
 
 
-def rows(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def epochs(run):
+    return [(r["stage"], r["epoch"], r["train"], r["val"]) for r in rows(run)]
 
 
-@pytest.fixture(scope="module")
-def long(teacher):
-    """A run in two stages, with everything random switched on."""
-    return [
-        *TRAIN,
-        "--base-weight",
-        str(teacher),
-        *"--epochs 1 --block-ft-epochs 1 --batch-size 16 --block-ft-batch-size 16 --train-mode sequential".split(),
-        *"--step 2 --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5".split(),
-    ]
+SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}  # and the exit code of each
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(long, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    done = Started("main.py", *long, "--output-dir", "run", cwd=folder).finish()
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
-)
-def test_a_run_stopped_mid_epoch_ends_bit_equal_after_resume(number, code, long, uninterrupted, tmp_path):
-    job = Started("main.py", *long, "--output-dir", "run", cwd=tmp_path)
-    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 5, job)
-    time.sleep(0.1)  # into the epoch
-    job.send_signal(number)
-    done = job.finish()
-    assert done.returncode == code and done.stdout.count("--resume goes on") == (number != signal.SIGKILL), done
-    assert "Traceback" not in done.stderr
-    done = Started("main.py", *long, "--output-dir", "run", "--resume", cwd=tmp_path).finish()
-    assert done.returncode == 0, done.stderr
-    assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
-    assert_equal(weights(tmp_path / "run", "best.pth"), weights(uninterrupted, "best.pth"))
-    a, b = (
-        [(r["stage"], r["epoch"], r["train"], r["val"]) for r in rows(run)] for run in (tmp_path / "run", uninterrupted)
-    )
-    assert a == b
+def test_a_run_stopped_again_and_again_ends_bit_equal_to_one_that_was_not(teacher, tmp_path):
+    """Four stages with everything random switched on, one signal in the epoch of each."""
+    flags = "--epochs 1 --block-ft-epochs 1 --batch-size 16 --block-ft-batch-size 16 --train-mode sequential --step 2"
+    flags += " --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5 --resume auto"
+    line = ["main.py", *TRAIN, *flags.split(), "--base-weight", str(teacher), "--output-dir"]
+    undisturbed = Started(*line, "whole", cwd=tmp_path)
+    for stage, (number, code) in enumerate(SIGNALS.items()):
+        job = Started(*line, "run", cwd=tmp_path)
+        wait_for(lambda stage=stage: lines_in(tmp_path / "run/log.jsonl") > 2 * stage, job)
+        time.sleep(0.1)  # into the epoch
+        job.send_signal(number)
+        done = job.finish()
+        assert done.returncode == code and "Traceback" not in done.stderr, done
+        assert done.stdout.count("--resume goes on") == (number != signal.SIGKILL)
+    for job in (undisturbed, Started(*line, "run", cwd=tmp_path)):
+        assert (done := job.finish()).returncode == 0, done.stderr
+    for name in ("last.pth", "best.pth"):
+        assert_equal(weights(tmp_path / "run", name), weights(tmp_path / "whole", name))
+    assert epochs(tmp_path / "run") == epochs(tmp_path / "whole")
 
 
 def test_run_folder_holds_what_the_readme_says(far):
@@ -88,12 +72,14 @@ def test_run_folder_holds_what_the_readme_says(far):
     record = json.loads((far / "args.json").read_text())
     assert record["args"]["epochs"] == 1 and record["versions"]["torch"] == torch.__version__
     assert [(r["stage"], r["epoch"]) for r in rows(far)] == [("attn", 0), ("attn", 1), ("block", 0), ("block", 1)]
+    for row in rows(far):  # how long steps waited for images, and the memory held
+        assert 0 <= row["data_seconds"] <= max(row["seconds"], 0) and row["peak_memory_mb"] > 50
+    assert any(row["data_seconds"] > 0 for row in rows(far))
 
 
-def test_stage_attn_leaves_everything_but_the_mixing_parts_alone(far, teacher, tmp_path):
-    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0"]
-    assert main.main([*args, "--select", "last", "--output-dir", str(tmp_path / "run")]) == 0
-    before, after = load(teacher, "--test")["model"], weights(tmp_path / "run")
+def test_stage_attn_leaves_everything_but_the_mixing_parts_alone(teacher, tmp_path):
+    run = distil(teacher, tmp_path / "run", "--block-ft-epochs 0 --select last")
+    before, after = load(teacher, "--test")["model"], weights(run)
     for name in before.keys() & after.keys():
         assert torch.equal(before[name], after[name]), name
     assert torch.equal(after["blocks.0.attn.post_proj.weight"], before["blocks.0.attn.proj.weight"])
@@ -113,77 +99,83 @@ def test_evaluation_agrees_with_one_pass_by_hand(far):
     assert got["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-def test_gradient_accumulation_equals_the_larger_batch(teacher, tmp_path):
-    common = [
-        *TRAIN,
-        "--base-weight",
-        str(teacher),
-        *"--epochs 1 --block-ft-epochs 0 --drop-path 0 --unscale-lr --opt sgd --warmup-epochs 0 --lr 0.1".split(),
-        *"--select last".split(),
-    ]
-    # 144 images: three batches of 48, or six of 24 taken two by two.
-    assert main.main([*common, "--batch-size", "48", "--output-dir", str(tmp_path / "a")]) == 0
-    assert main.main([*common, "--batch-size", "24", "--accum-steps", "2", "--output-dir", str(tmp_path / "b")]) == 0
-    assert main.main([*common, "--batch-size", "24", "--output-dir", str(tmp_path / "c")]) == 0
-    a, b, c = (weights(tmp_path / run) for run in "abc")
-    name = "blocks.0.attn.pre_proj.weight"
-    assert (a[name] - b[name]).abs().max() < 1e-6 < 1e-4 < (a[name] - c[name]).abs().max()
-
-
-def test_select_hands_on_the_best_or_the_last_epoch(teacher, tmp_path):
-    common = [*TEACH, "--base-weight", str(teacher), *"--epochs 3 --lr 0.05 --unscale-lr --warmup-epochs 0".split()]
-    for select in ("best", "last"):
-        assert main.main([*common, "--select", select, "--output-dir", str(tmp_path / select)]) == 0
-        accuracies = [r["val"]["acc1"] for r in rows(tmp_path / select)]
-        expected = max(accuracies) if select == "best" else accuracies[-1]
-        assert json.loads((tmp_path / select / "result.json").read_text())["acc1"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_amp_trains_with_finite_losses(amp, teacher, tmp_path):
-    args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0", "--amp", amp]
-    assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
-    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
-
-
-@pytest.mark.parametrize("rep_by", ["lstm", "mixer"])
-@pytest.mark.parametrize("source", ["teacher", "student"])
+@pytest.mark.parametrize(("rep_by", "source"), [("lstm", "teacher"), ("mixer", "student")])
 def test_every_replacement_trains_from_either_input(rep_by, source, teacher, tmp_path):
-    args = [
-        *TRAIN,
-        "--base-weight",
-        str(teacher),
-        *"--epochs 1 --block-ft-epochs 1 --rep-by".split(),
-        rep_by,
-        "--distill-input",
-        source,
-        *"--finetune-head --train-loss similarity --block-ft-train-loss combine".split(),
-    ]
-    assert main.main([*args, "--output-dir", str(tmp_path / "run")]) == 0
-    assert [r["stage"] for r in rows(tmp_path / "run")] == ["attn"] * 2 + ["block"] * 2 + ["head"] * 2
+    flags = "--finetune-head --train-loss similarity --block-ft-train-loss combine"
+    run = distil(teacher, tmp_path / "run", f"{flags} --rep-by {rep_by} --distill-input {source}")
+    assert [r["stage"] for r in rows(run)] == ["attn"] * 2 + ["block"] * 2 + ["head"] * 2
 
 
 def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(failure, teacher, tmp_path):
-    line = failure(
-        *TRAIN,
-        "--base-weight",
-        teacher,
-        *"--epochs 3 --lr 1e30 --unscale-lr --warmup-epochs 0 --opt sgd --output-dir".split(),
-        tmp_path / "run",
-    )
+    flags = "--epochs 3 --lr 1e30 --unscale-lr --warmup-epochs 0 --opt sgd".split()
+    line = failure(*TRAIN, "--base-weight", teacher, *flags, "--output-dir", tmp_path / "run")
     assert "step" in line and "stage attn" in line and str(tmp_path / "run/last.pth") in line
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
 
 
-# The loop by itself: a small teacher on 72 digits (three batches of 24), with a task that a test may replace.
+@pytest.mark.parametrize(("block_batch", "evaluations"), [("16", 2), ("8", 3)])
+def test_no_weights_are_evaluated_twice(block_batch, evaluations, teacher, tmp_path, monkeypatch):
+    counted = []
+
+    def counting(function):
+        return lambda *args, **kwargs: counted.append(function) or function(*args, **kwargs)
+
+    for function in (evaluate, fidelity):
+        monkeypatch.setattr(f"engine.train.{function.__name__}", counting(function))
+    run = distil(teacher, tmp_path / "run", f"--select last --block-ft-batch-size {block_batch}")
+    _, attn, before_block, block = (row["val"] for row in rows(run))
+    assert counted == [evaluate] * evaluations + [fidelity] and before_block == pytest.approx(attn)
+    result = json.loads((run / "result.json").read_text())
+    assert block == {name: result[name] for name in block}
+
+
+def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(far, teacher, tmp_path):
+    run = shutil.copytree(far, tmp_path / "run")
+    (run / "result.json").unlink()
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    line = [*TRAIN, *"--epochs 1 --block-ft-epochs 1 --resume".split(), "--base-weight", str(teacher)]
+    assert main.main([*line, "--output-dir", str(run)]) == 0
+    assert json.loads((run / "result.json").read_text()) == json.loads((far / "result.json").read_text())
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != "result.json"} == before
+
+
+def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
+    line = [
+        *TEACH,
+        *"--epochs 5 --eval-every 2 --save-every 3 --train-subset 0.03 --batch-size 16".split(),
+        "--output-dir",
+    ]
+    assert main.main([*line, str(tmp_path / "whole")]) == 0
+    assert [row["epoch"] for row in rows(tmp_path / "whole") if row["val"]] == [0, 2, 4, 5]
+    report = Trainer.report
+
+    def broken(self, stage, *given):
+        report(self, stage, *given)
+        if self.at.epoch == 4:  # whose weights are not saved: those of 3 are the last
+            raise RuntimeError("power is gone")
+
+    monkeypatch.setattr(Trainer, "report", broken)
+    with pytest.raises(RuntimeError, match="power"):
+        main.main([*line, str(tmp_path / "cut")])
+    assert load(tmp_path / "cut/last.pth", "--test")["position"]["epoch"] == 3
+    with (tmp_path / "cut/log.jsonl").open("a") as log:
+        log.write('{"stage": "teach')  # a line that was cut too
+    monkeypatch.setattr(Trainer, "report", report)
+    assert main.main([*line, str(tmp_path / "cut"), "--resume"]) == 0
+    for name in ("last.pth", "best.pth"):
+        assert_equal(weights(tmp_path / "cut", name), weights(tmp_path / "whole", name))
+    assert epochs(tmp_path / "cut") == epochs(tmp_path / "whole")
+
+
+# The loop by itself: a small teacher on 24 digits (three batches of 8), with a task that a test may replace.
 
 # Its rate is 0.1 in the first epoch and 0.01 in the second.
-SGD = Optim(2, 24, 0.1, warmup_epochs=0, sched="step", opt="sgd", momentum=0, weight_decay=0)
+SGD = Optim(2, 8, 0.1, warmup_epochs=0, sched="step", opt="sgd", momentum=0, weight_decay=0)
 ALONE, LAST = Context(), Settings(select="last")
 
 
-def digits(images: int = 72) -> Data:
-    return Data(DataConfig("DIGITS", None, 32, train_subset=images / 1423, holdout=0.01, num_workers=0), ALONE)
+def digits() -> Data:
+    return Data(DataConfig("DIGITS", None, 32, train_subset=24 / 1423, holdout=0.01, num_workers=0), ALONE)
 
 
 def classification(model, stage, criterion):
@@ -220,9 +212,8 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_norms_and_positions(opt
     optimizer.step()
     for name, p in model.named_parameters():
         kept = p.ndim == 1 or name in ("cls_token", "pos_embed")  # as DeiT and timm have it
-        torch.testing.assert_close(
-            p.detach(), before[name] * (1 if kept else 1 - 0.03 * 0.2), rtol=1e-6, atol=0, msg=name
-        )
+        expected = before[name] * (1 if kept else 1 - 0.03 * 0.2)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0, msg=name)
 
 
 def test_ranks_draw_different_dropout_and_one_rank_always_the_same(tmp_path):
@@ -245,20 +236,18 @@ class Slope(torch.nn.Module):
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_clipping_bounds_the_gradient_itself_not_the_scaled_one(amp, tmp_path):
-    slope = torch.randn(10, 64)
-    short, long = 0.5 * slope / slope.norm(), 30 * slope / slope.norm()
-    for name, given, norm in (("short", short, 0.5), ("long", long, 0.7)):
-
-        def task(model, stage, criterion, given=given):
-            return Slope(model, given)
-
-        optim = replace(SGD, epochs=1, accum_steps=3, clip_grad=0.7)
-        trainer = make_trainer(tmp_path / name, optim, task, settings=replace(LAST, amp=amp))
-        before = trainer.model.head.weight.detach().clone()
-        trainer.fit()
-        moved = before - trainer.model.head.weight
-        torch.testing.assert_close(moved, 0.1 * norm * slope / slope.norm(), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(("length", "clipped"), [(0.5, 0.5), (30, 0.7)])
+def test_clipping_bounds_the_gradient_itself_not_the_scaled_one(length, clipped, amp, tmp_path):
+    direction = torch.randn(10, 64)
+    direction /= direction.norm()
+    optim = replace(SGD, epochs=1, accum_steps=3, clip_grad=0.7)
+    trainer = make_trainer(
+        tmp_path, optim, lambda model, *_: Slope(model, length * direction), settings=replace(LAST, amp=amp)
+    )
+    before = trainer.model.head.weight.detach().clone()
+    trainer.fit()
+    moved = before - trainer.model.head.weight
+    torch.testing.assert_close(moved, 0.1 * clipped * direction, rtol=1e-4, atol=1e-6)
 
 
 def test_the_smaller_last_group_of_an_epoch_counts_each_of_its_batches_in_full(tmp_path):
@@ -266,7 +255,7 @@ def test_the_smaller_last_group_of_an_epoch_counts_each_of_its_batches_in_full(t
     torch.manual_seed(0)
     expected, data = create_teacher("DeiT-Micro", 10, 32), digits()
     for epoch, rate in ((0, 0.1), (1, 0.01)):
-        batches = list(data.at(data.train_loader(24), epoch))
+        batches = list(data.at(data.train_loader(8), epoch))
         assert len(batches) == 3
         for group in (batches[:2], batches[2:]):
             x, y = map(torch.cat, zip(*group, strict=True))
@@ -296,51 +285,19 @@ def loud(fail_at=0):
     return lambda model, stage, criterion: Distillation(model, None, stage, Loud(criterion, fail_at))
 
 
-def test_a_stopped_fp16_run_resumes_bit_equal_with_its_loss_scale(tmp_path):
-    common = {"optim": Optim(2, 12, 1e-3, warmup_epochs=0, clip_grad=1.0), "settings": replace(LAST, amp="fp16")}
+@pytest.mark.parametrize("settings", [replace(LAST, amp="fp16"), replace(LAST, model_ema=0.6)], ids=["fp16", "ema"])
+def test_loss_scale_and_averaged_weights_are_resumed_to_the_bit(settings, tmp_path):
+    common = {"optim": Optim(2, 4, 1e-3, warmup_epochs=0, clip_grad=1.0), "settings": settings}
     whole = fit(tmp_path / "whole", make_task=loud(), **common)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", make_task=loud(8), **common)
     stopped = load(tmp_path / "run/last.pth", "--test")
-    assert stopped["position"]["epoch"] == 1 and stopped["scaler"]["scale"] < 65536  # it has overflowed and backed off
-    assert stopped["optimizer"]["state"]  # and trained since
+    assert stopped["position"]["epoch"] == 1 and stopped["optimizer"]["state"]
+    assert settings.amp != "fp16" or stopped["scaler"]["scale"] < 65536  # it has overflowed, backed off, trained since
     assert_equal(fit(tmp_path / "run", make_task=loud(), resume=True, **common), whole)
 
 
-def test_evaluation_runs_in_the_precision_it_is_given():
-    seen = set()
-    model = create_teacher("DeiT-Micro", 10, 32)
-    model.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
-    for amp, dtype in {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
-        seen.clear()
-        evaluate(model, digits().val_loader(24), ALONE, Settings(amp=amp).autocast(ALONE.device))
-        assert seen == {(False, dtype)}
-
-
-def test_the_loop_trains_and_evaluates_in_the_precision_asked_for(tmp_path):
-    trainer, seen = make_trainer(tmp_path / "run", settings=replace(LAST, amp="bf16")), set()
-    trainer.model.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
-    trainer.fit()
-    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
-
-
-def test_of_epochs_with_the_same_accuracy_the_one_of_the_lowest_loss_is_best(tmp_path, monkeypatch):
-    # Before training, then five epochs.
-    accuracies, losses = iter([10.0, 40.0, 40.0, 30.0, 40.0, 40.0]), iter([9.0, 3.0, 2.0, 1.0, 2.0, 2.5])
-    after = {}
-
-    def scripted(model, *_):
-        after[len(after)] = {name: p.clone() for name, p in model.state_dict().items()}
-        return {"loss": next(losses), "acc1": next(accuracies), "acc5": 100.0, "balanced_acc1": 0.0, "images": 1}
-
-    monkeypatch.setattr(train, "evaluate", scripted)
-    handed_on = fit(tmp_path / "run", optim=replace(SGD, epochs=5), settings=Settings(select="best"))
-    assert_equal(weights(tmp_path / "run", "best.pth"), after[2])
-    assert_equal(handed_on, after[2])
-    assert not torch.equal(after[2]["head.weight"], after[1]["head.weight"])
-
-
-def test_averaged_weights_are_evaluated_saved_and_resumed(tmp_path, monkeypatch):
+def test_averaged_weights_are_those_of_the_formula_and_handed_on(tmp_path, monkeypatch):
     steps, update = [], train.ModelEmaV3.update
 
     def watched(average, model, step):
@@ -348,32 +305,41 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(tmp_path, monkeypatch)
         update(average, model, step)
 
     monkeypatch.setattr(train.ModelEmaV3, "update", watched)
-    common = {"optim": Optim(2, 12, 1e-3, warmup_epochs=0), "settings": replace(LAST, model_ema=0.6)}
-    whole = fit(tmp_path / "whole", make_task=loud(), **common)
+    whole = fit(tmp_path, optim=Optim(2, 4, 1e-3, warmup_epochs=0), settings=replace(LAST, model_ema=0.6))
     expected = steps[0]
     for number, weights_then in enumerate(steps[1:], 1):
-        decay = min(0.6, 1 - (1 + number) ** (-2 / 3)) if number else 0
+        decay = min(0.6, 1 - (1 + number) ** (-2 / 3))
         expected = {name: decay * value + (1 - decay) * weights_then[name] for name, value in expected.items()}
-    for name, value in weights(tmp_path / "whole", "best.pth").items():
+    for name, value in weights(tmp_path, "best.pth").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
-    assert_equal(whole, weights(tmp_path / "whole", "best.pth"))  # handed on, and so evaluated at the end
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "run", make_task=loud(8), **common)
-    assert_equal(fit(tmp_path / "run", make_task=loud(), resume=True, **common), whole)
+    assert_equal(whole, weights(tmp_path, "best.pth"))  # handed on, and so evaluated at the end
 
 
-def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(far, teacher, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(far, run)
-    record = json.loads((run / "args.json").read_text())
-    record["args"]["output_dir"] = str(run)
-    (run / "args.json").write_text(json.dumps(record))
-    (run / "result.json").unlink()
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
-    argv = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
-    assert main.main([*argv, "--output-dir", str(run), "--resume"]) == 0
-    assert json.loads((run / "result.json").read_text()) == json.loads((far / "result.json").read_text())
-    assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != "result.json"} == before
+@pytest.mark.parametrize(("amp", "dtype"), [("off", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_the_loop_trains_and_evaluates_in_the_precision_asked_for(amp, dtype, tmp_path):
+    trainer, seen = make_trainer(tmp_path, replace(SGD, epochs=1), settings=replace(LAST, amp=amp)), set()
+    trainer.model.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
+    trainer.fit()
+    assert seen == {(training, getattr(torch, dtype)) for training in (True, False)}
+
+
+@pytest.mark.parametrize(("select", "chosen"), [("best", 2), ("last", 5)])
+def test_the_epoch_handed_on_is_the_last_or_of_the_best_accuracies_that_of_the_lowest_loss(
+    select, chosen, tmp_path, monkeypatch
+):
+    # Before training, then five epochs.
+    accuracies, losses = iter([10.0, 40.0, 40.0, 30.0, 40.0, 40.0]), iter([9.0, 3.0, 2.0, 1.0, 2.0, 2.5])
+    after = []
+
+    def scripted(model, *_):
+        after.append({name: p.clone() for name, p in model.state_dict().items()})
+        return {"loss": next(losses), "acc1": next(accuracies), "acc5": 100.0, "balanced_acc1": 0.0, "images": 1}
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+    handed_on = fit(tmp_path, optim=replace(SGD, epochs=5), settings=Settings(select=select))
+    assert_equal(weights(tmp_path, "best.pth"), after[chosen])
+    assert_equal(handed_on, after[chosen])
+    assert not torch.equal(after[2]["head.weight"], after[1]["head.weight"])
 
 
 def test_a_finished_runs_model_is_on_its_device_with_its_backend(tmp_path, monkeypatch):
@@ -389,72 +355,15 @@ def test_a_finished_runs_model_is_on_its_device_with_its_backend(tmp_path, monke
     assert [m.backend for m in model.modules() if isinstance(m, MultiHeadBiLSTM)] == ["reference"] * 2
 
 
-def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
-    line = [*TEACH, *"--epochs 5 --batch-size 32 --eval-every 2 --save-every 3".split(), "--output-dir"]
-    assert main.main([*line, str(tmp_path / "whole")]) == 0
-    assert [row["epoch"] for row in rows(tmp_path / "whole") if row["val"]] == [0, 2, 4, 5]
-    report = Trainer.report
-
-    def broken(self, stage, *given):
-        report(self, stage, *given)
-        if self.at.epoch == 4:  # whose weights are not saved: those of 3 are the last
-            raise RuntimeError("power is gone")
-
-    monkeypatch.setattr(Trainer, "report", broken)
-    with pytest.raises(RuntimeError, match="power"):
-        main.main([*line, str(tmp_path / "cut")])
-    assert load(tmp_path / "cut/last.pth", "--test")["position"]["epoch"] == 3
-    with (tmp_path / "cut/log.jsonl").open("a") as log:
-        log.write('{"stage": "teach')  # a line that was cut too
-    monkeypatch.setattr(Trainer, "report", report)
-    assert main.main([*line, str(tmp_path / "cut"), "--resume"]) == 0
-    for name in ("last.pth", "best.pth"):
-        assert_equal(weights(tmp_path / "cut", name), weights(tmp_path / "whole", name))
-    logs = [[(r["epoch"], r["train"], r["val"]) for r in rows(tmp_path / name)] for name in ("cut", "whole")]
-    assert logs[0] == logs[1]
-
-
-def test_automatic_precision_is_bfloat16_where_a_gpu_has_it(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+def test_a_gpu_computes_in_bfloat16_where_it_can_and_in_tf32_products_a_cpu_in_full(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
     assert Settings().precision(cpu) == "off" and Settings(amp="bf16").precision(cpu) == "bf16"
     for has, expected in ((True, "bf16"), (False, "off")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert Settings().precision(cuda) == expected
-
-
-def test_a_gpu_gets_tf32_products_and_a_cpu_full_ones(monkeypatch):
-    used, before = [], torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    try:
-        assert prepare(torch.device("cpu")) == torch.device("cpu") and not used
-        assert Settings(amp="off").products(torch.device("cpu")) == "float32 matrix products in full"
-        assert prepare(torch.device("cuda", 1)) == torch.device("cuda", 1) and used == [torch.device("cuda", 1)]
-        assert Settings(amp="bf16").products(torch.device("cuda")) == (
-            "autocast to bf16, other float32 matrix products in TF32"
-        )
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def test_the_log_says_how_long_steps_waited_for_images_and_the_memory_held(far):
-    for row in rows(far):
-        assert 0 <= row["data_seconds"] <= max(row["seconds"], 0) and row["peak_memory_mb"] > 50
-    assert any(row["data_seconds"] > 0 for row in rows(far))
-
-
-@pytest.mark.parametrize(("block_batch", "evaluations"), [("64", 2), ("32", 3)])
-def test_no_weights_are_evaluated_twice(block_batch, evaluations, teacher, tmp_path, monkeypatch):
-    counted = []
-
-    def counting(function):
-        return lambda *args, **kwargs: counted.append(function) or function(*args, **kwargs)
-
-    for function in (evaluate, fidelity):
-        monkeypatch.setattr(f"engine.train.{function.__name__}", counting(function))
-    line = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1", "--select", "last"]
-    assert main.main([*line, "--block-ft-batch-size", block_batch, "--output-dir", str(tmp_path / "run")]) == 0
-    rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    attn, before_block = rows[1]["val"], rows[2]["val"]
-    assert counted == [evaluate] * evaluations + [fidelity] and before_block == pytest.approx(attn)
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert rows[3]["val"] == {name: result[name] for name in rows[3]["val"]}
+    assert prepare(cpu) == cpu and not used and torch.get_float32_matmul_precision() == "highest"
+    assert Settings(amp="off").products(cpu) == "float32 matrix products in full"
+    assert prepare(cuda) == cuda and used == [cuda] and torch.get_float32_matmul_precision() == "high"
+    assert Settings(amp="bf16").products(cuda) == "autocast to bf16, other float32 matrix products in TF32"
