@@ -18,6 +18,7 @@ from PIL import Image
 
 import main
 import models  # noqa: F401  (makes torchvision importable, which test files import first)
+from datasets import registry
 from engine import modes, pruning
 from plots import figures
 from tests import child
@@ -59,15 +60,14 @@ ALONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def launch(*command: str, cwd: Path, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
     """Runs a command of the README from `cwd`."""
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env={**os.environ, **ALONE, **env},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    options = {"cwd": cwd, "env": {**os.environ, **ALONE, **env}, "text": True, "timeout": timeout}
+    return subprocess.run([sys.executable, *command], **options, capture_output=True, check=False)
+
+
+def spawn(*command: str, cwd: Path, **env: str) -> subprocess.Popen:
+    """The same, going on by itself; its output comes together from `communicate()`."""
+    options = {"cwd": cwd, "env": {**os.environ, **ALONE, **env}, "text": True}
+    return subprocess.Popen([sys.executable, *command], **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 SERVER = multiprocessing.get_context("forkserver")  # imports all of FAR once, and forks what `start` asks for
@@ -127,18 +127,6 @@ def torchrun(*flags: str, script: str = "main.py", processes: int = 2, before: t
     """The arguments that start a script in several processes."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master-port={free_port()}", *before]
     return [*launcher, str(ROOT / script), "--distributed", *flags]
-
-
-def spawn(*command: str, cwd: Path, **env: str) -> subprocess.Popen:
-    """The same as `launch`, going on by itself; its output comes together from `communicate()`."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=cwd,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **ALONE, **env},
-    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen | Started, seconds: float = 120) -> None:
@@ -207,6 +195,18 @@ def far(tmp_path_factory, teacher) -> Path:
     args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
     assert main.main([*args, "--output-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """DIGITS of an eighth of its images."""
+    load_all = registry.Digits.__init__
+
+    def load_few(self, train: bool):
+        load_all(self, train)
+        self.images, self.targets = self.images[::8], self.targets[::8]
+
+    monkeypatch.setattr(registry.Digits, "__init__", load_few)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import visualization
 from models import kernels
 from models.choosing import CANDIDATES, FILE, choose_kernels
 from models.replace import FarConfig, build, load_model, replacements
-from tests.conftest import EVAL, ROOT, TRAIN, launch, lines_in, spawn, torchrun, wait_for
+from tests.conftest import EVAL, ROOT, TRAIN, launch, lines_in, rows, spawn, torchrun, wait_for
 from tests.test_kernels import UNITS, cells, gradient_errors, layer
 from tests.test_prune import SMALL
 from utils.distributed import Context
@@ -25,10 +25,6 @@ DEVICE = "cuda"
 ON = ["--device", DEVICE]
 EACH = pytest.mark.parametrize("name", CANDIDATES["cuda"])
 SHORT = ["--epochs", "2", "--block-ft-epochs", "1", *ON]
-
-
-def logged(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 @EACH
@@ -84,10 +80,10 @@ def test_a_training_with_clipping_is_stopped_and_goes_on(amp, teacher, tmp_path)
     done = launch(*command, "--resume", "auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert chosen == b"" or (run / FILE).read_bytes() == chosen
-    rows = logged(run)
-    assert [(r["stage"], r["epoch"]) for r in rows] == [*(("attn", k) for k in (0, 1, 2)), ("block", 0), ("block", 1)]
-    assert all(math.isfinite(value) for r in rows for value in [r["val"]["loss"], *r["train"].values()])
-    assert rows[-1]["train"]["loss"] < rows[1]["train"]["loss"] or rows[-1]["val"]["acc1"] > rows[0]["val"]["acc1"]
+    log = rows(run)
+    assert [(r["stage"], r["epoch"]) for r in log] == [*(("attn", k) for k in (0, 1, 2)), ("block", 0), ("block", 1)]
+    assert all(math.isfinite(value) for r in log for value in [r["val"]["loss"], *r["train"].values()])
+    assert log[-1]["train"]["loss"] < log[1]["train"]["loss"] or log[-1]["val"]["acc1"] > log[0]["val"]["acc1"]
 
 
 def test_a_training_runs_on_every_gpu_and_all_choose_alike(teacher, tmp_path):
@@ -96,7 +92,7 @@ def test_a_training_runs_on_every_gpu_and_all_choose_alike(teacher, tmp_path):
     done = launch(*torchrun(*line, processes=count), cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("lstm kernel") == len({line for line in done.stdout.splitlines() if "lstm kernel" in line})
-    assert len(logged(tmp_path / "run")) == 5
+    assert len(rows(tmp_path / "run")) == 5
     assert json.loads((tmp_path / "run/result.json").read_text())["images"] == round(0.04 * 1437)  # --holdout
 
 

@@ -1,9 +1,5 @@
 """The CPU kernel, forward and backward, against the float64 reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,7 +7,6 @@ from models import kernels
 from models.bigru import GRU
 from models.bilstm import MultiHeadBiLSTM
 from models.kernels import cpu
-from tests.conftest import ROOT
 from utils.errors import FarError
 
 UNITS = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(16, 16), (33, 5), (48, 49)]]
@@ -64,6 +59,24 @@ def gradient_errors(x, m, compute):
     return [((a - b).norm() / b.norm().clamp(min=1e-3 * direction.norm())).item() for a, b in pairs]
 
 
+def check_that_nan_stays_in_its_head_and_image(run, device="cpu"):
+    m, x = layer(UNITS[0]).to(device), torch.randn(2, 12, 3, 64, device=device)
+    x[0, 5, 1, 0] = float("nan")
+    bad = run(kernels.LSTM, x, cells(m)).isnan()  # (2, 12, 384)
+    assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
+    assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
+
+
+def check_that_backward_inside_autocast_is_the_same(run, device="cpu"):
+    m, x = layer(UNITS[1]).to(device).requires_grad_(), torch.randn(2, 5, 3, 64, device=device, requires_grad=True)
+    loss, inputs = run(kernels.LSTM, x, cells(m)).square().sum(), [x, *m.lstm.parameters()]
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        got = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+compiled_here = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 BUILDS = {"tuned": cpu.TUNED, "portable": cpu.PORTABLE}
 
 
@@ -73,7 +86,7 @@ def operators(request):
 
 
 @pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (197, 8), (50, 33)])
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (2, 3), (65, 33)])
 def test_the_cpu_kernel_matches_the_reference_forward_and_backward(operators, units, tokens, batch):
     m = layer(units)
     x = torch.randn(batch, 3, tokens, 64).transpose(1, 2)  # not contiguous
@@ -95,30 +108,23 @@ def test_the_cpu_kernel_reads_strided_input(operators, view):
     assert error_against_float64(x, m, cpu.fused(kernels.LSTM, x, cells(m), operators)) < 1e-6
 
 
-def test_extreme_input_saturates_and_nan_passes_through(operators):
-    m = layer(UNITS[0])
-    x = torch.randn(2, 12, 3, 64) * 1e4
+def test_extreme_input_saturates(operators):
+    m, x = layer(UNITS[0]), torch.randn(2, 12, 3, 64) * 1e4
     got = cpu.fused(kernels.LSTM, x, cells(m), operators)
     assert error_against_float64(x, m, got) < 1e-3  # gates of 1e4 are rounded to 1e-3 in float32
-    x[0, 5, 1, 0] = float("nan")
-    bad = cpu.fused(kernels.LSTM, x, cells(m), operators).isnan()  # (2, 12, 384)
-    assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
-    assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
 
 
-def scale_by_data(m):
-    for p in m.parameters():
-        p.data *= 0.5
+@pytest.mark.parametrize(
+    "check", [check_that_nan_stays_in_its_head_and_image, check_that_backward_inside_autocast_is_the_same]
+)
+def test_the_cpu_kernel_passes_each_check(check, operators):
+    check(lambda *task: cpu.fused(*task, operators))
 
 
 def scale_by_raw_memory(m):
     """As a collective of torch.distributed writes: no version counter moves."""
     for p in m.parameters():
         p.detach().numpy()[...] *= 0.5
-
-
-def scale_by_loading(m):
-    m.load_state_dict({name: w * 0.5 for name, w in m.state_dict().items()})
 
 
 def scale_by_a_step(m):
@@ -128,7 +134,7 @@ def scale_by_a_step(m):
     m.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [scale_by_data, scale_by_raw_memory, scale_by_loading, scale_by_a_step])
+@pytest.mark.parametrize("change", [scale_by_raw_memory, scale_by_a_step])
 def test_a_layer_computes_with_the_weights_it_has_now(change):
     m, x = layer(UNITS[1]), torch.randn(1, 30, 192)
     before = m(x)
@@ -136,17 +142,6 @@ def test_a_layer_computes_with_the_weights_it_has_now(change):
     after, m.backend = m(x), "reference"
     torch.testing.assert_close(after, m(x), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(before, after, atol=1e-3)
-
-
-def start(program, *argv, **env):
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *argv],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_auto_takes_the_cpu_kernel_only_where_it_fits():
@@ -164,20 +159,7 @@ def test_a_run_that_leaves_the_kernel_open_builds_none_before_it_needs_one(monke
     kernels.check("auto", torch.device("cpu"))
 
 
-@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
-def test_a_layer_trains_with_the_cpu_kernel(monkeypatch):
-    called = []
-    watch(monkeypatch, "cpu", lambda x: called.append(1))
-    m, x = layer(UNITS[0]).requires_grad_(), torch.randn(2, 30, 192)
-    grads = {}
-    for m.backend in ("auto", "torch"):
-        grads[m.backend] = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
-    assert called == [1]
-    for a, b in zip(*grads.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@compiled_here
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("cpu", torch.bfloat16), ("torch", torch.float16), ("reference", torch.bfloat16)]
 )
@@ -195,26 +177,16 @@ def test_gates_and_state_keep_their_precision_under_autocast(dtype, backend, mon
     assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in m.parameters())
 
 
-@pytest.mark.parametrize(
-    ("x_needs_grad", "weights", "products"),
-    [
-        (True, [], 6),
-        (False, ["weight_hh"], 6),
-        (False, ["bias_ih"], 0),
-        (True, ["weight_ih", "weight_hh", "bias_ih", "bias_hh"], 18),
-    ],
-)
-def test_backward_multiplies_only_for_the_gradients_it_needs(operators, x_needs_grad, weights, products):
-    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64, requires_grad=x_needs_grad)
-    inputs = [p.requires_grad_() for name, p in m.lstm.named_parameters() if name.split(".")[-1] in weights]
-    inputs = [x] * x_needs_grad + inputs
-    loss = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum()
+@pytest.mark.parametrize(("weights", "products"), [(["weight_hh"], 6), (["bias_ih"], 0), (["x", "weight_ih"], 12)])
+def test_backward_multiplies_only_for_the_gradients_it_needs(operators, weights, products):
+    m, x = layer(UNITS[1]), torch.randn(2, 9, 3, 64)
+    inputs = {"x": x, **dict(m.lstm.named_parameters())}
+    chosen = [p.requires_grad_() for name, p in inputs.items() if name.split(".")[-1] in weights]
     with torch.autograd.profiler.profile() as record:
-        got = torch.autograd.grad(loss, inputs, retain_graph=True)
+        got = torch.autograd.grad(cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum(), chosen)
     assert sum(event.name == "aten::mm" for event in record.function_events) == products
-    assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(loss, inputs), strict=True))
     everything = cpu.fused(kernels.LSTM, x.requires_grad_(), cells(m.requires_grad_()), operators).square().sum()
-    assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(everything, inputs), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(everything, chosen), strict=True))
 
 
 def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
@@ -224,7 +196,7 @@ def test_the_cpu_kernel_says_that_it_has_no_second_derivatives(operators):
         torch.autograd.grad(first.sum(), x)
 
 
-@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@compiled_here
 def test_the_operators_keep_what_torch_asks_of_operators():
     m, x, operators = layer([(17, 1), (16, 3)], dim=32), torch.randn(2, 7, 2, 16, requires_grad=True), torch.ops.far
     weights = [w.requires_grad_() for cell in cells(m) for w in cell]
@@ -237,7 +209,7 @@ def test_the_operators_keep_what_torch_asks_of_operators():
         torch.library.opcheck(operators.backward.default, arguments)
 
 
-@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+@compiled_here
 @pytest.mark.parametrize("train", [False, True])
 def test_a_layer_compiles_and_exports_as_one_graph(train):
     m, x = layer(UNITS[1], tokens=9).train(train).requires_grad_(train), torch.randn(2, 9, 192)
@@ -251,12 +223,3 @@ def test_a_layer_compiles_and_exports_as_one_graph(train):
     torch.testing.assert_close(exported.module()(x), m(x))
     parts = [part for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     assert any(str(node.target).startswith("far.") for part in parts for node in part.graph.nodes)
-
-
-def test_backward_inside_autocast_is_the_same(operators):
-    m, x = layer(UNITS[1]).requires_grad_(), torch.randn(2, 9, 3, 64, requires_grad=True)
-    loss, inputs = cpu.fused(kernels.LSTM, x, cells(m), operators).square().sum(), [x, *m.lstm.parameters()]
-    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = torch.autograd.grad(loss, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -34,9 +34,8 @@ LIMITS = {
         "block": {"disagreement": 0.25, "kl": 0.045, "z": 0.32},  # 0.04 to 0.09, 0.026 to 0.029, 0.17 to 0.22
         "pruned": {"disagreement": 0.5, "kl": 0.25},  # 0.17 to 0.25, 0.078 to 0.099
     },
-    "mingru": {  # seed 0 alone
+    "mingru": {  # seed 0 alone; pruned after stage attn
         "attn": {"disagreement": 0.4, "kl": 0.15, "z": 0.32},  # 0.14, 0.067, 0.21
-        "block": {"disagreement": 0.25, "kl": 0.045, "z": 0.32},  # 0.07, 0.025, 0.21
         "pruned": {"disagreement": 0.4, "kl": 0.15},  # 0.07, 0.035
     },
 }
@@ -90,13 +89,14 @@ def test_distillation_and_pruning_without_labels_keep_the_teachers_function(rep_
 
     distil = [*SIZE, *BLOCK_STEP, "--base-weight", str(teacher), "--block-ft-train-loss", "preserve"]
     distil += ["--rep-by", rep_by]
-    attn = train(main, tmp_path / "attn", *distil, *STEP, *ATTN)
+    far = attn = train(main, tmp_path / "attn", *distil, *STEP, *ATTN)
     check("attn", attn)
-    block = train(main, tmp_path / "block", *distil, *BLOCK, "--attn-weight", str(attn))
-    assert read("block/log.jsonl")[0]["val"] == read("attn/log.jsonl")[-1]["val"]  # it starts where stage attn ended
-    check("block", block)
+    if "block" in LIMITS[rep_by]:
+        far = train(main, tmp_path / "block", *distil, *BLOCK, "--attn-weight", str(attn))
+        assert read("block/log.jsonl")[0]["val"] == read("attn/log.jsonl")[-1]["val"]  # starts where stage attn ended
+        check("block", far)
 
-    preserve = ["--base-weight", str(teacher), "--distill-loss", "preserve", "--model-path", str(block)]
+    preserve = ["--base-weight", str(teacher), "--distill-loss", "preserve", "--model-path", str(far)]
     pruned = train(prune, tmp_path / "pruned", *STEP, *PRUNE, *preserve)
     steps = read("pruned/regularize/steps.jsonl")
     assert steps[-1]["hoyer_square"] < 0.985 * steps[0]["hoyer_square"]  # 0.964 to 0.970; 1.000 unregularized

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import main
+import prune
 import real
 from deploy.speed import ENGINE, in_engine, one_image
 from tests.test_datasets import solar_cells
@@ -15,11 +17,23 @@ from utils.errors import FarError
 from utils.recipe import Recipe
 
 
-def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch, capsys):
+def test_every_row_is_a_command():
+    """Each row's flags, as run_seed joins them, are those of main.py or prune.py."""
+    for epochs in (real.QUICK, real.PATIENT):
+        for flags in real.SWAPPED.values():
+            main.parse([*real.COMMON, *real.SWAP, *epochs[0], *flags])
+        for of, flags in real.PRUNED.values():
+            prune.build_parser().parse_args([*real.COMMON, *real.PRUNE, *epochs[1], *flags, "--model-path", of])
+            assert of in real.SWAPPED
+    assert {*real.SWAPPED, *real.PRUNED} >= set(real.SHORT)
+
+
+def test_rows_are_trained_measured_and_drawn(tmp_path, teacher, monkeypatch, capsys):
+    """The rows of LSTMs, and of as many blocks as --replace takes; a cell more changes a flag alone."""
     package = tmp_path / "packages/elpv_dataset"
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").touch()
-    solar_cells(package / "data", count=8)
+    solar_cells(package / "data")
     (tmp_path / "runs/real").mkdir(parents=True)
     shutil.copy(teacher, tmp_path / "runs/real/dinov2.pth")  # a small model where the converted one is kept
     monkeypatch.syspath_prepend(package.parent)
@@ -27,7 +41,8 @@ def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch,
     drawn = []
     monkeypatch.setattr(real, "one_image", partial(one_image, seconds=0.05))
     monkeypatch.setattr(real, "in_engine", partial(in_engine, seconds=0.05))
-    monkeypatch.setitem(real.SWAPPED, real.HYBRID, [*real.PRESERVE, "--replace", "auto:3"])
+    monkeypatch.setattr(real, "SWAPPED", {"FAR": real.PRESERVE, real.HYBRID: [*real.PRESERVE, "--replace", "auto:3"]})
+    monkeypatch.setattr(real, "PRUNED", {row: real.PRUNED[row] for row in ("kept 0.25", real.SMALLEST)})
     monkeypatch.setattr(real, "visualize", lambda config: drawn.append(config) or (Path(), []))  # has tests of its own
     assert real.main(["--input-size", "28", "--epochs", "1", "--all"]) == 0
     assert all(path.is_file() for path in (drawn[0].base_weight, drawn[0].far_weight, drawn[0].pruned_weight))
@@ -35,8 +50,8 @@ def test_every_row_is_trained_measured_and_drawn(tmp_path, teacher, monkeypatch,
     rows = json.loads((tmp_path / "runs/real/28px/rows.json").read_text())["0"]
     assert set(rows) == {"teacher", *real.SWAPPED, *real.PRUNED}
     assert rows["teacher"]["agreement"] == 100 and rows["teacher"]["kl"] == 0
-    sizes = [rows[row]["parameters"] for row in ("FAR", "kept 0.5", "kept 0.25", real.SMALLEST)]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    sizes = [rows[row]["parameters"] for row in ("FAR", "kept 0.25", real.SMALLEST)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     assert all(row[ENGINE] > 0 and 0 < row["balanced_acc1"] <= 100 and row["macs"] > 0 for row in rows.values())
     printed = said[said.index("balanced %") :]
     assert all(f"\n{row}  " in printed for row in rows)
@@ -62,13 +77,10 @@ def test_a_command_runs_in_several_processes_and_its_failure_ends_all(tmp_path, 
     assert "--epochs" in capfd.readouterr().err
 
 
-def test_without_the_packages_it_is_one_line(tmp_path, failure, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = failure("--output-dir", tmp_path / "run", script=real.main)
-    assert "pip install --no-deps -r requirements-real.txt" in said
-
-
-def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, failure):
+def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, failure, monkeypatch):
     assert "multiple of its patch size, 14" in failure("--input-size", "100", script=real.main)
     (tmp_path / "file").touch()
     assert "--output-dir" in failure("--output-dir", tmp_path / "file/run", script=real.main)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = failure("--output-dir", tmp_path / "run", script=real.main)
+    assert "pip install --no-deps -r requirements-real.txt" in said

@@ -45,7 +45,7 @@ def test_what_another_run_left_is_refused_in_one_line(other):
 # ---- text files
 
 
-ROWS = [{"stage_index": s, "epoch": e, "loss": 0.1 * e} for s in range(2) for e in range(3)]
+ROWS = [{"stage_index": 0, "epoch": e, "loss": 0.1 * e} for e in range(3)]
 
 
 def test_a_log_cut_anywhere_keeps_its_whole_lines(tmp_path):
@@ -55,8 +55,6 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines(tmp_path):
     for size in range(len(raw) + 1):
         path.write_bytes(raw[:size])
         assert read_lines(path) == (ROWS[: raw[:size].count(b"\n")], size > 0 and raw[size - 1 : size] != b"\n")
-    path.write_bytes(raw + b'{"stage_index": 1\n')
-    assert read_lines(path) == (ROWS, True)
 
 
 @pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff", b'{"epoch": 1}'])
@@ -68,12 +66,11 @@ def test_damage_inside_a_log_is_told_by_line(damage, tmp_path):
         read_lines(path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"{}", b'{"args": 3}'])
+@pytest.mark.parametrize("text", [b"", b"{}", b'{"args": 3}', None])
 def test_a_record_that_is_none_is_one_line(text, tmp_path):
     path = tmp_path / "args.json"
     path.write_bytes(b'{"args": {"seed": 1}}')
     assert read_record(path) == {"args": {"seed": 1}}
-    path.write_bytes(text)
-    for wrong in (path, tmp_path, tmp_path / "missing.json"):
-        with pytest.raises(FarError, match=f"^{wrong}: .*--output-dir$"):
-            read_record(wrong)
+    path.unlink() if text is None else path.write_bytes(text)
+    with pytest.raises(FarError, match=f"^{path}: .*--output-dir$"):
+        read_record(path)

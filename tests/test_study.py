@@ -8,8 +8,8 @@ import study
 from utils.recipe import Recipe
 
 
-def test_the_study_runs_named_rows_once_and_prints_their_means(tmp_path, capsys):
-    argv = ["--epochs", "1", "--train-subset", "0.03", "--seeds", "4", "--rows", "refit, combine"]
+def test_the_study_runs_named_rows_once_and_prints_their_means(few_digits, tmp_path, capsys):
+    argv = ["--epochs", "1", "--train-subset", "0.5", "--seeds", "4", "--rows", "refit, combine"]
     argv += ["--output-dir", str(tmp_path)]
     assert study.main(argv) == 0
     said, weights = capsys.readouterr().out, sorted(tmp_path.rglob("best.pth"))
@@ -41,14 +41,14 @@ def test_a_row_that_is_not_there_is_one_line(failure, tmp_path):
 def test_every_row_has_the_same_budget(row):
     if row in study.DISTILLING:
         attn, block = study.DISTILLING[row]
-        lines = [[*study.COMPARED_BLOCK, *block]] + ([] if attn is None else [[*study.COMPARED, *attn]])
-        flags = {"--epochs", "--block-ft-epochs"}
+        lines, budget = [[*study.COMPARED_BLOCK, *block], [] if attn is None else [*study.COMPARED, *attn]], 32
     else:
-        lines, flags = [[*study.PRUNING, *study.PRUNED[row]]], {"--epochs", "--ft-epochs"}
-    last = [{flag: int(value) for flag, value in zip(line, line[1:], strict=False) if flag in flags} for line in lines]
-    assert sum(sum(found.values()) for found in last) == (
-        32 if row in study.DISTILLING else 9 if row in (study.FIRST, study.SECOND) else 18
-    )
+        lines, budget = [[*study.PRUNING, *study.PRUNED[row]]], 9 if row in (study.FIRST, study.SECOND) else 18
+    counted = ("--epochs", "--block-ft-epochs", "--ft-epochs")
+    last = [
+        {flag: int(value) for flag, value in zip(line, line[1:], strict=False) if flag in counted} for line in lines
+    ]
+    assert sum(sum(epochs.values()) for epochs in last) == budget
 
 
 def test_a_second_step_prunes_what_the_first_left(tmp_path):

@@ -16,10 +16,8 @@ from engine import train
 from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity
-from engine.resume import fingerprint
 from engine.stages import Stage
 from engine.train import Trainer, make_optimizer
-from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.replace import FarConfig, build, load_model
 from tests.conftest import TEACH, TRAIN, Started, assert_equal, lines_in, rows, wait_for, weights
@@ -47,8 +45,8 @@ SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIG
 
 def test_a_run_stopped_again_and_again_ends_bit_equal_to_one_that_was_not(teacher, tmp_path):
     """Four stages with everything random switched on, one signal in the epoch of each."""
-    flags = "--epochs 1 --block-ft-epochs 1 --batch-size 16 --block-ft-batch-size 16 --train-mode sequential --step 2"
-    flags += " --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5 --resume auto"
+    flags = "--epochs 1 --block-ft-epochs 1 --batch-size 8 --block-ft-batch-size 8 --train-subset 0.06 --resume auto"
+    flags += " --train-mode sequential --step 2 --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5"
     line = ["main.py", *TRAIN, *flags.split(), "--base-weight", str(teacher), "--output-dir"]
     undisturbed = Started(*line, "whole", cwd=tmp_path)
     for stage, (number, code) in enumerate(SIGNALS.items()):
@@ -140,11 +138,8 @@ def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(fa
 
 
 def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
-    line = [
-        *TEACH,
-        *"--epochs 5 --eval-every 2 --save-every 3 --train-subset 0.03 --batch-size 16".split(),
-        "--output-dir",
-    ]
+    flags = "--epochs 5 --eval-every 2 --save-every 3 --train-subset 0.03 --batch-size 16"
+    line = [*TEACH, *flags.split(), "--output-dir"]
     assert main.main([*line, str(tmp_path / "whole")]) == 0
     assert [row["epoch"] for row in rows(tmp_path / "whole") if row["val"]] == [0, 2, 4, 5]
     report = Trainer.report
@@ -340,19 +335,6 @@ def test_the_epoch_handed_on_is_the_last_or_of_the_best_accuracies_that_of_the_l
     assert_equal(weights(tmp_path, "best.pth"), after[chosen])
     assert_equal(handed_on, after[chosen])
     assert not torch.equal(after[2]["head.weight"], after[1]["head.weight"])
-
-
-def test_a_finished_runs_model_is_on_its_device_with_its_backend(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *_: {})  # the meta device computes nothing
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=(0, 3))
-    model = build(config)
-    stage = Stage("done", (), (0, 3), "full", "classification", "output", SGD)
-    content = {"position": {"stage": 1}, "fingerprint": fingerprint(config, [stage], 1)}
-    run, context = RunFolder(tmp_path, ALONE, True), Context(device=torch.device("meta"))
-    settings = Settings(lstm_backend="reference")
-    Trainer(model, config, [stage], None, digits(), run, context, settings, content).fit()
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert [m.backend for m in model.modules() if isinstance(m, MultiHeadBiLSTM)] == ["reference"] * 2
 
 
 def test_a_gpu_computes_in_bfloat16_where_it_can_and_in_tf32_products_a_cpu_in_full(monkeypatch):

@@ -12,14 +12,22 @@ from models import kernels
 from models.bigru import GRU
 from models.kernels import gpu
 from tests.conftest import ROOT
-from tests.test_kernels import UNITS, cells, error_against_float64, gradient_errors, layer, watch
+from tests.test_kernels import (
+    UNITS,
+    cells,
+    check_that_backward_inside_autocast_is_the_same,
+    check_that_nan_stays_in_its_head_and_image,
+    error_against_float64,
+    gradient_errors,
+    layer,
+    watch,
+)
 from utils.errors import FarError
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.cuda  # `make gpu` runs them there
-DEVICE = (
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # tests/__init__.py turns the interpreter on where there is no GPU
+# tests/__init__.py turns the interpreter on where there is no GPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -27,34 +35,15 @@ def without_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-SHAPES = [(1, 1, 4), (2, 33, 16), (9, 7, 4), (33, 3, 8)]  # tokens, batch, rows a program
-
-
-@pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize(("tokens", "batch", "rows"), SHAPES)
+@pytest.mark.parametrize(
+    ("units", "tokens", "batch", "rows"),  # rows a program
+    [(UNITS[0], 2, 33, 16), (UNITS[1], 9, 7, 4), (UNITS[2], 33, 3, 8), (UNITS[1], 1, 1, 4)],
+)
 def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch, rows, monkeypatch):
     monkeypatch.setattr(gpu, "rows_for", lambda *_: rows)
     m = layer(units).to(DEVICE).requires_grad_()
     x = torch.randn(batch, 3, tokens, 64, device=DEVICE).transpose(1, 2).requires_grad_()  # not contiguous
     assert max(gradient_errors(x, m, lambda: gpu.fused(kernels.LSTM, x, cells(m)))) < 1e-5
-
-
-def test_a_program_takes_the_fewest_rows_that_leave_it_a_multiprocessor():
-    h100 = 132
-    tiny, small, base = ([gpu.rows_for(batch, 2 * heads, h100) for batch in (1, 64, 256)] for heads in (3, 6, 12))
-    assert tiny == [4, 4, 16] and small == [4, 8, 16] and base == [4, 16, 16]
-    for batch, count, chip in ((b, c, p) for b in (1, 5, 63, 512) for c in (2, 24) for p in (16, 132)):
-        rows = gpu.rows_for(batch, count, chip)
-        assert rows == 16 or count * -(-batch // rows) <= chip
-
-
-def test_backward_inside_autocast_is_the_same():
-    m, x = layer(UNITS[1]).to(DEVICE).requires_grad_(), torch.randn(2, 5, 3, 64, device=DEVICE, requires_grad=True)
-    loss, inputs = gpu.fused(kernels.LSTM, x, cells(m)).square().sum(), [x, *m.lstm.parameters()]
-    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        got = torch.autograd.grad(loss, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_hh"])
@@ -67,19 +56,17 @@ def test_only_what_needs_a_gradient_gets_one(name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_triton_walks_long_sequences_and_keeps_nothing_without_gradients():
+def test_triton_walks_long_sequences_without_gradients():
     m = layer([(20, 16)], dim=64).to(DEVICE)
-    x = torch.randn(2, 400, 1, 64, device=DEVICE)
+    x = torch.randn(2, 130, 1, 64, device=DEVICE)
     assert error_against_float64(x, m, gpu.fused(kernels.LSTM, x, cells(m))) < 1e-6
 
 
-def test_nan_passes_through_triton():
-    m = layer(UNITS[0]).to(DEVICE)
-    x = torch.randn(2, 12, 3, 64, device=DEVICE)
-    x[0, 5, 1, 0] = float("nan")
-    bad = gpu.fused(kernels.LSTM, x, cells(m)).isnan()  # (2, 12, 384)
-    assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
-    assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
+@pytest.mark.parametrize(
+    "check", [check_that_nan_stays_in_its_head_and_image, check_that_backward_inside_autocast_is_the_same]
+)
+def test_triton_passes_each_check(check):
+    check(gpu.fused, DEVICE)
 
 
 def test_the_triton_operators_keep_what_torch_asks_of_operators():
@@ -125,7 +112,7 @@ tensors = {
     "backward": ("d_hidden", "weight", "gates", "states", "d_inputs"),
 }
 for capability, name, units, rows, precision in (
-    *((c, n, u, r, "tf32") for c in (80, 90) for n in tensors for u, r in ((16, 16), (64, 4), (64, 16))),
+    *((80, n, u, r, "tf32") for n in tensors for u, r in ((16, 16), (64, 16))),
     *((c, n, 64, gpu.ROWS[-1], "tf32x3") for c in (80, 90) for n in tensors),
 ):
     keep = {"NEEDS_GRAD": True} if name == "forward" else {}
@@ -148,5 +135,5 @@ def test_triton_compiles_for_gpus_that_are_not_here(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(compiled) == 16
+    assert len(compiled) == 8
     assert all(c["fits"] and c["tensor_cores"] and c["binary"] for c in compiled), compiled
