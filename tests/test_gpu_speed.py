@@ -28,7 +28,7 @@ def config(monkeypatch, tmp_path):
     clock = map(float, itertools.count(1))
     monkeypatch.setattr(gpu_speed, "measure", lambda call, seconds: (call(), [next(clock), 1e9, 0.0])[1])
     monkeypatch.setattr(choosing, "SECONDS", 0.0)
-    return Config(tmp_path / "gpu", 0.0, (1, 2), ("DeiT-Micro",))
+    return Config(tmp_path / "gpu", 0.0, (2,), ("DeiT-Micro",))
 
 
 def test_everything_is_measured_and_shown(config, capsys):
@@ -36,15 +36,15 @@ def test_everything_is_measured_and_shown(config, capsys):
     said = capsys.readouterr().out
     page, _, auto = said.partition("\nwhat --lstm-backend auto takes\n")
     heads, attention, gru, mingru, stock, failing = page.split("\nlayer, inference, TF32\n")[1].splitlines()[:6]
-    assert heads.split() == ["computed", "by", "batch", "1", "batch", "2"]
+    assert heads.split() == ["computed", "by", "batch", "2"]
     assert attention.split()[:4] == ["DeiT-Micro", "attention", "(SDPA)", "1"] and " MB" in attention
     assert [line.split()[1] for line in (gru, mingru, stock)] == ["GRU", "minGRU", "torch"] and " MB" in mingru
-    assert failing.count("no kernel image") == 2
+    assert failing.count("no kernel image") == 1
     written = json.loads((config.output_dir / "gpu.json").read_text())
-    assert len(written["cases"]) == 2 * 2 * 2 * 2 * 5 and sum("failed" in case for case in written["cases"]) == 16
+    assert len(written["cases"]) == 2 * 2 * 2 * 5 and sum("failed" in case for case in written["cases"]) == 8
     assert written["about"]["torch"] == torch.__version__
-    assert [row["kernel"] for row in written["auto"]] == ["torch"] * 4
-    assert auto.count("broken is left out: no kernel image") == 4
+    assert [row["kernel"] for row in written["auto"]] == ["torch"] * 2
+    assert auto.count("broken is left out: no kernel image") == 2
 
 
 @pytest.mark.parametrize("phase", ["inference", "training step"])

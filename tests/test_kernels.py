@@ -60,15 +60,15 @@ def gradient_errors(x, m, compute):
 
 
 def check_that_nan_stays_in_its_head_and_image(run, device="cpu"):
-    m, x = layer(UNITS[0]).to(device), torch.randn(2, 12, 3, 64, device=device)
-    x[0, 5, 1, 0] = float("nan")
-    bad = run(kernels.LSTM, x, cells(m)).isnan()  # (2, 12, 384)
-    assert bad[0, 5:, 128:192].all() and bad[0, :6, 192:256].all()
-    assert not bad[1].any() and not bad[0, :5, 128:192].any() and not bad[0, :, :128].any()
+    m, x = layer(UNITS[0]).to(device), torch.randn(2, 5, 3, 64, device=device)
+    x[0, 2, 1, 0] = float("nan")
+    bad = run(kernels.LSTM, x, cells(m)).isnan()  # (2, 5, 384)
+    assert bad[0, 2:, 128:192].all() and bad[0, :3, 192:256].all()
+    assert not bad[1].any() and not bad[0, :2, 128:192].any() and not bad[0, :, :128].any()
 
 
 def check_that_backward_inside_autocast_is_the_same(run, device="cpu"):
-    m, x = layer(UNITS[1]).to(device).requires_grad_(), torch.randn(2, 5, 3, 64, device=device, requires_grad=True)
+    m, x = layer(UNITS[1]).to(device).requires_grad_(), torch.randn(2, 3, 3, 64, device=device, requires_grad=True)
     loss, inputs = run(kernels.LSTM, x, cells(m)).square().sum(), [x, *m.lstm.parameters()]
     expected = torch.autograd.grad(loss, inputs, retain_graph=True)
     with torch.autocast(device, torch.bfloat16):

