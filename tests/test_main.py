@@ -18,12 +18,13 @@ from engine import modes
 from engine.distill import LOSSES, TERMS
 from engine.hoyer import REGULARIZERS
 from engine.pruning import SCORES
-from models.deit import TEACHERS, create_teacher
+from models.deit import TEACHERS, create_teacher, load_published_weights
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
 from tests.conftest import DIGITS, EVAL, PLAIN, QUIET, TRAIN, image_folder, launch, run_ranks
 from utils import names
 from utils.checkpoint import load
+from utils.errors import FarError
 
 
 def test_the_published_torchrun_line_runs_as_written_on_a_fake_imagenet(tmp_path):
@@ -61,8 +62,9 @@ def test_defaults_are_those_of_the_published_code():
 def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(mode, trained, far, tmp_path, capsys):
     common = ["--dataset", "FOLDER", "--data-path", str(image_folder(tmp_path / "data", classes=3, count=2))]
     common += ["--batch-size", "4", "--num-workers", "0"]
+    rate = ["--lr", "1e-3", "--unscale-lr", "--warmup-epochs", "0"]
     argv = ["--mode", "downstream", *common, *PLAIN, "--far-weight", str(far / "best.pth"), "--ds-mode", mode]
-    assert main.main([*argv, "--epochs", "1", "--select", "last", "--output-dir", str(tmp_path / "run")]) == 0
+    assert main.main([*argv, *rate, "--epochs", "1", "--select", "last", "--output-dir", str(tmp_path / "run")]) == 0
     before, after = (load(path / "best.pth", "--test")["model"] for path in (far, tmp_path / "run"))
     body = {name for name in before if not name.startswith("head.")}
     changed = {name for name in body if not torch.equal(before[name], after[name])}
@@ -109,7 +111,7 @@ MISTAKES = [  # a line, what is added to it, and what is said
     (ON_FOLDER, "--data-path nowhere", "--data-path nowhere"),
     (ON_FOLDER, "--data-path empty", "class1: an empty class folder"),
     (ON_FOLDER, "--mode train --data-path good --base-weight TEACHER", "10 classes"),
-    (["--mode", "train", *OUT], "--dataset FOLDER --data-path good", "--base-weight: no weights for DeiT-Tiny"),
+    (["--mode", "train", *OUT], "--dataset FOLDER --data-path good", "knows 1000 classes, but not 'class0'"),
     (["--mode", "eval", *EVAL], "--far-weight tiny.pth", "not a FAR checkpoint"),
     (["--mode", "eval", *EVAL], "--far-weight TEACHER", "holds a teacher"),
     (DOWNSTREAM, "--ds-pruned --far-weight FAR", "--ds-pruned"),
@@ -122,10 +124,15 @@ MISTAKES = [  # a line, what is added to it, and what is said
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(line, added, said, failure, world, monkeypatch):
     root, words = world
     monkeypatch.chdir(root)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = sorted(p.name for p in root.iterdir())
     assert re.search(said, failure(*(words.get(word, word) for word in [*line, *added.split()])))
     assert sorted(p.name for p in root.iterdir()) == before
+
+
+def test_published_weights_that_cannot_be_downloaded_are_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FarError, match="^--base-weight: no weights for DeiT-Tiny: .*--base-weight FILE$"):
+        load_published_weights(create_teacher("DeiT-Tiny", 1000, 224), "DeiT-Tiny")
 
 
 def test_torchrun_without_distributed_is_told(failure, teacher, monkeypatch):
