@@ -1,6 +1,7 @@
 """FAR's speed against attention's: whole models in the runtimes people deploy, and layers, by batch and tokens.
 
-python3 benchmark.py                 everything, DeiT-Tiny, random weights (speed does not depend on them)
+python3 benchmark.py                 everything, random weights (speed does not depend on them)
+python3 benchmark.py --quick         DeiT-Tiny alone
 python3 benchmark.py --device cuda   layers and models on a GPU, by every kernel beside attention (`make gpu`)
 """
 
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from deploy import gpu_speed, rivals, speed
+from deploy.packed import PRECISIONS
 from deploy.timing import Times, compare, peak_bytes
 from models.count import count_macs
 from models.deit import LARGEST_INPUT, fits_patches
@@ -39,6 +41,7 @@ class Config:
     image_size: list[int]
     runtimes: list[str]
     runs: list[Path]
+    quick: bool
 
     def __post_init__(self):
         if odd := [size for size in self.image_size if not fits_patches(rivals.BASE, size)]:
@@ -58,7 +61,7 @@ def show(title: str, times: Times, megabytes: dict[str, float] | None = None) ->
 
 def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], Times]:
     """Times of whole models at (batch, size), each runtime in a process of its own, in turns."""
-    programs, results = rivals.programs(config.runtimes), {}
+    programs, results = rivals.programs(config.runtimes, larger=not config.quick), {}
     for program in programs:
         if reason := program.lacks():
             print(f"skipped: {program}: {reason}")
@@ -68,7 +71,7 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], Time
         able = [program for program in programs if not program.lacks()]
         with contextlib.closing(rivals.Processes(able, setting)) as processes:
             for batch, size in tqdm(shapes, desc="shapes", unit="shape", leave=False, disable=None):
-                chosen = [program for program in able if size == 224 or program.large]
+                chosen = [program for program in able if program.timed_at(batch, size)]
                 results[batch, size] = processes.compare(chosen, batch, size, config.seconds / 15)
                 for program, reason in processes.failed.items():
                     print(f"failed at batch {batch}, {size} px: {program}: {reason}", flush=True)
@@ -76,7 +79,24 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], Time
     for name in dict.fromkeys(name for times in results.values() for name in times):
         rows.append([name, *(f"{t[name]['median_ms']:.2f}" if name in t else "" for t in results.values())])
     print(f"\n{table(rows)}", flush=True)
+    for precision in PRECISIONS:
+        show_ratios(programs, results, precision)
     return results
+
+
+def show_ratios(programs: list[rivals.Program], results: dict[tuple[int, int], Times], precision: str) -> None:
+    """Prints how many times as fast as OpenVINO's attention of the same size the models in our engine are."""
+    rows = [[f"times as fast as OpenVINO's DeiT, {precision}", *(f"{b} x {s} px" for b, s in results)]]
+    for program in programs:
+        if program[1:] == (rivals.OURS, precision):
+            rival = str(rivals.Program(rivals.VARIANTS[program.model].base, rivals.OPENVINO, precision))
+            pairs = [(times.get(rival), times.get(str(program))) for times in results.values()]
+            ratios = [
+                f"{rival['median_ms'] / ours['median_ms']:.2f}" if rival and ours else "" for rival, ours in pairs
+            ]
+            rows += [[program.model, *ratios]] * any(ratios)
+    if len(rows) > 1:
+        print(f"\n{table(rows)}", flush=True)
 
 
 @torch.inference_mode()
@@ -130,6 +150,7 @@ def build_parser() -> Parser:
         default=list(rivals.RUNTIMES),
         help="what whole models run in; one that is not installed is skipped",
     )
+    parser.add_argument("--quick", action="store_true", help="leave DeiT-Small and DeiT-Base out")
     parser.add_argument(
         "--runs",
         type=path,
@@ -144,15 +165,17 @@ def benchmark(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.device == "cuda":  # has defaults of its own
-        parser.refuse(argv, {"image_size", "runtimes", "runs"}, "--device cuda does not use it")
+        parser.refuse(argv, {"image_size", "runtimes", "runs", "quick"}, "--device cuda does not use it")
         given = {"output_dir", "seconds", "batches"} & parser.named(argv).keys()
         return gpu_speed.run(gpu_speed.Config(**{name: vars(args)[name] for name in given}), pick_device("cuda"))
     check_writable(args.output_dir)
     config = pick(Config, args)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    models = {name: variant.build(224) for name, variant in rivals.VARIANTS.items()}
-    sizes = {name: {"parameters": count_parameters(m), "macs": count_macs(m)} for name, m in models.items()}
+    sizes = {}
+    for name, variant in rivals.VARIANTS.items():
+        model = variant.build(224)
+        sizes[name] = {"parameters": count_parameters(model), "macs": count_macs(model)}
     rows = [[name, f"{size['parameters']:,}", f"{size['macs'] / 1e6:,.0f}"] for name, size in sizes.items()]
     print(table([["224 px, random weights", "parameters", "million MACs"], *rows]))
     programs = compare_programs(config, threads)

@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import filelock
+import numpy as np
 import torch
 from torch import nn
 
 from deploy.fuse import fuse
+from deploy.packed import PRECISIONS
 from deploy.timing import PAUSE_S, Times, in_turns, measure
 from models import kernels
-from models.replace import FarConfig, build, count_parameters
+from models.replace import FarConfig, build, count_parameters, pruned_to
 from utils.errors import first_line
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
+DIMS = {BASE: DIM, "DeiT-Small": 384, "DeiT-Base": 768}
+CALIBRATION = 32  # random images: they set scales, and no one asks these models for answers
 OPENVINO, OURS = "OpenVINO", "FAR engine"
 ONNX_OPSET = 18
 Call = Callable[[torch.Tensor], object]
@@ -37,14 +41,14 @@ class Variant:
     keep: float | None = None
     mlp: float = 1.0
     rep_by: str = "multi-lstm"
+    base: str = BASE
 
     def build(self, size: int) -> nn.Module:
         blocks = tuple(range(DEPTH))
-        units = {str(i): [[round(DIM // HEADS * self.keep)] * 2] * HEADS for i in blocks if (self.keep or 1) < 1}
-        hidden = {str(i): int(4 * DIM * self.mlp) for i in blocks} if self.mlp < 1 else {}
+        hidden = {str(i): int(4 * DIMS[self.base] * self.mlp) for i in blocks} if self.mlp < 1 else {}
         torch.manual_seed(0)
-        config = FarConfig(BASE, 1000, size, self.rep_by, blocks if self.keep else (), units, hidden)
-        return build(config).eval().requires_grad_(False)
+        config = FarConfig(self.base, 1000, size, self.rep_by, blocks if self.keep else (), mlp=hidden)
+        return build(pruned_to(config, self.keep or 1)).eval().requires_grad_(False)
 
 
 VARIANTS = {
@@ -56,6 +60,16 @@ VARIANTS = {
     "FAR 0.25, MLP 0.5": Variant(0.25, 0.5),
     "FAR minGRU": Variant(1.0, rep_by="mingru"),
     "FAR minGRU 0.25, MLP 0.5": Variant(0.25, 0.5, "mingru"),
+    **{
+        f"{name}{base[4:]}{suffix}": Variant(keep, mlp, base=base)
+        for base in ("DeiT-Small", "DeiT-Base")
+        for name, suffix, keep, mlp in (
+            ("DeiT", "", None, 1.0),
+            ("FAR", "", 1.0, 1.0),
+            ("FAR", " 0.25", 0.25, 1.0),
+            ("FAR", " 0.25, MLP 0.5", 0.25, 0.5),
+        )
+    },
 }
 
 
@@ -106,24 +120,51 @@ def open_openvino(file: str, threads: int, precision: str = "float32") -> Call:
     """The same in OpenVINO."""
     import openvino as ov
 
-    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    hint = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[precision]  # int8: of what is not quantized
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     network = ov.Core().compile_model(file, "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
     request = network.create_infer_request()
     return lambda images: request.infer([images.numpy()], share_inputs=True)
 
 
+def calibration(model: nn.Module) -> list[np.ndarray]:
+    side = model.patch_embed.img_size[0]
+    return [torch.randn(1, 3, side, side).numpy() for _ in range(CALIBRATION)]
+
+
 def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
+    """int8: dynamic, activations quantized while it runs; static int8: of products, by calibration, QDQ."""
     file = export(model, setting)
     if precision == "int8":
         from onnxruntime.quantization import quantize_dynamic
 
         quantize_dynamic(file, file := f"{file}.int8")
+    elif precision == "static int8":
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+        class Images(CalibrationDataReader):
+            feeds = iter([{"x": image} for image in calibration(model)])
+
+            def get_next(self) -> dict | None:
+                return next(self.feeds, None)
+
+        settings = {"quant_format": QuantFormat.QDQ, "op_types_to_quantize": ["MatMul", "Gemm", "Conv"]}
+        quantize_static(file, file := f"{file}.static", Images(), **settings)
     return open_onnx_runtime(file, setting.threads)
 
 
 def openvino(model: nn.Module, precision: str, setting: Setting) -> Call:
-    return open_openvino(export(model, setting), setting.threads, precision)
+    """int8: by NNCF, static, as it is advised for transformers."""
+    file = export(model, setting)
+    if precision == "int8":
+        import nncf
+        from openvino import Core, save_model
+
+        settings = {"preset": nncf.QuantizationPreset.MIXED, "model_type": nncf.ModelType.TRANSFORMER}
+        data = nncf.Dataset(calibration(model))
+        network = nncf.quantize(Core().read_model(file), data, subset_size=CALIBRATION, **settings)
+        save_model(network, file := f"{file}.xml")
+    return open_openvino(file, setting.threads, precision)
 
 
 def engine(model: nn.Module, precision: str, setting: Setting) -> Call:
@@ -131,19 +172,18 @@ def engine(model: nn.Module, precision: str, setting: Setting) -> Call:
 
 
 class Runtime(NamedTuple):
-    """make: (model, precision, setting) to a function of images. package: what must be installed for it."""
+    """make: (model, precision, setting) to a function of images. packages: what must be installed, by precision."""
 
     make: Callable[[nn.Module, str, Setting], Call]
-    precisions: tuple[str, ...]
-    package: str = "torch"
+    packages: dict[str, str]
 
 
 RUNTIMES = {
-    "timm eager": Runtime(eager, ("float32",)),
-    "torch.compile": Runtime(compiled, ("bfloat16",)),
-    "ONNX Runtime": Runtime(onnx_runtime, ("float32", "int8"), "onnxruntime"),
-    OPENVINO: Runtime(openvino, ("float32", "bfloat16"), "openvino"),
-    OURS: Runtime(engine, ("float32", "bfloat16")),
+    "timm eager": Runtime(eager, {"float32": "torch"}),
+    "torch.compile": Runtime(compiled, {"bfloat16": "torch"}),
+    "ONNX Runtime": Runtime(onnx_runtime, dict.fromkeys(("float32", "int8", "static int8"), "onnxruntime")),
+    OPENVINO: Runtime(openvino, {"float32": "openvino", "bfloat16": "openvino", "int8": "nncf"}),
+    OURS: Runtime(engine, dict.fromkeys(PRECISIONS, "torch")),
 }
 
 
@@ -157,25 +197,30 @@ class Program(NamedTuple):
     def __str__(self) -> str:
         return f"{self.model} / {self.runtime} {self.precision}"
 
-    @property
-    def large(self) -> bool:
-        """True if it is one of those that are timed on larger images too."""
-        return self.runtime in (OPENVINO, OURS) and self.model in (BASE, "FAR", "FAR 0.25")
+    def timed_at(self, batch: int, size: int) -> bool:
+        """True if it is one of those that are timed at a shape: larger models and images are for few."""
+        if VARIANTS[self.model].base != BASE:
+            return (batch, size) == (1, 224)
+        return size == 224 or self.runtime in (OPENVINO, OURS) and self.model in (BASE, "FAR", "FAR 0.25")
 
     def lacks(self) -> str:
         """Why it cannot run here; empty if it can."""
-        package = RUNTIMES[self.runtime].package
+        package = RUNTIMES[self.runtime].packages[self.precision]
         if not importlib.util.find_spec(package):
             return f"{package} is not installed"
         half = self.precision == "bfloat16" and self.runtime == OURS
         return "this CPU has no AVX512_BF16" if half and not kernels.cpu.has_bfloat16() else ""
 
 
-def programs(runtimes: Collection[str]) -> list[Program]:
-    """The teacher in every runtime; one with pruned MLPs in the fastest and in ours; FAR in ours."""
-    wanted = {BASE: RUNTIMES, f"{BASE}, MLP 0.5": (OPENVINO, OURS)}
-    chosen = [(model, runtime) for model in VARIANTS for runtime in wanted.get(model, (OURS,)) if runtime in runtimes]
-    return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].precisions]
+def programs(runtimes: Collection[str], larger: bool = True) -> list[Program]:
+    """The teacher in every runtime; others with attention in the fastest and in ours; FAR in ours."""
+    chosen = []
+    for model, variant in VARIANTS.items():
+        if variant.base != BASE and not larger:
+            continue
+        wanted = RUNTIMES if model == BASE else (OURS,) if variant.keep else (OPENVINO, OURS)
+        chosen += [(model, runtime) for runtime in wanted if runtime in runtimes]
+    return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].packages]
 
 
 def start_process(threads: int) -> None:

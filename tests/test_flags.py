@@ -282,6 +282,11 @@ def test_what_a_flag_says_of_a_run(line, look, expected, done):
     assert look(done(line)) == expected
 
 
+def test_attn_weight_is_what_the_block_stage_starts_from(ready, far):
+    start, weights = ready(FROM_FAR).model.state_dict(), load(far / "best.pth")["model"]
+    assert all(torch.equal(start[name], weights[name]) for name in weights)
+
+
 def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkeypatch, ready):
     reads = []
 

@@ -92,13 +92,18 @@ ON_FOLDER = ["--mode", "teacher", "--dataset", "FOLDER", "--scale", "Micro", *QU
 DOWNSTREAM = ["--mode", "downstream", "--dataset", "DIGITS"]
 MISTAKES = [  # a line, what is added to it, and what is said
     (TRAINING, "--dataset NOPE", "--dataset: .*NOPE"),
+    (TRAINING, "--base-model DeiT-Tiny", "--scale Micro"),
+    (TRAINING, "--replace 0-4", "--replace 0-4"),
     (TRAINING, "--base-weight missing.pth", "--base-weight missing.pth: no such file"),
     (TRAINING, "--base-weight module.pth", "refuses to execute"),
     (TRAINING, "--base-weight tiny.pth", "another architecture|has shape"),
+    (TRAINING, "--base-weight FAR", "is a FAR model"),
     (TRAINING, "--block-ft-mode FC+head --block-ft-train-loss similarity", "does not reach the classifier"),
     (TRAINING, "--train-loss kl+nope", r"--train-loss: kl\+nope is none of .* nor a sum"),
     (TRAINING, "--lr inf", "--lr: inf"),
     (TRAINING, "--batch-size 0", "--batch-size"),
+    (TRAINING, "--aa auto", "--aa auto"),
+    (TRAINING, "--aa rand-m9-mstd0.5-incl", "part 'incl' is unknown"),
     (TRAINING, "--output-dir tiny.pth/x", "a file is in its place"),
     (TRAINING, "--distributed", "--distributed: not started by torchrun"),
     (TRAINING, "--resume", "--resume: no run in out"),
@@ -111,6 +116,7 @@ MISTAKES = [  # a line, what is added to it, and what is said
     (ON_FOLDER, "--data-path nowhere", "--data-path nowhere"),
     (ON_FOLDER, "--data-path empty", "class1: an empty class folder"),
     (ON_FOLDER, "--mode train --data-path good --base-weight TEACHER", "10 classes"),
+    (["--mode", "train", *OUT], "--dataset IMNET --data-path good", "2 classes, but IMNET has 1000.*FOLDER"),
     (["--mode", "train", *OUT], "--dataset FOLDER --data-path good", "knows 1000 classes, but not 'class0'"),
     (["--mode", "eval", *EVAL], "--far-weight tiny.pth", "not a FAR checkpoint"),
     (["--mode", "eval", *EVAL], "--far-weight TEACHER", "holds a teacher"),
@@ -150,6 +156,16 @@ def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, 
     del record["args"]["mixup_prob"]  # of a version that did not know the flag: it had the default
     (run / "args.json").write_text(json.dumps(record))
     assert "with --mixup-prob 1.0, not 0.5" in failure(*args, "1", "--mixup-prob", "0.5", "--resume")
+
+
+def test_more_processes_than_images_is_refused(teacher):
+    from datasets.loading import Data
+    from utils.configs import DataConfig
+    from utils.distributed import Context
+    from utils.errors import FarError
+
+    with pytest.raises(FarError, match="--nproc_per_node"):
+        Data(DataConfig("DIGITS", None, 32, train_subset=0.001), Context(0, 2))
 
 
 def test_help_is_grouped_and_shows_defaults(capsys):

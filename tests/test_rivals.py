@@ -20,7 +20,7 @@ def test_every_runtime_computes_the_model(tmp_path):
                 got = call(images)
             got = torch.as_tensor(got if isinstance(got, torch.Tensor) else got[0])
             errors[program] = ((got - expected).norm() / expected.norm()).item()
-    limits = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.2}
+    limits = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.4, "static int8": 0.2}  # of random weights
     assert len(errors) >= 2 and all(error < limits[program.precision] for program, error in errors.items()), errors
 
 
