@@ -1,7 +1,7 @@
 """A FAR model or a plain DeiT as one operator on a CPU, images to logits, by the engine in models/kernels/cpp."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import timm.layers
@@ -18,13 +18,17 @@ from models.parts import Mlp, Replacement
 from models.replace import replacements
 from utils.errors import FarError
 
-LAYOUT, NATURAL = 4, 0  # those of kernels/cpp/model.h
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of products, by --fuse and --precision
-NONE = [0, 0, 0, 0]  # the record of a map that is not there
+LAYOUT, NATURAL = 5, 0  # those of kernels/cpp/model.h
+# Of products, by --fuse and --precision, in the order of model.h.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+PRODUCTS = ("embed", "before", "w_hh", "heads", "out", "fc1", "fc2", "head")  # those that may stay float32 in int8
+KEEP = ()  # those that do by default
+STEPS, TINY = 127, 1e-30  # of 8 bits, see kernels/cpp/dots.h; a scale that nothing is lost with
+NONE = [0, 0, 0, 0, 0]  # the record of a map that is not there
 
 
 class Natural(NamedTuple):
-    """A model's natural form (kernels/cpp/model.h), the same on every machine; products: float32 or bfloat16."""
+    """A model's natural form (kernels/cpp/model.h), the same on every machine; products: float32, bfloat16 or int8."""
 
     plan: Tensor
     vectors: Tensor
@@ -34,10 +38,13 @@ class Natural(NamedTuple):
 class Writer:
     """Lays matrices and vectors one behind the other; returns their places.
 
-    All arithmetic before rounding is in the dtype of what comes in.
+    All arithmetic before rounding is in the dtype of what comes in. keep: of PRODUCTS, what stays float32 in int8.
     """
 
-    def __init__(self, precision: torch.dtype):
+    def __init__(self, precision: torch.dtype, keep: Collection[str] = ()):
+        if unknown := set(keep) - set(PRODUCTS):
+            raise FarError(f"no products of the engine: {', '.join(sorted(unknown))}; it has {', '.join(PRODUCTS)}")
+        self.keep = keep if precision == torch.int8 else ()
         self.dtypes = {"products": precision, "vectors": torch.float32}
         self.pieces: dict[str, list[Tensor]] = {name: [] for name in self.dtypes}
         self.lengths = dict.fromkeys(self.dtypes, 0)
@@ -48,8 +55,15 @@ class Writer:
         self.lengths[kind] += piece.numel()
         return place
 
-    def matrix(self, w: Tensor) -> int:
-        return self._put("products", w)
+    def matrix(self, w: Tensor, kept: bool = False) -> tuple[int, list[Tensor]]:
+        """Its place, and in int8 the scales of its rows."""
+        if self.dtypes["products"] != torch.int8:
+            return self._put("products", w), []
+        if kept:
+            self._put("products", w.new_zeros(-self.lengths["products"] % 4))
+            return self._put("products", w.detach().float().contiguous().view(torch.int8)), []
+        scales = w.abs().amax(1) / STEPS
+        return self._put("products", (w / scales.clamp_min(TINY)[:, None]).round()), [scales]
 
     def vector(self, v: Tensor) -> int:
         return self._put("vectors", v)
@@ -57,19 +71,22 @@ class Writer:
     def norm(self, norm: nn.LayerNorm) -> int:
         return self.vector(torch.cat([norm.weight, norm.bias, norm.weight.new_tensor([norm.eps])]))
 
-    def map(self, w: Tensor, b: Tensor | None) -> list[int]:
-        """The record of a linear map (Map in model.h)."""
+    def map(self, name: str, w: Tensor, b: Tensor | None) -> list[int]:
+        """The record of a linear map (Map in model.h); name: of PRODUCTS."""
         b = w.new_zeros(len(w)) if b is None else b
-        return [w.shape[1], len(w), self.matrix(w), self.vector(b)]
+        place, scales = self.matrix(w, kept := name in self.keep)
+        return [w.shape[1], len(w), place, self.vector(torch.cat([b, *scales])), int(kept)]
 
     def min_gru(self, cell: MinGRUCell) -> list[int]:
         """As `lstm`, of a minGRU, which has no W_hh."""
-        return [self.matrix(cell.weight_ih), 0, self.vector(cell.bias_ih)]
+        place, scales = self.matrix(cell.weight_ih)
+        return [place, 0, self.vector(torch.cat([cell.bias_ih, *scales])), 0]
 
     def lstm(self, cell: Cell) -> list[int]:
-        """Places of W_ih, W_hh and the bias of one direction (CellPlan)."""
+        """Places of W_ih, W_hh and the bias of one direction (CellPlan), and whether W_hh is kept."""
         bias = cell.bias_ih + cell.bias_hh
-        return [self.matrix(cell.weight_ih), self.matrix(cell.weight_hh), self.vector(bias)]
+        (ih, scales), (hh, hidden) = self.matrix(cell.weight_ih), self.matrix(cell.weight_hh, "w_hh" in self.keep)
+        return [ih, hh, self.vector(torch.cat([bias, *scales, *hidden])), int("w_hh" in self.keep)]
 
 
 # By kind of cell: how the engine's cells are written.
@@ -78,7 +95,7 @@ CELLS = {"lstm": Writer.lstm, "mingru": Writer.min_gru}
 
 def _recurrence(writer: Writer, maps: Merged) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
     """Of a block with cells: [heads, gates, depth, mixed], cell and head records, `before` and `out` as one record."""
-    before = writer.map(*maps.pre) if maps.pre else NONE
+    before = writer.map("before", *maps.pre) if maps.pre else NONE
     depth = maps.cells[0].weight_ih.shape[1]
     cells, column, write_cell = [], 0, CELLS[maps.kind.name]
     for i, cell in enumerate(maps.cells):
@@ -87,10 +104,10 @@ def _recurrence(writer: Writer, maps: Merged) -> tuple[list[int], list[list[int]
         column += cell.units
     heads, start = [], 0
     for h, (weight, bias) in enumerate(maps.heads):
-        heads.append([start, h * len(weight), *writer.map(weight, bias)])
+        heads.append([start, h * len(weight), *writer.map("heads", weight, bias)])
         start += weight.shape[1]
     cells.sort(key=lambda cell: -cell[0])
-    return [0, maps.kind.gates, depth, column], cells, heads, before + writer.map(*maps.out)
+    return [0, maps.kind.gates, depth, column], cells, heads, before + writer.map("out", *maps.out)
 
 
 def _attention(writer: Writer, attn: Attention) -> tuple[list[int], list, list, list[int]]:
@@ -99,15 +116,18 @@ def _attention(writer: Writer, attn: Attention) -> tuple[list[int], list, list, 
     b = w.new_zeros(len(w)) if b is None else b.double()
     scale = torch.ones_like(b)
     scale[: attn.attn_dim] = attn.scale
-    before = writer.map(w * scale[:, None], b * scale)
-    maps = before + writer.map(attn.proj.weight, attn.proj.bias)
+    before = writer.map("before", w * scale[:, None], b * scale)
+    maps = before + writer.map("out", attn.proj.weight, attn.proj.bias)
     return [attn.num_heads, 0, attn.head_dim, attn.attn_dim], [], [], maps
 
 
 @torch.no_grad()
-def natural_form(model: VisionTransformer, precision: torch.dtype) -> Natural:
-    """A model that `structure_faults` says nothing of: a header, a record a block, records of cells and projections."""
-    writer, model = Writer(precision), without_scales(model)
+def natural_form(model: VisionTransformer, precision: torch.dtype, keep: Collection[str] = KEEP) -> Natural:
+    """A model that `structure_faults` says nothing of: a header, a record a block, records of cells and projections.
+
+    keep: of PRODUCTS, what stays float32 in int8.
+    """
+    writer, model = Writer(precision, keep), without_scales(model)
     embed = model.patch_embed
     bias = model.pos_embed.new_zeros(model.embed_dim) if embed.proj.bias is None else embed.proj.bias
     tokens = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
@@ -117,7 +137,8 @@ def natural_form(model: VisionTransformer, precision: torch.dtype) -> Natural:
     header = [*embed.proj.weight.shape[1:2], *embed.img_size, *embed.patch_size]
     header += [len(prefix), model.embed_dim, len(model.blocks), len(model.head.weight)]
     header += [writer.vector(prefix), writer.vector(positions + bias), writer.norm(model.norm)]
-    header += writer.map(embed.proj.weight.flatten(1), None) + writer.map(model.head.weight, model.head.bias)
+    header += writer.map("embed", embed.proj.weight.flatten(1), None)
+    header += writer.map("head", model.head.weight, model.head.bias)
     start, records, behind, replaced = 4 + len(header), [], [], replacements(model)
     for i, block in enumerate(model.blocks):
         # Merged in float64, so that only what is written is rounded.
@@ -128,14 +149,15 @@ def natural_form(model: VisionTransformer, precision: torch.dtype) -> Natural:
             tables += [len(behind), len(table)]
             behind += [number for record in table for number in record]
         records.append([writer.norm(block.norm1), writer.norm(block.norm2), *shape, *tables, *maps])
-        for part in (block.mlp.fc1, block.mlp.fc2):
-            records[-1] += writer.map(part.weight, part.bias)
+        for name in ("fc1", "fc2"):
+            part = getattr(block.mlp, name)
+            records[-1] += writer.map(name, part.weight, part.bias)
     start += sum(map(len, records))
     for record in records:
         record[6] += start
         record[8] += start
     plan = header + [number for record in records for number in record] + behind
-    plan = [LAYOUT, NATURAL, int(precision == torch.bfloat16), 4 + len(plan), *plan]
+    plan = [LAYOUT, NATURAL, [*PRECISIONS.values()].index(precision), 4 + len(plan), *plan]
     return Natural(torch.tensor(plan), *(torch.cat(writer.pieces[name]) for name in ("vectors", "products")))
 
 
@@ -237,7 +259,7 @@ def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
     if not cpu.available():
         return "the C++ kernel cannot be built here"
     if precision not in PRECISIONS.values():
-        return f"{precision} is neither float32 nor bfloat16"
+        return f"{precision} is none of {', '.join(PRECISIONS)}"
     lacks = precision == torch.bfloat16 and not cpu.has_bfloat16()
     return next(faults(model), "bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
 
@@ -245,15 +267,18 @@ def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
 class PackedModel(nn.Module):
     """The function of a FAR model or a DeiT without gradients: images (B, C, S, S) to logits (B, classes).
 
-    precision: of weights and activations in matrix products; sums, norms, gates and states stay float32. The model is
-    copied, not changed. Raises FarError where `why_not` names a reason.
+    precision: of weights and activations in matrix products; sums, norms, gates and states stay float32. keep: of
+    PRODUCTS, what stays float32 in int8. The model is copied, not changed. Raises FarError where `why_not` names a
+    reason.
     """
 
-    def __init__(self, model: VisionTransformer, precision: torch.dtype = torch.float32):
+    def __init__(
+        self, model: VisionTransformer, precision: torch.dtype = torch.float32, keep: Collection[str] = KEEP
+    ):
         super().__init__()
         if reason := why_not(model, precision):
             raise FarError(f"this model cannot be packed for the CPU: {reason}")
-        plan, vectors, products = cpu.load(cpu.TUNED).pack(*natural_form(model, precision))
+        plan, vectors, products = cpu.load(cpu.TUNED).pack(*natural_form(model, precision, keep))
         self.products, self.vectors = (nn.Parameter(numbers, requires_grad=False) for numbers in (products, vectors))
         self.register_buffer("plan", plan)
         self.num_classes = len(model.head.weight)

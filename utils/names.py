@@ -16,7 +16,7 @@ LOSSES = ("similarity", "classification", "combine", "preserve")  # engine.disti
 # engine.distill.TERMS: what a loss is a sum of
 TERMS = ("similarity", "squared_error", "kl", "soft_kl", "classification")
 AMP = ("auto", "off", "bf16", "fp16")  # what utils.configs.Settings.autocast knows
-PRECISIONS = ("float32", "bfloat16")  # deploy.packed.PRECISIONS
+PRECISIONS = ("float32", "bfloat16", "int8")  # deploy.packed.PRECISIONS
 EXPORTS = ("onnx", "pt2", "safetensors", "engine")  # deploy.export.TARGETS
 TABLES = (".csv", ".json")  # deploy.predict.TABLES
 RANKINGS = ("alone", "restore", "greedy", "spacing", "entropy")  # engine.ranking.RANKINGS

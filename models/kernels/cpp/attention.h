@@ -61,7 +61,7 @@ void attend(const Heads& from, int64_t head, int64_t first, int64_t count, X* ou
   std::memset(queries, 0, (d + 1) * P * sizeof(float));
   for (int64_t j = 0; j < count; ++j)
     for (int64_t i = 0; i < d; ++i) queries[i * P + j] = q[j * from.row + i];
-  multiply(k, from.row, from.tokens, Weights<float>{queries, zeros, d, columns, d * P}, scores, P);
+  multiply(Rows<float>{k, from.row}, from.tokens, Weights<float>{queries, zeros, d, columns, d * P}, scores, P);
   softmax_columns(scores, from.tokens, columns, sums);
   for (int64_t r = 0; r < count; r += QUERIES)
     for (int64_t i = 0; i < d; i += 4 * V) {

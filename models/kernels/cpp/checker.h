@@ -21,7 +21,10 @@ struct Checker {
   bool natural() const { return plan.vector_width == NATURAL; }
   // What `n` takes in memory: floats of a row; inputs of a product; a row of what mixing reads.
   int64_t floats(int64_t n) const { return natural() ? n : padded(n); }
-  int64_t inputs(int64_t n) const { return natural() || !plan.bfloat16 ? n : padded(n); }
+  bool int8() const { return plan.precision == INT8; }
+  int64_t inputs(int64_t n, bool kept = false) const {
+    return natural() || plan.precision == FLOAT32 || kept ? n : padded(n);
+  }
   int64_t outputs(int64_t n) const { return natural() ? n : (padded(n) + P - 1) / P * P; }
   int64_t row(int64_t n) const { return natural() ? n : spaced(n); }
   int64_t units(int64_t n) const { return natural() ? n : (n + V - 1) / V * V; }
@@ -37,18 +40,28 @@ struct Checker {
     return !natural() || (taken += count * each) <= vectors + products;
   }
   bool vector(int64_t at, int64_t count, int64_t each = 1) const { return take(at, count, vectors, each); }
-  bool matrix(int64_t at, int64_t count, int64_t each) const { return take(at, count, products, each); }
-  bool norm(int64_t at) const { return vector(at, 2 * floats(plan.dim) + 1); }
-  bool map(const Map& m, int64_t from, int64_t to) const {
-    return small(from) && small(to) && m.depth == inputs(from) && m.width == to && vector(m.bias, floats(to)) &&
-           matrix(m.weights, outputs(to), m.depth);
+  // kept: of float32 among numbers in int8.
+  bool matrix(int64_t at, int64_t count, int64_t each, int64_t kept = 0) const {
+    const int64_t bytes = natural() ? 1 : sizeof(q8);
+    if (!kept) return (!int8() || std::max(count, each) <= DEEPEST) && take(at, count, products, each);
+    return int8() && kept == 1 && at % (4 / bytes) == 0 && take(at, count, products, each * 4 / bytes);
   }
-  static bool none(const Map& m) { return !m.depth && !m.width && !m.weights && !m.bias; }
+  // Rows of vectors that a product in int8 has behind its bias: see packer.h.
+  int64_t behind(int64_t products, int64_t starts) const { return int8() ? products + (natural() ? 0 : starts) : 0; }
+  bool norm(int64_t at) const { return vector(at, 2 * floats(plan.dim) + 1); }
+  bool map(const Map& m, int64_t from, int64_t to, int64_t slab = DEEPEST) const {
+    return small(from) && small(to) && m.depth == inputs(from, m.kept) && m.width == to &&
+           vector(m.bias, floats(to), 1 + (m.kept ? 0 : behind(1, (from + slab - 1) / slab))) &&
+           matrix(m.weights, outputs(to), m.depth, m.kept);
+  }
+  static bool none(const Map& m) { return !m.depth && !m.width && !m.weights && !m.bias && !m.kept; }
   bool cell(const CellPlan& c, const BlockPlan& b) const {
     if (!small(c.units) || !lies(c.column, c.units, b.mixed) || !lies(c.from, b.depth, row(plan.dim))) return false;
     const int64_t width = b.gates * units(c.units), panels = b.gates == 4 ? width : outputs(width);
-    return vector(c.bias, width) && (c.reverse == 0 || c.reverse == 1) && matrix(c.w_ih, panels, b.depth) &&
-           (b.gates == 2 ? c.w_hh == 0 : matrix(c.w_hh, inputs(c.units), width));
+    const int64_t recurrent = b.gates == 4;
+    return vector(c.bias, width, 1 + behind(1 + recurrent, 1 + (recurrent && !c.kept))) &&
+           (c.reverse == 0 || c.reverse == 1) && matrix(c.w_ih, panels, b.depth) &&
+           (recurrent ? matrix(c.w_hh, inputs(c.units, c.kept), width, c.kept) : c.w_hh == 0 && c.kept == 0);
   }
   bool head(const HeadPlan& h, const BlockPlan& b) const {
     return small(h.map.depth) && lies(h.from, 1, b.mixed) && lies(h.from, h.map.depth, row(b.mixed)) &&
@@ -82,7 +95,7 @@ struct Checker {
     return norm(b.norm1) && norm(b.norm2) && small(b.mixed) && records<CellPlan>(b.cells, b.cell_count) &&
            records<HeadPlan>(b.apart, b.apart_count) && (b.heads > 0 ? attention(b) : b.heads == 0 && recurrence(b)) &&
            map(b.out, b.apart_count ? plan.dim : b.mixed, plan.dim) && map(b.fc1, plan.dim, b.fc1.width) &&
-           map(b.fc2, b.fc1.width, plan.dim);
+           map(b.fc2, b.fc1.width, plan.dim, HIDDEN);
   }
   bool model() const {
     const int64_t sizes[] = {plan.dim, plan.prefix, plan.channels, plan.patch_h, plan.patch_w, plan.height, plan.width};

@@ -93,7 +93,7 @@ at::Tensor compute(const at::Tensor& input, at::TensorList weights, Tensors* gat
                          x.stride(1),
                          x.size(1) * total,
                          total};
-  const Runner<float>* runners = gates ? RUN<true, false, float> : RUN<false, false, float>;
+  const Runner<float>* runners = gates ? RUN<true, float, float> : RUN<false, float, float>;
   share_out(runners, p, cells, kept, x.size(0));
   return out;
 }

@@ -58,13 +58,14 @@ void run_all(const Plan& plan, const float* vectors, const void* products, const
 
 namespace far_engine {
 
-const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16,
+const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, int64_t precision,
                        bool natural) {
   if (length < int64_t(sizeof(Plan) / 8)) return "no plan of a model";
   const Plan& p = *reinterpret_cast<const Plan*>(plan);
   if (p.layout != LAYOUT) return "a plan of another version";
   if (p.vector_width != (natural ? NATURAL : V)) return "packed for another kind of CPU";
-  if (p.bfloat16 != bfloat16 || (bfloat16 && !natural && !FAR_BFLOAT16)) return "bfloat16 weights need AVX512_BF16";
+  if (p.precision != precision) return "weights of another precision";
+  if (precision == BFLOAT16 && !natural && !FAR_BFLOAT16) return "bfloat16 weights need AVX512_BF16";
   if (p.length != length || !Checker{p, vectors, products}.model()) return "a damaged plan";
   return nullptr;
 }
@@ -73,14 +74,18 @@ void run(const Plan& plan, const float* vectors, const void* products, const flo
          const int64_t* strides, float* logits, int threads, Pool& pool) {
   const Images from{images, batch, strides[0], strides[1], strides[2], strides[3]};
 #if FAR_BFLOAT16
-  if (plan.bfloat16) return run_all<bf16>(plan, vectors, products, from, logits, threads, pool);
+  if (plan.precision == BFLOAT16) return run_all<bf16>(plan, vectors, products, from, logits, threads, pool);
 #endif
+  if (plan.precision == INT8) return run_all<q8>(plan, vectors, products, from, logits, threads, pool);
   run_all<float>(plan, vectors, products, from, logits, threads, pool);
 }
 
 Packed pack(const Plan& natural, const float* vectors, int64_t vector_count, const void* products,
             int64_t product_count) {
-  if (!natural.bfloat16) return Packer<float, float>(natural, vectors, vector_count, products, product_count);
+  if (natural.precision == FLOAT32)
+    return Packer<float, float>(natural, vectors, vector_count, products, product_count);
+  if (natural.precision == INT8)
+    return Packer<q8, int8_t>(natural, vectors, vector_count, products, product_count);
   using Product = std::conditional_t<FAR_BFLOAT16, bf16, float>;
   return Packer<Product, bf16>(natural, vectors, vector_count, products, product_count);
 }

@@ -1,7 +1,7 @@
 // A whole vision transformer whose blocks mix tokens by LSTMs, minGRUs or attention, images to logits.
 //
-// It comes as three pieces of memory: `products`, all matrices (float32 or bfloat16); `vectors`, all biases, norms and
-// positions (float32); `plan`, 64-bit integers that say where in the two each part lies: one Plan, then a record a
+// It comes as three pieces of memory: `products`, all matrices (float32, bfloat16 or int8); `vectors`, all biases, norms
+// and positions, and scales of int8 (float32); `plan`, 64-bit integers that say where in the two each part lies: one Plan, then a record a
 // block, a cell and a head projection. There are two forms:
 //
 //   natural   matrices (outputs, inputs), row by row; of cells in torch's order, gate by gate. It is the same on every
@@ -17,8 +17,11 @@
 
 namespace far_engine {
 
-constexpr int64_t LAYOUT = 4;   // grows with every change of what follows
+constexpr int64_t LAYOUT = 5;   // grows with every change of what follows
 constexpr int64_t NATURAL = 0;  // as the plan's vector_width
+enum Precision : int64_t { FLOAT32, BFLOAT16, INT8, PRECISIONS };
+constexpr int64_t BYTES[PRECISIONS] = {4, 2, 1};  // of a number in natural products
+constexpr int64_t DEEPEST = 1 << 17;              // inputs whose 8-bit products fit a sum of 32 bits
 
 // Memory that begins on a cache line.
 template <class T>
@@ -35,16 +38,16 @@ struct Aligned {
 template <class T>
 using Numbers = std::vector<T, Aligned<T>>;
 
-// A linear map: `depth` inputs (padded where they are packed in bfloat16), `width` outputs. Places in products and in
-// vectors.
+// A linear map: `depth` inputs (padded where they are packed in less than float32), `width` outputs. Places in products
+// and in vectors. kept: its weights are float32 in a model in int8; else scales of outputs lie behind the bias.
 struct Map {
-  int64_t depth, width, weights, bias;
+  int64_t depth, width, weights, bias, kept;
 };
 
 // One direction of one head: reads `depth` channels (the block's) from channel `from` on, writes hidden states from
-// `column` on. A minGRU has no w_hh.
+// `column` on. A minGRU has no w_hh. In int8 scales of w_ih and of w_hh lie behind the bias; kept: w_hh is float32.
 struct CellPlan {
-  int64_t units, reverse, from, column, w_ih, w_hh, bias;
+  int64_t units, reverse, from, column, w_ih, w_hh, bias, kept;
 };
 
 // A head projection that stays apart from the output map: reads hidden states from `from` on, writes channels from `to`
@@ -67,7 +70,7 @@ struct BlockPlan {
 };
 
 struct Plan {
-  int64_t layout, vector_width, bfloat16, length;     // length: of the plan, in integers
+  int64_t layout, vector_width, precision, length;    // length: of the plan, in integers
   int64_t channels, height, width, patch_h, patch_w;  // of images, in pixels
   int64_t prefix, dim, blocks, classes;
   int64_t prefix_rows, positions;  // (prefix, D) with positions added; (patches, D) with the embedding's bias added
@@ -84,7 +87,7 @@ struct Plan {
 };
 
 // What is wrong with a plan of this form for memory of these sizes, in words; null where nothing is.
-const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, bool bfloat16,
+const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int64_t products, int64_t precision,
                        bool natural);
 
 // Images (B, channels, height, width) with strides in floats to logits (B, classes), by a packed plan without fault.

@@ -5,16 +5,22 @@
 
 namespace {
 
+constexpr auto INT8_TYPE = sizeof(q8) == 1 ? at::kChar : at::kShort;  // of packed products
+
 // The plan, checked against the other two.
 const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vectors, const at::Tensor& products,
                                 bool natural) {
   TORCH_CHECK(plan.scalar_type() == at::kLong && vectors.scalar_type() == at::kFloat && plan.is_contiguous() &&
                   vectors.is_contiguous() && products.is_contiguous(),
               "a plan in int64, vectors in float32");
-  const bool half = products.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(half || products.scalar_type() == at::kFloat, "products must be float32 or bfloat16");
+  const auto type = products.scalar_type();
+  const auto int8 = natural ? at::kChar : INT8_TYPE;
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == int8, "products must be float32, bfloat16 or int8");
+  const int64_t precision = type == int8             ? far_engine::INT8
+                            : type == at::kBFloat16 ? far_engine::BFLOAT16
+                                                    : far_engine::FLOAT32;
   const int64_t* from = plan.const_data_ptr<int64_t>();
-  const char* fault = far_engine::find_fault(from, plan.numel(), vectors.numel(), products.numel(), half, natural);
+  const char* fault = far_engine::find_fault(from, plan.numel(), vectors.numel(), products.numel(), precision, natural);
   TORCH_CHECK(!fault, fault, ": load the unfused model and fuse it here");
   return *reinterpret_cast<const far_engine::Plan*>(from);
 }
@@ -31,9 +37,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_model(const at::Tensor& plan
     std::memcpy(to.mutable_data_ptr(), from.data(), bytes);
     return to;
   };
-  const bool half = packed.head().bfloat16;
+  constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, INT8_TYPE};
   return {copy(packed.plan, at::kLong), copy(packed.vectors, at::kFloat),
-          copy(packed.products, half ? at::kBFloat16 : at::kFloat)};
+          copy(packed.products, types[packed.head().precision])};
 }
 
 // Images (B, channels, height, width) of any strides to logits (B, classes), by a packed model.

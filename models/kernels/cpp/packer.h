@@ -1,5 +1,7 @@
 // A model's natural form (model.h) laid out for this CPU's vectors.
 #pragma once
+#include <numeric>
+
 #include "checker.h"
 
 namespace {
@@ -25,7 +27,7 @@ class Packer : public Packed {
     products.reserve(product_count * 5 / 4 * sizeof(X));
     Plan& p = *reinterpret_cast<Plan*>(plan.data());
     p.vector_width = V;
-    p.bfloat16 = PAIRS;
+    if (!is_q8<X>) p.precision = std::is_same_v<X, bf16> ? BFLOAT16 : FLOAT32;
     vectors.resize(padded(dim));  // zeros lie first
     p.prefix_rows = rows(p.prefix_rows, p.prefix, dim);
     p.positions = rows(p.positions, p.tokens() - p.prefix, dim);
@@ -36,14 +38,17 @@ class Packer : public Packed {
   }
 
  private:
-  static constexpr bool PAIRS = !std::is_same_v<X, float>;
-  static int64_t inputs(int64_t n) { return PAIRS ? padded(n) : n; }
+  template <class T>
+  static int64_t inputs(int64_t n) {
+    return GROUP<T> > 1 ? padded(n) : n;
+  }
 
-  static X rounded(From x) {
-    if constexpr (std::is_same_v<X, From>)
-      return x;
+  template <class T, class N>
+  static T rounded(N x) {
+    if constexpr (std::is_same_v<N, bf16> && !std::is_same_v<T, bf16>)
+      return T(widened(x));
     else
-      return X(widened(x));
+      return T(x);
   }
 
   // A row of the natural form for each packed one, -1 for zeros. Units are padded to whole vectors.
@@ -87,41 +92,70 @@ class Packer : public Packed {
     return place;
   }
 
-  // (n, k) to panels of `panel` outputs, see product.h.
-  template <class Order>
+  // The place, in X, of (n, k) in panels of `panel` outputs, see product.h. T: what they are packed in, N: what they come
+  // in.
+  template <class T = X, class N = From, class Order>
   int64_t matrix(int64_t at, int64_t n, int64_t k, int64_t panel, const Order& order) {
-    const int64_t place = products.size() / sizeof(X), depth = inputs(k), panels = (padded(n) + panel - 1) / panel;
-    constexpr int64_t EACH = PAIRS ? 2 : 1;
-    products.resize((place + panels * panel * depth) * sizeof(X));
-    std::vector<const From*> rows(panel);
+    const int64_t start = products.size(), depth = inputs<T>(k), panels = (padded(n) + panel - 1) / panel;
+    constexpr int64_t EACH = GROUP<T>;
+    products.resize(start + panels * panel * depth * sizeof(T));
+    std::vector<const N*> rows(panel);
     for (int64_t from = 0; from < n; from += panel) {
       for (int64_t i = 0; i < panel; ++i) {
         const int64_t row = from + i < n ? order(from + i) : -1;
-        rows[i] = row < 0 ? nullptr : from_products + at + row * k;
+        rows[i] = row < 0 ? nullptr : reinterpret_cast<const N*>(from_products + at) + row * k;
       }
-      X* to = reinterpret_cast<X*>(products.data()) + place + from * depth;
+      T* to = reinterpret_cast<T*>(products.data() + start) + from * depth;
       for (int64_t j = 0; j < k; ++j)
         for (int64_t i = 0; i < panel; ++i)
-          if (rows[i]) to[(j / EACH * panel + i) * EACH + j % EACH] = rounded(rows[i][j]);
+          if (rows[i]) to[(j / EACH * panel + i) * EACH + j % EACH] = rounded<T>(rows[i][j]);
     }
-    return place;
+    return start / int64_t(sizeof(X));
   }
 
-  void map(Map& m) {
+  // What sums of (n, k) in int8 begin with, for each `slab` inputs, as integers behind the scales: see dots.h.
+  template <class Order>
+  void starts(int64_t at, int64_t n, int64_t k, int64_t slab, const Order& order) {
+    if constexpr (is_q8<X>)
+      for (int64_t from = 0; from < k; from += slab) {
+        const int64_t place = vectors.size();
+        vectors.resize(place + padded(n));
+        for (int64_t i = 0; i < n; ++i)
+          if (const int64_t row = order(i); row >= 0) {
+            const From* w = from_products + at + row * k;
+            const int32_t start = -SHIFT * std::accumulate(w + from, w + std::min(from + slab, k), 0);
+            std::memcpy(&vectors[place + i], &start, sizeof start);
+          }
+      }
+  }
+
+  void map(Map& m, int64_t slab = DEEPEST) {
     const Straight order{m.width};
-    m.weights = matrix(m.weights, m.width, m.depth, P, order);
-    m.bias = bias(m.bias, m.width, order);
-    m.depth = inputs(m.depth);
+    const int64_t from = m.weights, vectors_at = m.bias;
+    m.bias = bias(vectors_at, m.width, order);
+    if (m.kept) return void(m.weights = matrix<float, float>(from, m.width, m.depth, P, order));
+    m.weights = matrix(from, m.width, m.depth, P, order);
+    if (is_q8<X>) bias(vectors_at + m.width, m.width, order);
+    starts(from, m.width, m.depth, slab, order);
+    m.depth = inputs<X>(m.depth);
   }
 
   void cell(CellPlan& c, const BlockPlan& b) {
     const int64_t U = (c.units + V - 1) / V * V, width = b.gates * U;
+    const bool recurrent = b.gates == 4;
     const auto pack = [&](int64_t panel, const auto& order) {
-      c.w_ih = matrix(c.w_ih, width, b.depth, panel, order);
-      if (b.gates == 4) c.w_hh = matrix(c.w_hh, width, c.units, width, order);
-      c.bias = bias(c.bias, width, order);
+      const int64_t ih = c.w_ih, hh = c.w_hh, vectors_at = c.bias, outputs = b.gates * c.units;
+      c.w_ih = matrix(ih, width, b.depth, panel, order);
+      c.bias = bias(vectors_at, width, order);
+      if (is_q8<X>)
+        for (int64_t i = 1; i <= 1 + recurrent; ++i) bias(vectors_at + i * outputs, width, order);
+      starts(ih, width, b.depth, DEEPEST, order);
+      if (!recurrent) return;
+      c.w_hh = c.kept ? matrix<float, float>(hh, width, c.units, width, order)
+                      : matrix(hh, width, c.units, width, order);
+      if (!c.kept) starts(hh, width, c.units, DEEPEST, order);
     };
-    if (b.gates == 4)
+    if (recurrent)
       pack(4 * V, Interleaved{c.units});
     else
       pack(P, GateByGate{c.units, U});
@@ -135,8 +169,8 @@ class Packer : public Packed {
     for (int64_t i = 0; i < b.apart_count; ++i) map(record<HeadPlan>(b.apart, i).map);
     map(b.out);
     map(b.fc1);
-    map(b.fc2);
-    if (!b.heads) b.depth = inputs(b.depth);
+    map(b.fc2, HIDDEN);
+    if (!b.heads) b.depth = inputs<X>(b.depth);
   }
 
   template <class T>

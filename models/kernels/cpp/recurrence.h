@@ -6,8 +6,11 @@
 // another, so that one step reads memory in order:
 //
 //   gates (token)   | block 0: i[V] f[V] g[V] o[V] | block 1: ... |                      width = 4 U floats
-//   W_hh            (u, width); in bfloat16 pairs of rows side by side, (u / 2 rounded up, width, 2)
+//   W_hh            (u, width); in bfloat16 and int8 a word's rows side by side, as (u / 2 rounded up, width, 2)
 //   W_ih            (depth, width), or in panels of one block each, (blocks, depth, 4 V): see product.h
+//   bias            (width); in int8 then the columns' scales, of W_ih and of W_hh, and what the sums of both begin with
+//
+// Hidden states lie within one, so those of a product in int8 have one scale.
 #pragma once
 #include <cstring>
 #include <optional>
@@ -22,7 +25,7 @@ constexpr int INPUTS = V == 16 ? 6 : 3;  // and how many of them share what is r
 constexpr int TOGETHER = 3;              // cells that one task walks together at most
 constexpr int TILE = V == 16 ? 6 : 3;    // rows of the batch that one task walks
 
-// X: what W_ih is stored in; W_hh in bfloat16 where the caller says HALF.
+// X: what W_ih is stored in; W_hh in what its reader calls H.
 template <class X>
 struct Cell {
   const X* w_ih;
@@ -30,15 +33,19 @@ struct Cell {
   const float* bias;  // (width)
   int64_t units, blocks, reverse;
   int64_t from, column;  // its first input channel and its first column of the output
-  int64_t row, panel;    // elements from one k of W_ih to the next, and from one unit block to the next
+  int64_t row, panel;    // words from one k of W_ih to the next, and elements from one unit block to the next
+
+  // Unit block j of the bias, or of the i-th row behind it.
+  const float* vectors(int i, int64_t j) const { return bias + (i * blocks + j) * 4 * V; }
 };
 
-// X: what the input is read in and hidden states are written in. Strides in elements.
+// X: what the input is read in; scales: of all tokens, in int8. Strides in elements.
 template <class X>
 struct Problem {
   const X* x;
-  X* out;
+  Stored<X>* out;
   int64_t tokens, depth, batch_stride, token_stride, out_batch, out_token;
+  const float* scales = nullptr;
 };
 
 // What training keeps of one cell: gates (B, N, 4 U) and cell states (B, N, U), tokens in place. Backward writes the
@@ -47,8 +54,8 @@ struct Kept {
   float *gates, *states;
 };
 
-// The state of R rows between two tokens. h and h_new are what the recurrence reads and writes, bfloat16 in pairs with
-// HALF; out is the new hidden state in float32 (h_new itself without HALF); kept, in training, takes the cell states.
+// The state of R rows between two tokens. h and h_new are what the recurrence reads and writes, in W_hh's type; out is
+// the new hidden state in float32 (h_new itself where they are); kept, in training, takes the cell states.
 struct State {
   float *h, *h_new, *out, *cell, *kept;
   int64_t ldk;
@@ -57,14 +64,15 @@ struct State {
 
 // R rows of input products, all unit blocks: out[r] = bias + a[r] W_ih.
 template <int R, class X>
-void input_rows(const Cell<X>& c, const X* a, int64_t lda, int64_t depth, float* out, int64_t ldo) {
+void input_rows(const Cell<X>& c, const Rows<X>& a, int64_t depth, float* out, int64_t ldo) {
   for (int64_t j = 0; j < c.blocks; ++j) {
-    vf acc[R][4];
+    const Weights<X> m{c.w_ih + j * c.panel, c.vectors(0, j), depth, 4 * V, 0, c.vectors(1, j), c.vectors(3, j)};
+    Sum<X> acc[R][4];
     for (int r = 0; r < R; ++r)
-      for (int g = 0; g < 4; ++g) acc[r][g] = load(c.bias + (j * 4 + g) * V);
-    product<R, 4>(acc, a, lda, c.w_ih + j * c.panel, c.row, depth);
+      for (int g = 0; g < 4; ++g) acc[r][g] = first_sums(m, r, g);
+    product<R, 4>(acc, a.data, a.ld, m.w, c.row, depth);
     for (int r = 0; r < R; ++r)
-      for (int g = 0; g < 4; ++g) store(out + r * ldo + (j * 4 + g) * V, acc[r][g]);
+      for (int g = 0; g < 4; ++g) store(out + r * ldo + (j * 4 + g) * V, result(acc[r][g], a, m, r, g));
   }
 }
 
@@ -78,27 +86,32 @@ inline vf activate(vf (&gate)[4], float* cell) {
 }
 
 // One time step of J unit blocks from block j on, for R rows. KEEP: the activated gates take the place of their inputs.
-template <int R, int J, bool KEEP, bool HALF, class X>
+template <int R, int J, bool KEEP, class H, class X>
 inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const State& s) {
-  const int64_t width = c.blocks * 4 * V, U = c.blocks * V;
-  vf acc[R][J * 4];
+  constexpr int64_t G = GROUP<H>;
+  constexpr bool FLOAT = std::is_same_v<H, float>;
+  static constexpr float STATE = 1.0f / STEPS;
+  const int64_t width = c.blocks * 4 * V, U = c.blocks * V, depth = (c.units + G - 1) / G * G;
+  const Rows<H> h{(const H*)s.h, G * U, &STATE, 0};
+  const Weights<H> m{(const H*)c.w_hh + G * j * 4 * V, gates + j * 4 * V,   depth, J * 4 * V, 0,
+                     c.vectors(2, j),                  c.vectors(4, j), ldg};
+  Sum<H> acc[R][J * 4];
   for (int r = 0; r < R; ++r)
-    for (int g = 0; g < J * 4; ++g) acc[r][g] = load(gates + r * ldg + j * 4 * V + g * V);
-  const float* w = (const float*)c.w_hh + j * 4 * V;  // a pair of bfloat16 is as wide as a float
-  if constexpr (HALF)
-    product<R, J * 4>(acc, (const bf16*)s.h, 2 * U, (const bf16*)w, width, (c.units + 1) / 2 * 2);
-  else if (R == 1 && !KEEP &&
-           s.last)  // every other token from the last row to the first: what the cache still holds of W_hh first
-    product<R, J * 4>(acc, s.h + c.units - 1, U, w + (c.units - 1) * width, -width, c.units, -1);
+    for (int g = 0; g < J * 4; ++g) acc[r][g] = first_sums(m, r, g);
+  if (FLOAT && R == 1 && !KEEP &&
+      s.last)  // every other token from the last row to the first: what the cache still holds of W_hh first
+    product<R, J * 4>(acc, h.data + depth - 1, h.ld, m.w + (depth - 1) * width, -width, depth, -1);
   else
-    product<R, J * 4>(acc, s.h, U, w, width, c.units);
+    product<R, J * 4>(acc, h.data, h.ld, m.w, width, depth);
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < J; ++b) {
       const int64_t at = r * U + (j + b) * V;
-      vf(&gate)[4] = reinterpret_cast<vf(&)[4]>(acc[r][b * 4]);
+      vf gate[4];
+      for (int g = 0; g < 4; ++g) gate[g] = result(acc[r][b * 4 + g], h, m, r, b * 4 + g);
       const vf hidden = activate(gate, s.cell + at);
       store(s.out + at, hidden);
-      if constexpr (HALF) store((bf16*)(s.h_new + r * U) + (j + b) * V, hidden);
+      if constexpr (!FLOAT)
+        store((H*)(s.h_new + r * U) + (j + b) * V, is_q8<H> ? hidden * STEPS : hidden);
       if constexpr (KEEP) {
         for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
         store(s.kept + r * s.ldk + (j + b) * V, load(s.cell + at));
@@ -113,7 +126,7 @@ inline int64_t walk_floats(int64_t rows, int64_t U, bool keep) {
 
 // A walk of one cell over the tokens of R rows of the batch, from row `b` on: `inputs` of a chunk, then its tokens one
 // by one.
-template <int R, bool KEEP, bool HALF, class X>
+template <int R, bool KEEP, class H, class X>
 struct Walk {
   struct Steps {  // what must live while tokens are walked: nothing
     explicit Steps(const Walk&) {}
@@ -143,6 +156,7 @@ struct Walk {
         buffer(scratch) {
     float* h = scratch + (KEEP ? 0 : R * CHUNK * width);
     std::memset(h, 0, 4 * R * U * sizeof(float));
+    if (is_q8<H>) std::memset(h, SHIFT, 2 * R * U * sizeof(float));
     state = {h, h + R * U, h + 3 * R * U, h + 2 * R * U, nullptr, p.tokens * U, false};
   }
 
@@ -151,27 +165,29 @@ struct Walk {
     gates = KEEP ? kept.gates + (b * p.tokens + first) * width : buffer;
     const int64_t stride = direction * p.token_stride;
     for (int r = 0; r < R; ++r) {
-      const X* a = p.x + (b + r) * p.batch_stride + first * p.token_stride + c.from;
+      const int64_t row = (b + r) * p.tokens + first;
+      const Rows<X> a{p.x + (b + r) * p.batch_stride + first * p.token_stride + c.from, stride,
+                      p.scales ? p.scales + row : nullptr, direction};
       float* to = gates + r * ldg;
       int64_t t = 0;
       for (; t + INPUTS <= count; t += INPUTS)
-        input_rows<INPUTS>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
-      for (; t < count; ++t) input_rows<1>(c, a + t * stride, stride, p.depth, to + t * hop, hop);
+        input_rows<INPUTS>(c, a.from(t), p.depth, to + t * hop, hop);
+      for (; t < count; ++t) input_rows<1>(c, a.from(t), p.depth, to + t * hop, hop);
     }
   }
 
   void token(int64_t t) {
     const int64_t token = first + direction * t;
     float* at = gates + t * hop;
-    if (!HALF) state.out = state.h_new;
+    if (std::is_same_v<H, float>) state.out = state.h_new;
     if (KEEP) state.kept = kept.states + (b * p.tokens + token) * U;
     int64_t j = 0;
-    for (; j + J <= c.blocks; j += J) step<R, J, KEEP, HALF>(c, j, at, ldg, state);
-    if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1), KEEP, HALF>(c, j, at, ldg, state), j += 2;
-    for (; j < c.blocks; ++j) step<R, 1, KEEP, HALF>(c, j, at, ldg, state);
-    const float* hidden = std::is_same_v<X, float> ? state.out : state.h_new;
+    for (; j + J <= c.blocks; j += J) step<R, J, KEEP, H>(c, j, at, ldg, state);
+    if (J > 2 && j + 2 <= c.blocks) step<R, (J > 2 ? 2 : 1), KEEP, H>(c, j, at, ldg, state), j += 2;
+    for (; j < c.blocks; ++j) step<R, 1, KEEP, H>(c, j, at, ldg, state);
+    const float* hidden = std::is_same_v<Stored<X>, float> ? state.out : state.h_new;
     for (int r = 0; r < R; ++r)
-      std::memcpy(p.out + (b + r) * p.out_batch + token * p.out_token + c.column, hidden + r * U, c.units * sizeof(X));
+      std::memcpy(p.out + (b + r) * p.out_batch + token * p.out_token + c.column, hidden + r * U, c.units * sizeof(*p.out));
     std::swap(state.h, state.h_new);
     state.last = !state.last;
   }
@@ -195,23 +211,21 @@ void walk_together(int64_t count, const int64_t* steps, const F& make) {
 }
 
 // The first `steps` tokens of one cell.
-template <int R, bool KEEP, bool HALF, class X>
+template <int R, bool KEEP, class H, class X>
 void run(const Problem<X>& p, const Cell<X>& c, const Kept& kept, int64_t b, int64_t steps, float* scratch) {
-  using W = Walk<R, KEEP, HALF, X>;
+  using W = Walk<R, KEEP, H, X>;
   walk_together<W>(1, &steps, [&](std::optional<W>& walk, int64_t) { walk.emplace(p, c, kept, b, scratch); });
 }
 
 template <class X>
 using Runner = void (*)(const Problem<X>&, const Cell<X>&, const Kept&, int64_t, int64_t, float*);
-template <bool KEEP, bool HALF, class X>
+template <bool KEEP, class H, class X>
 constexpr Runner<X> RUN[] = {nullptr,
-                             run<1, KEEP, HALF, X>,
-                             run<2, KEEP, HALF, X>,
-                             run<3, KEEP, HALF, X>,
-                             run < V == 16 ? 4 : 3,
-                             KEEP,
-                             HALF,
-                             X >
-                             , run < V == 16 ? 5 : 3, KEEP, HALF, X >, run < V == 16 ? 6 : 3, KEEP, HALF, X > };
+                             run<1, KEEP, H, X>,
+                             run<2, KEEP, H, X>,
+                             run<3, KEEP, H, X>,
+                             run<(V == 16 ? 4 : 3), KEEP, H, X>,
+                             run<(V == 16 ? 5 : 3), KEEP, H, X>,
+                             run<(V == 16 ? 6 : 3), KEEP, H, X>};
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What is done to a row between products: LayerNorm, and the pixels of a patch laid out as one.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "product.h"
 
@@ -37,6 +38,26 @@ void norm_rows(const float* x, int64_t ldx, int64_t rows, int64_t dim, const flo
     }
     const float scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
     for (int64_t j = 0; j < width; j += V) store(out + j, (load(x + j) - mean) * scale * load(w + j) + load(bias + j));
+  }
+}
+
+// Rows of `width` floats in 8 bits: in steps of the row's largest magnitude / STEPS, which is its scale; that of a row
+// with a NaN or an infinity is NaN.
+inline void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t width, q8* out, int64_t ldo,
+                          float* scales) {
+  for (int64_t r = 0; r < rows; ++r, x += ldx, out += ldo) {
+    vi most{};  // as integers magnitudes are in the same order, infinities and then NaNs behind them
+    for (int64_t j = 0; j < width; j += V) {
+      const vi bits = load_ints(x + j) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    int32_t top = 0;
+    for (int i = 0; i < V; ++i) top = std::max(top, most[i]);
+    float largest;
+    std::memcpy(&largest, &top, sizeof largest);
+    scales[r] = largest / STEPS + (largest - largest);
+    const float steps = largest > 0 ? STEPS / largest : 0;
+    for (int64_t j = 0; j < width; j += V) store(out + j, load(x + j) * steps);
   }
 }
 

@@ -24,10 +24,12 @@ constexpr int V = 8;
 typedef float vf __attribute__((vector_size(V * 4)));
 typedef int vi __attribute__((vector_size(V * 4)));
 typedef vf vf_u __attribute__((aligned(4)));
+typedef vi vi_u __attribute__((aligned(4), may_alias));
 enum class bf16 : uint16_t {};  // storage alone: products read it in pairs, everything else computes in float
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
+inline vi load_ints(const void* p) { return *static_cast<const vi_u*>(p); }
 inline vf splat(float x) { return x - vf{}; }
 #if FAR_BFLOAT16
 inline void store(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
