@@ -30,7 +30,7 @@ def checksum(parts: bytes) -> tuple[int, int]:
 
 def to_bytes(model: Natural, facts: dict[str, Any]) -> bytes:
     """The file's content. facts: what the program is told about the model and its pictures, plain data."""
-    products = model.products.view(torch.int16 if model.products.dtype == torch.bfloat16 else torch.int32)
+    products = model.products.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[model.products.element_size()])
     arrays = ((model.plan, "<i8"), (model.vectors, "<f4"), (products, f"<i{products.element_size()}"))
     parts = [json.dumps(facts).encode(), *(tensor.numpy().astype(dtype).tobytes() for tensor, dtype in arrays)]
     content = b"".join(part + bytes(-len(part) % LINE) for part in parts)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Collection
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -47,16 +48,19 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def fuse(model: VisionTransformer, precision: torch.dtype = torch.float32) -> nn.Module:
+def fuse(
+    model: VisionTransformer, precision: torch.dtype | str = torch.float32, keep: Collection[str] = packed.KEEP
+) -> nn.Module:
     """The function of a FAR model or a teacher without gradients, images (B, 3, S, S) to logits (B, classes).
 
     One operator (`deploy.packed`) where that covers the model; else, said in one log line, merged block by block. The
-    model itself stays as it is. precision: of weights and activations in matrix products, float32 or bfloat16 (FarError
-    where the operator does not serve).
+    model itself stays as it is. precision: of weights and activations in matrix products, float32, bfloat16 or int8
+    (FarError where the operator does not serve); keep: of `packed.PRODUCTS`, what stays float32 in int8.
     """
+    precision = packed.PRECISIONS.get(precision, precision)
     reason = packed.why_not(model, precision)
     if not reason:
-        return packed.PackedModel(model, precision)
+        return packed.PackedModel(model, precision, keep)
     if precision != torch.float32:
         raise FarError(f"--fuse {str(precision).removeprefix('torch.')}: {reason}; use --fuse float32")
     if not isinstance(model, VisionTransformer):

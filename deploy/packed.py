@@ -85,8 +85,10 @@ class Writer:
     def lstm(self, cell: Cell) -> list[int]:
         """Places of W_ih, W_hh and the bias of one direction (CellPlan), and whether W_hh is kept."""
         bias = cell.bias_ih + cell.bias_hh
-        (ih, scales), (hh, hidden) = self.matrix(cell.weight_ih), self.matrix(cell.weight_hh, "w_hh" in self.keep)
-        return [ih, hh, self.vector(torch.cat([bias, *scales, *hidden])), int("w_hh" in self.keep)]
+        ih, scales = self.matrix(cell.weight_ih)
+        hh, hidden = self.matrix(cell.weight_hh, kept := "w_hh" in self.keep)
+        vectors = [bias, *scales, *([torch.zeros_like(bias)] if kept else hidden)]
+        return [ih, hh, self.vector(torch.cat(vectors)), int(kept)]
 
 
 # By kind of cell: how the engine's cells are written.

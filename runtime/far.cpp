@@ -110,9 +110,10 @@ struct far_model {
     const auto* plan = reinterpret_cast<const int64_t*>(file.plan());
     const auto* vectors = reinterpret_cast<const float*>(file.vectors());
     const int64_t length = file.header.plan / 8;
-    const bool halves = length > 2 && plan[2] == 1;
-    const int64_t numbers = file.header.vectors / 4, weights = file.header.products / (halves ? 2 : 4);
-    if (const char* fault = far_engine::find_fault(plan, length, numbers, weights, halves, true))
+    const int64_t precision = length > 2 ? plan[2] : 0;
+    if (precision < 0 || precision >= far_engine::PRECISIONS) refuse("is damaged: its numbers have no precision");
+    const int64_t numbers = file.header.vectors / 4, weights = file.header.products / far_engine::BYTES[precision];
+    if (const char* fault = far_engine::find_fault(plan, length, numbers, weights, precision, true))
       refuse("is damaged: its plan does not fit (" + std::string(fault) + ")");
     packed =
         far_engine::pack(*reinterpret_cast<const far_engine::Plan*>(plan), vectors, numbers, file.products(), weights);

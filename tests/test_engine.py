@@ -117,8 +117,8 @@ def test_every_build_gives_the_same(build, monkeypatch):
         engine, images = PackedModel(model), images_for(model, 3)
         got = operators.model(images, engine.plan, engine.vectors, engine.products, engine.num_classes)
         assert relative_error(model, got, images) < 1e-5
-        if operators.has_bfloat16():
-            engine = PackedModel(model, torch.bfloat16)
+        for precision in [torch.int8, *[torch.bfloat16][: operators.has_bfloat16()]]:
+            engine = PackedModel(model, precision)
             got = operators.model(images, engine.plan, engine.vectors, engine.products, engine.num_classes)
             assert relative_error(model, got, images) < 0.02
 
@@ -189,7 +189,7 @@ def test_what_it_cannot_compute_is_refused_in_one_line(images, said):
 @pytest.mark.parametrize(
     ("replaced", "rep_by"), [((), "multi-lstm"), ((0, 1, 2, 3), "multi-lstm"), ((0, 1, 2, 3), "mingru")]
 )
-@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
+@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16), torch.int8])
 def test_nan_and_infinity_pass_through_and_stay_in_their_image(replaced, rep_by, precision):
     model = micro(replaced, units={}, rep_by=rep_by)
     engine, images = PackedModel(model, precision), images_for(model, 3)

@@ -23,20 +23,22 @@ namespace {
 
 constexpr int C = 3;                          // vectors in a panel
 constexpr int P = C * V;                      // outputs in a panel
-constexpr int M = V == 16 ? 8 : 4;            // rows: M C accumulators, C vectors of W and one of a fill the registers
+constexpr int MOST = std::max(V == 16 ? 8 : 4, amx::ROWS);  // rows of any tile
 constexpr int64_t GRAIN = 2 * V;              // every width is padded to a multiple of this
 constexpr int64_t LINE = 64;                  // bytes that come from memory together
 constexpr int64_t HIDDEN = 768;               // hidden units of the MLP between fc1 and fc2 at once, whole panels
 static_assert(HIDDEN % P == 0);
 constexpr int FETCH = 8;                      // lines that one step of AMX fetches ahead: six tiles' worth are a panel
-constexpr int MOST = std::max(M, amx::ROWS);  // rows of any tile
 
 constexpr int64_t padded(int64_t n) { return (n + GRAIN - 1) / GRAIN * GRAIN; }
 
 template <class X>
-constexpr int64_t GROUP = 4 / sizeof(X);  // k in a word
-template <class X>
 constexpr bool is_q8 = std::is_same_v<X, q8>;
+template <class X>
+constexpr int64_t GROUP = 4 / sizeof(X);  // k in a word
+// Rows of a tile: M C accumulators, C vectors of W and one of a fill the registers; pairs of 16 bits want one more.
+template <class X>
+constexpr int M = V == 16 ? 8 : is_q8<X> && GROUP<X> == 2 ? 3 : 4;
 template <class X>  // what activations are between products in X
 using Stored = std::conditional_t<is_q8<X>, float, X>;
 template <class X>
@@ -159,11 +161,11 @@ void tile(const Rows<X>& a, const Weights<X>& m, float* out, int64_t ldo, const 
 template <class X>
 using Tile = void (*)(const Rows<X>&, const Weights<X>&, float*, int64_t, const char*);
 template <int J, class X, int... R>
-constexpr std::array<Tile<X>, M + 1> tiles(std::integer_sequence<int, R...>) {
+constexpr std::array<Tile<X>, M<X> + 1> tiles(std::integer_sequence<int, R...>) {
   return {nullptr, tile<R + 1, J, X>...};
 }
 template <int J, class X>
-constexpr std::array<Tile<X>, M + 1> TILES = tiles<J, X>(std::make_integer_sequence<int, M>());
+constexpr std::array<Tile<X>, M<X> + 1> TILES = tiles<J, X>(std::make_integer_sequence<int, M<X>>());
 
 // Where a tile lies: in rows row..row + count, of which the first `skip` are done already.
 struct Part {
@@ -204,12 +206,12 @@ inline void for_tiles(int64_t rows, const Weights<X>& m, const F& f) {
 #endif
   const int64_t bytes = m.depth * P * sizeof(X),
                 each = m.depth * sizeof(X) / 16 * LINE;  // of a panel; fetched by a tile
-  const std::array<Tile<X>, M + 1>* sizes[] = {nullptr, &TILES<1, X>, &TILES<2, X>, &TILES<3, X>};
+  const std::array<Tile<X>, M<X> + 1>* sizes[] = {nullptr, &TILES<1, X>, &TILES<2, X>, &TILES<3, X>};
   for (int64_t n = 0; n < m.width; n += P) {
     Weights<X> panel = m.columns(n, P);
-    for (int64_t r = 0; r < rows; r += M) {
-      const int64_t count = std::min<int64_t>(M, rows - r);
-      const char* ahead = reinterpret_cast<const char*>(panel.w + m.stride) + r / M * each % bytes;
+    for (int64_t r = 0; r < rows; r += M<X>) {
+      const int64_t count = std::min<int64_t>(M<X>, rows - r);
+      const char* ahead = reinterpret_cast<const char*>(panel.w + m.stride) + r / M<X> * each % bytes;
       panel.bias = m.bias + n + r * m.ldb;
       f((*sizes[panel.width / V])[count], panel, {n, r, 0, count, ahead});
     }

@@ -1,0 +1,222 @@
+"""int8 in the engine: sums are exact on every path, rows are quantized as said, and the function is kept."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deploy.fuse import fuse
+from deploy.packed import PRODUCTS, STEPS, PackedModel, natural_form
+from models.kernels import cpu
+from tests.test_engine import MODELS, images_for, micro, relative_error, vit
+from utils.errors import FarError
+
+needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+
+# Products of random and of extreme numbers by the engine's tiles, beside int64; rows quantized, beside float64.
+PROGRAM = r"""
+#include <cstdio>
+#include <random>
+#include "rows.h"
+#include "recurrence.h"
+
+std::mt19937 numbers(0);
+int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(numbers); }
+
+// Extremes in one of three: all sums as large as they can be.
+int number(int kind, int64_t k) { return kind == 0 ? below(255) - 127 : kind == 1 ? 127 : k % 2 ? 127 : -127; }
+
+bool exact(int64_t rows, int64_t k, int64_t n, int of_a, int of_w) {
+  const int64_t depth = padded(k), width = padded(n), G = GROUP<q8>, ld = depth + 8;
+  std::vector<int> a(rows * k), w(n * k);
+  for (int64_t i = 0; i < rows * k; ++i) a[i] = number(of_a, i);
+  for (int64_t i = 0; i < n * k; ++i) w[i] = number(of_w, i % k);
+  std::vector<q8> packed((width + P) * depth), read(rows * ld);
+  std::vector<float> line(depth), one(rows, 1.0f), scales(width, 1.0f), bias(width, 0.0f), out(rows * width);
+  std::vector<int32_t> starts(width);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < k; ++j) {
+      packed[i / P * P * depth + (j / G * P + i % P) * G + j % G] = q8(w[i * k + j]);
+      starts[i] -= SHIFT * w[i * k + j];
+    }
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(a.begin() + r * k, k, line.begin());
+    for (int64_t j = 0; j < depth; j += V) store(&read[r * ld + j], load(&line[j]));
+  }
+  const Weights<q8> m{packed.data(), bias.data(), depth, width, depth * P, scales.data(), (float*)starts.data()};
+  multiply(Rows<q8>{read.data(), ld, one.data()}, rows, m, out.data(), width);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; ++i) {
+      int64_t sum = 0;
+      for (int64_t j = 0; i < n && j < k; ++j) sum += int64_t{a[r * k + j]} * w[i * k + j];
+      if (out[r * width + i] != float(sum)) return false;
+    }
+  return true;
+}
+
+int value(q8 x) { return sizeof(q8) == 1 ? int(uint8_t(x) ^ (SHIFT ? 0 : 128)) - 128 : int(x); }
+
+bool quantized(float largest) {
+  const int64_t width = 4 * GRAIN;
+  std::vector<float> x(width), scale(1);
+  std::vector<q8> q(width);
+  for (float& y : x) y = largest * (below(2001) - 1000) / 1000;
+  x[below(width)] = -largest;
+  quantize_rows(x.data(), width, 1, width, q.data(), width, scale.data());
+  if (largest != largest || largest > 1e38f) return scale[0] != scale[0];
+  if (std::abs(scale[0] * 127.0 - largest) > 1e-6 * largest) return false;
+  for (int64_t i = 0; i < width; ++i)
+    if (std::abs(value(q[i])) > 127 || (largest && std::abs(value(q[i]) - x[i] * 127.0 / largest) > 0.5001)) return false;
+  return true;
+}
+
+int main() {
+  for (int64_t rows : {1, 2, 3, 9})
+    for (int64_t k : {1, 2, 31, 100, 770})
+      for (int64_t n : {1, 25, 100})
+        for (int kinds = 0; kinds < 9; ++kinds)
+          if (!exact(rows, k, n, kinds % 3, kinds / 3))
+            return std::printf("%d rows, %d x %d, kinds %d\n", int(rows), int(k), int(n), kinds), 1;
+  if (!exact(2, 1 << 17, 3, 1, 1) || !exact(2, 1 << 17, 3, 1, 2)) return std::puts("the deepest"), 1;
+  for (float largest : {0.0f, 1e-30f, 1e-3f, 1.0f, 3e5f, 1e30f, INFINITY, NAN})
+    if (!quantized(largest)) return std::printf("rows up to %g\n", largest), 1;
+  return std::printf("V %d, %d bits, shifted by %d\n", V, int(8 * sizeof(q8)), SHIFT), 0;
+}
+"""
+AVX512 = "-D__AVX512F__ -D__AVX512BW__"  # in place of the compiler's, with SIMDe's functions
+ZIG = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-static"]
+PATHS = {  # compiler, flags, emulator; what it says
+    "this machine": (["c++", "-march=native"], [], ""),
+    "AVX2": (["c++", "-mavx2", "-mfma"], [], "V 8, 16 bits, shifted by 0"),
+    "portable": (["c++"], [], "V 8, 16 bits, shifted by 0"),
+    "NEON": (ZIG, ["qemu-aarch64"], "V 8, 16 bits, shifted by 0"),
+    "NEON dotprod": ([*ZIG, "-mcpu=cortex_a76"], ["qemu-aarch64"], "V 8, 8 bits, shifted by 0"),
+    "AVX512": (["c++", *AVX512.split()], ["SIMDe"], "V 16, 16 bits, shifted by 0"),
+    "AVX512_VNNI": (["c++", *AVX512.split(), "-D__AVX512VNNI__"], ["SIMDe"], "V 16, 8 bits, shifted by 128"),
+    "AVX_VNNI": (["c++", "-D__AVX2__", "-D__AVXVNNI__"], ["SIMDe"], "V 8, 8 bits, shifted by 128"),
+}
+# The few functions that the engine names, by SIMDe, which asks the compiler's macros what there is.
+SIMDE = r"""
+#pragma once
+#pragma push_macro("__AVX512F__")
+#pragma push_macro("__AVX512BW__")
+#pragma push_macro("__AVX512VNNI__")
+#pragma push_macro("__AVX2__")
+#undef __AVX512F__
+#undef __AVX512BW__
+#undef __AVX512VNNI__
+#undef __AVX2__
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#pragma pop_macro("__AVX512F__")
+#pragma pop_macro("__AVX512BW__")
+#pragma pop_macro("__AVX512VNNI__")
+#pragma pop_macro("__AVX2__")
+#undef _mm512_madd_epi16
+inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) { return simde_mm512_madd_epi16(a, b); }
+inline __m512 _mm512_rcp14_ps(__m512 x) { return 1 / x; }
+inline __m256i _mm256_dpbusd_avx_epi32(__m256i sum, __m256i a, __m256i b) { return simde_mm256_dpbusd_epi32(sum, a, b); }
+"""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sums_are_exact(path, tmp_path):
+    compiler, emulator, said = PATHS[path]
+    if emulator == ["SIMDe"]:
+        (tmp_path / "immintrin.h").write_text(SIMDE)
+        emulator = []
+    if "ziglang" in compiler and not (importlib.util.find_spec("ziglang") and shutil.which("qemu-aarch64")):
+        pytest.skip("no ziglang or qemu")
+    (tmp_path / "check.cpp").write_text(PROGRAM)
+    flags = ["-std=c++20", "-O2", "-w", "-I", tmp_path, "-I", cpu.SOURCES]
+    command = [*compiler, *flags, tmp_path / "check.cpp", "-o", tmp_path / "check"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "simde" in built.stderr and "No such file" in built.stderr:
+        pytest.skip("no SIMDe here")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([*emulator, tmp_path / "check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(said), done.stdout
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", MODELS)
+def test_the_function_is_kept(name):
+    model = MODELS[name]()
+    images = images_for(model, 5)
+    got = PackedModel(model, torch.int8)(images)
+    assert 1e-4 < relative_error(model, got, images) < 0.03
+    assert relative_error(model, PackedModel(model, torch.int8, PRODUCTS)(images), images) < 0.015
+
+
+@needs_kernel
+@pytest.mark.parametrize("rep_by", ["multi-lstm", "mingru"])
+@pytest.mark.parametrize("keep", [(), ("embed", "w_hh")])
+def test_batches_and_threads_are_equal_to_the_bit(rep_by, keep):
+    model, before = micro((0, 1, 2), rep_by=rep_by), torch.get_num_threads()
+    engine, images = PackedModel(model, torch.int8, keep), images_for(model, 13)
+    expected = torch.cat([engine(image) for image in images.split(1)])
+    try:
+        for threads, batch in ((1, 2), (1, 13), (2, 1), (2, 5), (3, 13)):
+            torch.set_num_threads(threads)
+            got = torch.cat([engine(part) for part in images.split(batch)])
+            assert torch.equal(got, expected) if not keep else torch.allclose(got, expected, rtol=0, atol=0.02)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["ragged", "tiny", "layer scale", "mingru"])
+def test_every_kind_of_product_may_stay_float32(name):
+    model = MODELS[name]()
+    images = images_for(model, 4)
+    plain = PackedModel(model, torch.int8)(images)
+    for product in PRODUCTS:
+        got = PackedModel(model, torch.int8, (product,))(images)
+        assert relative_error(model, got, images) < 0.03
+        if product in ("embed", "fc1", "fc2", "head"):
+            assert not torch.equal(got, plain)
+    with pytest.raises(FarError, match="no products of the engine: fc3; it has embed, before"):
+        PackedModel(model, torch.int8, ("fc3",))
+
+
+def test_weights_are_rounded_to_their_outputs_scale():
+    model = vit(60, 3, replaced=(), depth=1, num_classes=7)
+    model.head.weight[3] = 0
+    model.head.weight[4] = 1e-42  # a scale that float32 hardly holds
+    plan, vectors, products = natural_form(model, torch.int8)
+    depth, width, weights, vectors_at, kept = plan[21:26].tolist()
+    assert (depth, width, kept, products.dtype) == (60, 7, 0, torch.int8)
+    bias, scales = vectors[vectors_at : vectors_at + 14].view(2, 7)
+    w = products[weights : weights + 7 * 60].view(7, 60).float()
+    assert torch.equal(bias, model.head.bias) and w[[0, 1, 2, 5, 6]].abs().amax(1).eq(STEPS).all()
+    assert ((w * scales[:, None] - model.head.weight).abs() <= 0.5001 * scales[:, None] + 1e-40).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("rep_by", ["multi-lstm", "mingru"])
+def test_a_damaged_plan_is_refused_and_never_followed(rep_by):
+    engine = PackedModel(micro(rep_by=rep_by), torch.int8, ("embed", "w_hh", "out"))
+    images, sound = torch.randn(1, 3, 32, 32), engine.plan.clone()
+    for place in range(len(sound)):
+        for value in (-1, 2, 2**40):
+            engine.plan.copy_(sound)
+            engine.plan[place] = value
+            try:
+                engine(images)  # what a small number in its place may be: another place for weights
+            except (RuntimeError, FarError) as error:
+                assert any(word in str(error) for word in ("fuse", "images"))
+            else:
+                assert value == 2
+
+
+@needs_kernel
+def test_fuse_takes_its_name_and_runs_on_every_cpu(monkeypatch):
+    model, images = micro(), torch.randn(2, 3, 32, 32)
+    expected = PackedModel(model, torch.int8)(images)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    for precision in ("int8", torch.int8):
+        assert torch.equal(fuse(model, precision)(images), expected)
+    assert not torch.equal(fuse(model, "int8", keep={"head"})(images), expected)
