@@ -274,9 +274,7 @@ class PackedModel(nn.Module):
     reason.
     """
 
-    def __init__(
-        self, model: VisionTransformer, precision: torch.dtype = torch.float32, keep: Collection[str] = KEEP
-    ):
+    def __init__(self, model: VisionTransformer, precision: torch.dtype = torch.float32, keep: Collection[str] = KEEP):
         super().__init__()
         if reason := why_not(model, precision):
             raise FarError(f"this model cannot be packed for the CPU: {reason}")

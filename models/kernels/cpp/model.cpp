@@ -84,8 +84,7 @@ Packed pack(const Plan& natural, const float* vectors, int64_t vector_count, con
             int64_t product_count) {
   if (natural.precision == FLOAT32)
     return Packer<float, float>(natural, vectors, vector_count, products, product_count);
-  if (natural.precision == INT8)
-    return Packer<q8, int8_t>(natural, vectors, vector_count, products, product_count);
+  if (natural.precision == INT8) return Packer<q8, int8_t>(natural, vectors, vector_count, products, product_count);
   using Product = std::conditional_t<FAR_BFLOAT16, bf16, float>;
   return Packer<Product, bf16>(natural, vectors, vector_count, products, product_count);
 }

@@ -1,8 +1,8 @@
 // A whole vision transformer whose blocks mix tokens by LSTMs, minGRUs or attention, images to logits.
 //
-// It comes as three pieces of memory: `products`, all matrices (float32, bfloat16 or int8); `vectors`, all biases, norms
-// and positions, and scales of int8 (float32); `plan`, 64-bit integers that say where in the two each part lies: one Plan, then a record a
-// block, a cell and a head projection. There are two forms:
+// It comes as three pieces of memory: `products`, all matrices (float32, bfloat16 or int8); `vectors`, all biases,
+// norms and positions, and scales of int8 (float32); `plan`, 64-bit integers that say where in the two each part lies:
+// one Plan, then a record a block, a cell and a head projection. There are two forms:
 //
 //   natural   matrices (outputs, inputs), row by row; of cells in torch's order, gate by gate. It is the same on every
 //             machine; deploy/packed.py writes it, in the order in which the members stand here

@@ -92,8 +92,8 @@ class Packer : public Packed {
     return place;
   }
 
-  // The place, in X, of (n, k) in panels of `panel` outputs, see product.h. T: what they are packed in, N: what they come
-  // in.
+  // The place, in X, of (n, k) in panels of `panel` outputs, see product.h. T: what they are packed in, N: what they
+  // come in.
   template <class T = X, class N = From, class Order>
   int64_t matrix(int64_t at, int64_t n, int64_t k, int64_t panel, const Order& order) {
     const int64_t start = products.size(), depth = inputs<T>(k), panels = (padded(n) + panel - 1) / panel;
@@ -151,8 +151,8 @@ class Packer : public Packed {
         for (int64_t i = 1; i <= 1 + recurrent; ++i) bias(vectors_at + i * outputs, width, order);
       starts(ih, width, b.depth, DEEPEST, order);
       if (!recurrent) return;
-      c.w_hh = c.kept ? matrix<float, float>(hh, width, c.units, width, order)
-                      : matrix(hh, width, c.units, width, order);
+      c.w_hh =
+          c.kept ? matrix<float, float>(hh, width, c.units, width, order) : matrix(hh, width, c.units, width, order);
       if (!c.kept) starts(hh, width, c.units, DEEPEST, order);
     };
     if (recurrent)

@@ -4,9 +4,9 @@
 //   mix    p (rows, D) -> z (rows, sum u)   a task is a cell and a tile of images, or P queries of a head of an image
 //   rows   z -> x += out, norm2, fc1, GELU, x += fc2, the next block's norm1 and pre_proj -> p
 //
-// x, the residual stream, is float32; p, z and everything else a product reads is X, float or bfloat16. Where X is int8,
-// z and whatever one member alone needs is float32 until a product reads it: rows are quantized then.
-// With at least as many images as threads each thread is a team of its own and there are no barriers at all.
+// x, the residual stream, is float32; p, z and everything else a product reads is X, float or bfloat16. Where X is
+// int8, z and whatever one member alone needs is float32 until a product reads it: rows are quantized then. With at
+// least as many images as threads each thread is a team of its own and there are no barriers at all.
 #pragma once
 #include "attention.h"
 #include "model.h"
@@ -209,8 +209,8 @@ class Pass {
   }
 
   void recurrence(const BlockPlan& block, int64_t images, bool last) {
-    const Problem<X> problem{all.p, all.z, tokens, block.depth, tokens * all.ldx, all.ldx, tokens * all.ldz, all.ldz,
-                             all.scales};
+    const Problem<X> problem{all.p,   all.z,     tokens, block.depth, tokens * all.ldx, all.ldx, tokens * all.ldz,
+                             all.ldz, all.scales};
     const int64_t tiles = (images + TILE - 1) / TILE, cells = block.cell_count;
     const int64_t group = images > 1 ? 1 : together(block);
     member.share((cells + group - 1) / group * tiles, [&](int64_t i) {
@@ -226,8 +226,8 @@ class Pass {
       const CellPlan& c = plan.at<CellPlan>(block.cells)[i / images];
       const int64_t image = i % images, row = image * tokens, width = 2 * ((c.units + V - 1) / V * V);
       const float* bias = vectors + c.bias;
-      const Weights<X> gates{products + c.w_ih,   bias, block.depth, width, block.depth * P, bias + width,
-                             bias + 2 * width};
+      const Weights<X> gates{products + c.w_ih, bias,         block.depth,     width,
+                             block.depth * P,   bias + width, bias + 2 * width};
       const int64_t steps = last && !c.reverse ? 1 : tokens;
       scan_cell(gates, Rows<X>{all.p + row * all.ldx + c.from, all.ldx, all.scales + row}, tokens, steps, c.reverse,
                 c.units, all.z + row * all.ldz + c.column, all.ldz, own.work);

@@ -8,8 +8,8 @@
 //   bfloat16  [panel][k / 2][P][2]   panel 0:  k = 0, 1 | w(0, 0) w(1, 0)  w(0, 1) w(1, 1) ... |
 //   int8      the same, or [panel][k / 4][P][4]: see dots.h
 //
-// n and, but in float32, k are padded with zeros: neighbouring k are one 32-bit word, in a as in W. Rows of a may lie any
-// distance apart. Of int8 a row and a column of W have a scale each, by which their sum is multiplied.
+// n and, but in float32, k are padded with zeros: neighbouring k are one 32-bit word, in a as in W. Rows of a may lie
+// any distance apart. Of int8 a row and a column of W have a scale each, by which their sum is multiplied.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -21,14 +21,14 @@
 
 namespace {
 
-constexpr int C = 3;                          // vectors in a panel
-constexpr int P = C * V;                      // outputs in a panel
+constexpr int C = 3;                                        // vectors in a panel
+constexpr int P = C * V;                                    // outputs in a panel
 constexpr int MOST = std::max(V == 16 ? 8 : 4, amx::ROWS);  // rows of any tile
-constexpr int64_t GRAIN = 2 * V;              // every width is padded to a multiple of this
-constexpr int64_t LINE = 64;                  // bytes that come from memory together
-constexpr int64_t HIDDEN = 768;               // hidden units of the MLP between fc1 and fc2 at once, whole panels
+constexpr int64_t GRAIN = 2 * V;                            // every width is padded to a multiple of this
+constexpr int64_t LINE = 64;                                // bytes that come from memory together
+constexpr int64_t HIDDEN = 768;  // hidden units of the MLP between fc1 and fc2 at once, whole panels
 static_assert(HIDDEN % P == 0);
-constexpr int FETCH = 8;                      // lines that one step of AMX fetches ahead: six tiles' worth are a panel
+constexpr int FETCH = 8;  // lines that one step of AMX fetches ahead: six tiles' worth are a panel
 
 constexpr int64_t padded(int64_t n) { return (n + GRAIN - 1) / GRAIN * GRAIN; }
 
@@ -38,7 +38,9 @@ template <class X>
 constexpr int64_t GROUP = 4 / sizeof(X);  // k in a word
 // Rows of a tile: M C accumulators, C vectors of W and one of a fill the registers; pairs of 16 bits want one more.
 template <class X>
-constexpr int M = V == 16 ? 8 : is_q8<X> && GROUP<X> == 2 ? 3 : 4;
+constexpr int M = V == 16                     ? 8
+                  : is_q8<X> && GROUP<X> == 2 ? 3
+                                              : 4;
 template <class X>  // what activations are between products in X
 using Stored = std::conditional_t<is_q8<X>, float, X>;
 template <class X>
@@ -67,8 +69,8 @@ inline __m512bh words(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
 inline vf add(__m512bh a, __m512bh w, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, w); }
 #endif
 
-// acc[r][j] += sum over k of a[r][k] * w[k][j]; w points at J neighbouring vectors, rows `ldw` words apart; the words of
-// a row lie `hop` elements apart. depth is a multiple of GROUP.
+// acc[r][j] += sum over k of a[r][k] * w[k][j]; w points at J neighbouring vectors, rows `ldw` words apart; the words
+// of a row lie `hop` elements apart. depth is a multiple of GROUP.
 template <int R, int J, class X>
 inline void product(Sum<X> (&acc)[R][J], const X* a, int64_t lda, const X* w, int64_t ldw, int64_t depth,
                     int64_t hop = GROUP<X>) {
@@ -122,12 +124,13 @@ struct Weights {
 
   // Outputs from..from + count, from a multiple of P.
   Weights columns(int64_t from, int64_t count) const {
-    return {w + from / P * stride, bias + from, depth, std::min(count, width - from), stride, scales + from,
-            starts + from,         ldb};
+    return {w + from / P * stride, bias + from,   depth, std::min(count, width - from), stride,
+            scales + from,         starts + from, ldb};
   }
   // Inputs from..from + count, from a multiple of HIDDEN.
   Weights rows(int64_t from, int64_t count) const {
-    return {w + from * P, bias, std::min(count, depth - from), width, stride, scales, starts + from / HIDDEN * width, ldb};
+    return {w + from * P, bias,   std::min(count, depth - from),  width,
+            stride,       scales, starts + from / HIDDEN * width, ldb};
   }
 };
 
@@ -142,7 +145,8 @@ Sum<X> first_sums(const Weights<X>& m, int64_t r, int64_t j) {
 template <class X>
 vf result(Sum<X> sum, const Rows<X>& a, const Weights<X>& m, int64_t r, int64_t j) {
   if constexpr (is_q8<X>)
-    return load(m.bias + r * m.ldb + j * V) + __builtin_convertvector(sum, vf) * (a.scales[r * a.step] * load(m.scales + j * V));
+    return load(m.bias + r * m.ldb + j * V) +
+           __builtin_convertvector(sum, vf) * (a.scales[r * a.step] * load(m.scales + j * V));
   else
     return sum;
 }

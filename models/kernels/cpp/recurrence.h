@@ -8,7 +8,8 @@
 //   gates (token)   | block 0: i[V] f[V] g[V] o[V] | block 1: ... |                      width = 4 U floats
 //   W_hh            (u, width); in bfloat16 and int8 a word's rows side by side, as (u / 2 rounded up, width, 2)
 //   W_ih            (depth, width), or in panels of one block each, (blocks, depth, 4 V): see product.h
-//   bias            (width); in int8 then the columns' scales, of W_ih and of W_hh, and what the sums of both begin with
+//   bias            (width); in int8 then the columns' scales, of W_ih and of W_hh, and what the sums of both begin
+//   with
 //
 // Hidden states lie within one, so those of a product in int8 have one scale.
 #pragma once
@@ -93,8 +94,8 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
   static constexpr float STATE = 1.0f / STEPS;
   const int64_t width = c.blocks * 4 * V, U = c.blocks * V, depth = (c.units + G - 1) / G * G;
   const Rows<H> h{(const H*)s.h, G * U, &STATE, 0};
-  const Weights<H> m{(const H*)c.w_hh + G * j * 4 * V, gates + j * 4 * V,   depth, J * 4 * V, 0,
-                     c.vectors(2, j),                  c.vectors(4, j), ldg};
+  const Weights<H> m{
+      (const H*)c.w_hh + G * j * 4 * V, gates + j * 4 * V, depth, J * 4 * V, 0, c.vectors(2, j), c.vectors(4, j), ldg};
   Sum<H> acc[R][J * 4];
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < J * 4; ++g) acc[r][g] = first_sums(m, r, g);
@@ -113,8 +114,7 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
       vf(&gate)[4] = reinterpret_cast<vf(&)[4]>(sums[r][b * 4]);
       const vf hidden = activate(gate, s.cell + at);
       store(s.out + at, hidden);
-      if constexpr (!FLOAT)
-        store((H*)(s.h_new + r * U) + (j + b) * V, is_q8<H> ? hidden * STEPS : hidden);
+      if constexpr (!FLOAT) store((H*)(s.h_new + r * U) + (j + b) * V, is_q8<H> ? hidden * STEPS : hidden);
       if constexpr (KEEP) {
         for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
         store(s.kept + r * s.ldk + (j + b) * V, load(s.cell + at));
@@ -173,8 +173,7 @@ struct Walk {
                       p.scales ? p.scales + row : nullptr, direction};
       float* to = gates + r * ldg;
       int64_t t = 0;
-      for (; t + INPUTS <= count; t += INPUTS)
-        input_rows<INPUTS>(c, a.from(t), p.depth, to + t * hop, hop);
+      for (; t + INPUTS <= count; t += INPUTS) input_rows<INPUTS>(c, a.from(t), p.depth, to + t * hop, hop);
       for (; t < count; ++t) input_rows<1>(c, a.from(t), p.depth, to + t * hop, hop);
     }
   }
@@ -190,7 +189,8 @@ struct Walk {
     for (; j < c.blocks; ++j) step<R, 1, KEEP, H>(c, j, at, ldg, state);
     const float* hidden = std::is_same_v<Stored<X>, float> ? state.out : state.h_new;
     for (int r = 0; r < R; ++r)
-      std::memcpy(p.out + (b + r) * p.out_batch + token * p.out_token + c.column, hidden + r * U, c.units * sizeof(*p.out));
+      std::memcpy(p.out + (b + r) * p.out_batch + token * p.out_token + c.column, hidden + r * U,
+                  c.units * sizeof(*p.out));
     std::swap(state.h, state.h_new);
     state.last = !state.last;
   }
