@@ -63,7 +63,8 @@ const char* find_fault(const int64_t* plan, int64_t length, int64_t vectors, int
   if (length < int64_t(sizeof(Plan) / 8)) return "no plan of a model";
   const Plan& p = *reinterpret_cast<const Plan*>(plan);
   if (p.layout != LAYOUT) return "a plan of another version";
-  if (p.vector_width != (natural ? NATURAL : V)) return "packed for another kind of CPU";
+  const int64_t packed_for = precision == INT8 ? V + SHIFT : V;  // V alone does not say how 8 bits are stored
+  if (p.vector_width != (natural ? NATURAL : packed_for)) return "packed for another kind of CPU";
   if (p.precision != precision) return "weights of another precision";
   if (precision == BFLOAT16 && !natural && !FAR_BFLOAT16) return "bfloat16 weights need AVX512_BF16";
   if (p.length != length || !Checker{p, vectors, products}.model()) return "a damaged plan";

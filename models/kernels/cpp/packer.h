@@ -26,7 +26,7 @@ class Packer : public Packed {
     vectors.reserve(vector_count * 5 / 4);
     products.reserve(product_count * 5 / 4 * sizeof(X));
     Plan& p = *reinterpret_cast<Plan*>(plan.data());
-    p.vector_width = V;
+    p.vector_width = is_q8<X> ? V + SHIFT : V;
     if (!is_q8<X>) p.precision = std::is_same_v<X, bf16> ? BFLOAT16 : FLOAT32;
     vectors.resize(padded(dim));  // zeros lie first
     p.prefix_rows = rows(p.prefix_rows, p.prefix, dim);

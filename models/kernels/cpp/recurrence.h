@@ -104,22 +104,29 @@ inline void step(const Cell<X>& c, int64_t j, float* gates, int64_t ldg, const S
     product<R, J * 4>(acc, h.data + depth - 1, h.ld, m.w + (depth - 1) * width, -width, depth, -1);
   else
     product<R, J * 4>(acc, h.data, h.ld, m.w, width, depth);
-  vf sums[R][J * 4];
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int g = 0; g < J * 4; ++g) sums[r][g] = result(acc[r][g], h, m, r, g);
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < J; ++b) {
-      const int64_t at = r * U + (j + b) * V;
-      vf(&gate)[4] = reinterpret_cast<vf(&)[4]>(sums[r][b * 4]);
-      const vf hidden = activate(gate, s.cell + at);
-      store(s.out + at, hidden);
-      if constexpr (!FLOAT) store((H*)(s.h_new + r * U) + (j + b) * V, is_q8<H> ? hidden * STEPS : hidden);
-      if constexpr (KEEP) {
-        for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
-        store(s.kept + r * s.ldk + (j + b) * V, load(s.cell + at));
+  const auto activate_all = [&](vf(&sums)[R][J* 4]) {
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < J; ++b) {
+        const int64_t at = r * U + (j + b) * V;
+        vf(&gate)[4] = reinterpret_cast<vf(&)[4]>(sums[r][b * 4]);
+        const vf hidden = activate(gate, s.cell + at);
+        store(s.out + at, hidden);
+        if constexpr (!FLOAT) store((H*)(s.h_new + r * U) + (j + b) * V, is_q8<H> ? hidden * STEPS : hidden);
+        if constexpr (KEEP) {
+          for (int g = 0; g < 4; ++g) store(gates + r * ldg + ((j + b) * 4 + g) * V, gate[g]);
+          store(s.kept + r * s.ldk + (j + b) * V, load(s.cell + at));
+        }
       }
-    }
+  };
+  if constexpr (is_q8<H>) {
+    vf sums[R][J * 4];
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int g = 0; g < J * 4; ++g) sums[r][g] = result(acc[r][g], h, m, r, g);
+    activate_all(sums);
+  } else {
+    activate_all(acc);
+  }
 }
 
 // Floats of scratch that a walk over R rows needs.
