@@ -5,6 +5,7 @@ import logging
 from collections.abc import Collection
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -48,18 +49,48 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
+@torch.no_grad()
+def tell_what_int8_loses(model: VisionTransformer, keep: Collection[str], images: Tensor) -> None:
+    """Logs a line where int8 keeps less than 99 % of float32's answers, with the product that is most to blame."""
+
+    def compare(keep: Collection[str]) -> tuple[float, float]:
+        logits = packed.PackedModel(model, torch.int8, keep)(images)
+        divergence = F.kl_div(logits.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
+        return (logits.argmax(1) == expected.argmax(1)).double().mean().item(), divergence.item()
+
+    expected = packed.PackedModel(model)(images)
+    agreement, divergence = compare(keep)
+    if agreement < 0.99:
+        others = {product: compare({*keep, product}) for product in packed.PRODUCTS if product not in keep}
+        best = min(others, key=lambda product: others[product][1])
+        log.warning(
+            "int8 keeps %.1f %% of the answers on %d images, KL %.2g; with keep={%r}, in float32: %.1f %%, KL %.2g",
+            *(100 * agreement, len(images), divergence, best, 100 * others[best][0], others[best][1]),
+        )
+
+
 def fuse(
-    model: VisionTransformer, precision: torch.dtype | str = torch.float32, keep: Collection[str] = packed.KEEP
+    model: VisionTransformer,
+    precision: torch.dtype | str = torch.float32,
+    keep: Collection[str] = packed.KEEP,
+    images: Tensor | None = None,
 ) -> nn.Module:
     """The function of a FAR model or a teacher without gradients, images (B, 3, S, S) to logits (B, classes).
 
     One operator (`deploy.packed`) where that covers the model; else, said in one log line, merged block by block. The
-    model itself stays as it is. precision: of weights and activations in matrix products, float32, bfloat16 or int8
-    (FarError where the operator does not serve); keep: of `packed.PRODUCTS`, what stays float32 in int8.
+    model itself stays as it is.
+
+    Args:
+        precision: of weights and activations in matrix products, float32, bfloat16 or int8. FarError where the operator
+            does not serve.
+        keep: of `packed.PRODUCTS`, what stays float32 in int8.
+        images: (B, 3, S, S), on which int8 is compared with float32; a line is logged where it falls short.
     """
     precision = packed.PRECISIONS.get(precision, precision)
     reason = packed.why_not(model, precision)
     if not reason:
+        if images is not None and precision == torch.int8:
+            tell_what_int8_loses(model, keep, images)
         return packed.PackedModel(model, precision, keep)
     if precision != torch.float32:
         raise FarError(f"--fuse {str(precision).removeprefix('torch.')}: {reason}; use --fuse float32")

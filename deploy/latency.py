@@ -20,6 +20,7 @@ from deploy.timing import compare
 from models.deit import create_teacher
 from models.kernels import cpu
 from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
+from utils import names
 from utils.arguments import Latency
 from utils.checkpoint import is_int
 from utils.configs import RunConfig
@@ -42,6 +43,7 @@ class Table:
     threads: int
     teacher_ms: float
     ms: dict[int, float]
+    precision: str = "float32"
 
     def at(self, units: int) -> float:
         """On the staircase: as long as the next number in the table takes."""
@@ -55,17 +57,20 @@ class Table:
         return target.amount / 100 * self.teacher_ms if target.percent else target.amount
 
 
-def obtain(run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
+def obtain(
+    run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None, precision: str
+) -> Table:
     """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
     path = run.output_dir / FILE if run.resume and run.output_dir else None
-    return read(path, _most(model)) if path and path.exists() else measure(model, config, batch, mlp)
+    return read(path, _most(model)) if path and path.exists() else measure(model, config, batch, mlp, precision)
 
 
 def read(path: Path, most: int) -> Table:
     """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
     record = read_record(path, "table")["table"]
     steps = record.pop("ms", None)
-    right = set(record) == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
+    right = set(record) - {"precision"} == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
+    right = right and record.get("precision", "float32") in names.PRECISIONS
     right = right and all(is_int(record[name], 1, 2**31) for name in ("batch", "threads"))
     right = right and all(type(value) is float for value in (record["teacher_ms"], *steps.values()))
     right = right and all(map(str.isdecimal, steps))
@@ -75,7 +80,9 @@ def read(path: Path, most: int) -> Table:
     return Table(**record, ms=ms)
 
 
-def measure(model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None) -> Table:
+def measure(
+    model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None, precision: str = "float32"
+) -> Table:
     """Times models of the shape of this one, random weights, with the numbers of units at which vectors are full."""
     shape, parts = describe(model, config), replacements(model)
     if mlp:
@@ -87,11 +94,11 @@ def measure(model: VisionTransformer, config: FarConfig, batch: int, mlp: float 
     with seeded(0):
         models = {f"{u}": build(replace(shape, units=units)).eval() for u, units in sizes.items()}
         models["teacher"] = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
-        times = _times(models, config.img_size, batch)
+        times = _times(models, config.img_size, batch, precision)
     longest, ms = 0.0, {}
     for u in levels:  # noise must not make fewer units slower
         ms[u] = longest = max(longest, times[f"{u}"])
-    return Table(batch, torch.get_num_threads(), times["teacher"], ms)
+    return Table(batch, torch.get_num_threads(), times["teacher"], ms, precision)
 
 
 def check(model: VisionTransformer, config: FarConfig, table: Table, target: Latency) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def check(model: VisionTransformer, config: FarConfig, table: Table, target: Lat
     set_backend(copied, "auto")
     with seeded(0):
         teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
-        times = _times({"model": copied, "teacher": teacher}, config.img_size, table.batch)
+        times = _times({"model": copied, "teacher": teacher}, config.img_size, table.batch, table.precision)
     predicted = table.predict(places(model))
     timing = {"target_ms": table.target_ms(target), "predicted_ms": predicted, "measured_ms": times["model"]}
     timing |= {"measured_teacher_ms": times["teacher"], "measured_threads": torch.get_num_threads()}
@@ -123,10 +130,10 @@ def _filled(sizes: Any, units: int) -> Any:
 
 
 @torch.inference_mode()
-def _times(models: Mapping[str, nn.Module], side: int, batch: int) -> dict[str, float]:
+def _times(models: Mapping[str, nn.Module], side: int, batch: int, precision: str) -> dict[str, float]:
     """Milliseconds of each model fused on the CPU, taking turns; lower quartiles, as other work only adds time."""
     images = torch.randn(batch, 3, side, side)
-    calls = {name: partial(fuse(model), images) for name, model in models.items()}
+    calls = {name: partial(fuse(model, precision), images) for name, model in models.items()}
     return {name: timing["quartiles_ms"][0] for name, timing in compare(calls, SECONDS, rounds=10).items()}
 
 
@@ -136,8 +143,8 @@ def summary(timing: dict[str, Any]) -> str:
     table, share = timing["table"], timing["measured_ms"] / timing["measured_teacher_ms"]
     other = f" for {table['threads']} threads" * (table["threads"] != timing["measured_threads"])  # a resumed run
     return (
-        f"fused, batch {table['batch']}, {timing['measured_threads']} threads: {timing['measured_ms']:.2f} ms of "
-        f"{timing['target_ms']:.2f} asked ({timing['predicted_ms']:.2f} predicted{other}), the teacher "
-        f"{timing['measured_teacher_ms']:.2f}: {share:.0%}"
+        f"fused, {table['precision']}, batch {table['batch']}, {timing['measured_threads']} threads: "
+        f"{timing['measured_ms']:.2f} ms of {timing['target_ms']:.2f} asked ({timing['predicted_ms']:.2f} "
+        f"predicted{other}), the teacher {timing['measured_teacher_ms']:.2f}: {share:.0%}"
         + (f"; the target is missed by {over:.0%}" if over > 0.005 else "")
     )

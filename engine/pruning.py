@@ -108,7 +108,7 @@ class Pruning:
             planned(self.trained, self.data, self.settings)
         self.table = None
         if command.target_latency:
-            how = command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp
+            how = command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp, command.precision
             self.table = context.on_main(lambda: latency.obtain(*how))
         for ratio in command.sweep or [command.keep_ratio]:
             self.select(self.model, ratio, unit_norms)  # what cannot be met is told before hours of training

@@ -247,3 +247,17 @@ def test_fuse_takes_its_name_and_runs_on_every_cpu(monkeypatch):
     for precision in ("int8", torch.int8):
         assert torch.equal(fuse(model, precision)(images), expected)
     assert not torch.equal(fuse(model, "int8", keep={"head"})(images), expected)
+
+
+@needs_kernel
+def test_fuse_says_where_int8_falls_short_and_which_product_is_to_blame(caplog):
+    model = micro()
+    images = images_for(model, 64)
+    fuse(model, "int8", images=images)  # all of one class, by far
+    assert not caplog.records
+    for block in model.blocks:  # a channel that no weight reads makes the steps of all others coarse
+        block.norm2.bias[0] = 1e4
+        block.mlp.fc1.weight[:, 0] = 0
+    model.head.bias -= model(images).mean(0)  # many classes, by little
+    fuse(model, "int8", images=images)
+    assert "of the answers on 64 images" in caplog.text and "with keep={'fc1'}, in float32" in caplog.text

@@ -123,6 +123,7 @@ def test_prune_meets_a_latency_and_a_resumed_run_decides_the_same(far, tmp_path,
         ("--target-latency 0.001", "--target-latency 0.001: is 0.00 ms, and one unit"),
         ("--target-latency 5 --keep-ratio 0.5", "--keep-ratio and --target-latency"),
         ("--latency-batch 8", "--latency-batch"),
+        ("--precision int8", "--precision"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(flags, said, far, tmp_path, failure, monkeypatch):

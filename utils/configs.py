@@ -574,6 +574,9 @@ class PruneCommand(Command):
     latency_batch: int | None = flag(
         None, "images in the batch that --target-latency times; 1", "how to remove", type=SIZE
     )
+    precision: str = flag(
+        "float32", "of the fused models that --target-latency times", "how to remove", choices=names.PRECISIONS
+    )
     score: str = flag(
         "carried",
         "how units are ranked. norm: of all weights that die with one; carried: how far its value varies on "
@@ -603,8 +606,9 @@ class PruneCommand(Command):
         chosen = ["--" + rule.replace("_", "-") for rule in rules if getattr(self, rule) is not None]
         if len(chosen) > 1:
             raise FarError(f"{' and '.join(chosen)}: each says by itself what to remove; give one of them")
-        if self.latency_batch and not self.target_latency:
-            raise FarError("--latency-batch: is the batch of --target-latency MS; give both")
+        for given, name in ((self.latency_batch, "--latency-batch"), (self.precision != "float32", "--precision")):
+            if given and not self.target_latency:
+                raise FarError(f"{name}: says how --target-latency MS is measured; give both")
         if self.distill and not self.model.base_weight:
             raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
         if self.distill_loss and (self.distill is False or not self.model.base_weight):
