@@ -42,7 +42,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, far):
-    """Folder and address of the page beside two models: one file whole, one damaged."""
+    """Folder and address of the page beside a model in float32 and, as the pruned one, the same in int8."""
     folder = tmp_path_factory.mktemp("web")
     engines = ("web/build/far.js", "web/build/far-threads.js")
     (ROOT / "web/build").mkdir(exist_ok=True)
@@ -54,7 +54,8 @@ def site(tmp_path_factory, far):
         shutil.copy(file, folder / "build")
     model, config = load_model(far / "best.pth")
     facts = {"data": vars(config.preprocessing), "classes": CLASSES, "parameters": 1234}
-    (folder / "build/far.far").write_bytes(to_bytes(natural_form(model, torch.float32), facts))
+    for name, precision in (("far", torch.float32), ("prune", torch.int8)):
+        (folder / f"build/{name}.far").write_bytes(to_bytes(natural_form(model, precision), facts))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield folder, f"http://127.0.0.1:{server.server_port}/"
@@ -79,9 +80,9 @@ def opened(browser, address: str):
     return page
 
 
-def answered(page) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """What the first card says, its logits, and the image that the model read."""
-    card = page.locator("article").first
+def answered(page, number: int = 0) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """What a card says, its logits, and the image that the model read."""
+    card = page.locator("article").nth(number)
     logits, image = (torch.tensor(json.loads(card.get_attribute(f"data-{name}"))) for name in ("logits", "image"))
     return card.locator(".answer").inner_text(), logits, image
 
@@ -106,11 +107,12 @@ def test_a_seven_is_drawn_and_answered_as_python_does(site, browser, far):
         expected = model(image.view(1, 3, 32, 32))[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert said == CLASSES[expected.argmax()]
+    assert 0 < (answered(page, 1)[1] - expected).norm() < 0.05 * expected.norm()  # in int8
     grey = image.view(3, 32, 32).mul(torch.tensor(config.preprocessing.std)[:, None, None])[0]
     assert (
         grey[4].std() > 0 and grey[4].max() > grey[24, 24:].max()
     )  # the bar of a seven, and nothing below on its right
-    assert re.search(r"1,234 parameters, [\d.]+ MB, [\d.]+ ms", page.locator("article").inner_text())
+    assert re.search(r"1,234 parameters, [\d.]+ MB, [\d.]+ ms", page.locator("article").first.inner_text())
     page.click("#clear")
     assert page.locator("article").count() == 0
 
