@@ -60,13 +60,13 @@ def tell_what_int8_loses(model: VisionTransformer, keep: Collection[str], images
 
     expected = packed.PackedModel(model)(images)
     agreement, divergence = compare(keep)
-    if agreement < 0.99:
+    if not agreement >= 0.99:  # NaN, too
         others = {product: compare({*keep, product}) for product in packed.PRODUCTS if product not in keep}
-        best = min(others, key=lambda product: others[product][1])
-        log.warning(
-            "int8 keeps %.1f %% of the answers on %d images, KL %.2g; with keep={%r}, in float32: %.1f %%, KL %.2g",
-            *(100 * agreement, len(images), divergence, best, 100 * others[best][0], others[best][1]),
-        )
+        said = f"int8 keeps {agreement:.1%} of the answers on {len(images)} images, KL {divergence:.2g}"
+        if others:
+            best = min(others, key=lambda product: others[product][1])
+            said += f"; with keep={{{best!r}}}, in float32: {others[best][0]:.1%}, KL {others[best][1]:.2g}"
+        log.warning(said)
 
 
 def fuse(
@@ -86,7 +86,7 @@ def fuse(
         keep: of `packed.PRODUCTS`, what stays float32 in int8.
         images: (B, 3, S, S), on which int8 is compared with float32; a line is logged where it falls short.
     """
-    precision = packed.PRECISIONS.get(precision, precision)
+    precision, keep = packed.PRECISIONS.get(precision, precision), frozenset([keep] if isinstance(keep, str) else keep)
     reason = packed.why_not(model, precision)
     if not reason:
         if images is not None and precision == torch.int8:

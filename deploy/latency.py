@@ -133,7 +133,10 @@ def _filled(sizes: Any, units: int) -> Any:
 def _times(models: Mapping[str, nn.Module], side: int, batch: int, precision: str) -> dict[str, float]:
     """Milliseconds of each model fused on the CPU, taking turns; lower quartiles, as other work only adds time."""
     images = torch.randn(batch, 3, side, side)
-    calls = {name: partial(fuse(model, precision), images) for name, model in models.items()}
+    try:
+        calls = {name: partial(fuse(model, precision), images) for name, model in models.items()}
+    except FarError as error:
+        raise FarError(str(error).replace("--fuse", "--precision")) from error
     return {name: timing["quartiles_ms"][0] for name, timing in compare(calls, SECONDS, rounds=10).items()}
 
 

@@ -42,7 +42,8 @@ class Writer:
     """
 
     def __init__(self, precision: torch.dtype, keep: Collection[str] = ()):
-        if unknown := set(keep) - set(PRODUCTS):
+        keep = frozenset(keep)
+        if unknown := keep - set(PRODUCTS):
             raise FarError(f"no products of the engine: {', '.join(sorted(unknown))}; it has {', '.join(PRODUCTS)}")
         self.keep = keep if precision == torch.int8 else ()
         self.dtypes = {"products": precision, "vectors": torch.float32}

@@ -78,6 +78,7 @@ MODELS = {
     "registers": lambda: vit(64, 2, reg_tokens=4, no_embed_class=True, qkv_bias=True, class_token=True),
     "layer scale": lambda: vit(64, 2, replaced=(0,), init_values=0.1, reg_tokens=2),
     "many tokens": lambda: vit(64, 2, replaced=(0,), size=64, patch=4),
+    "heads apart": lambda: vit(256, 16, (0,), {"0": [[16, 7], [13, 16]] * 8}, depth=1),
     "mingru": lambda: vit(192, 3, rep_by="mingru"),
     "ragged mingru": lambda: micro(rep_by="mingru"),
     "few units of mingru": lambda: vit(192, 3, rep_by="mingru", units={"0": [[2, 1]] * 3, "1": [[1, 3]] * 3}),

@@ -179,6 +179,19 @@ def test_the_function_is_kept(name):
 
 
 @needs_kernel
+def test_a_heads_scale_is_of_its_own_units():
+    model = vit(256, 16, (0,), {"0": [[16, 7], [13, 16]] * 8}, "mingru", depth=1)
+    attn, images = model.blocks[0].attn, images_for(model, 3)
+    expected = PackedModel(model, torch.int8)(images)
+    for cells, proj in [*zip(attn.lstm, attn.head_proj, strict=True)][1::2]:  # the same function by larger states
+        for cell in cells:
+            cell.weight_ih[cell.units :] *= 1024
+            cell.bias_ih[cell.units :] *= 1024
+        proj.weight /= 1024
+    torch.testing.assert_close(PackedModel(model, torch.int8)(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
 @pytest.mark.parametrize("rep_by", ["multi-lstm", "mingru"])
 @pytest.mark.parametrize("keep", [(), ("embed", "w_hh")])
 def test_batches_and_threads_are_equal_to_the_bit(rep_by, keep):
@@ -237,6 +250,20 @@ def test_a_damaged_plan_is_refused_and_never_followed(rep_by):
                 assert any(word in str(error) for word in ("fuse", "images"))
             else:
                 assert value == 2
+
+
+@needs_kernel
+def test_cells_of_one_block_keep_w_hh_alike_or_are_refused():
+    """They are walked together, by the first one's precision."""
+    engine, images = PackedModel(micro(), torch.int8), torch.randn(1, 3, 32, 32)
+    first, count = engine.plan[26 + 6 : 26 + 8].tolist()
+    for cell in range(count):
+        engine.plan[first + 8 * cell + 7] = 1
+    for cell in range(count):
+        engine.plan[first + 8 * cell + 7] = 0
+        with pytest.raises(RuntimeError, match="fuse"):
+            engine(images)
+        engine.plan[first + 8 * cell + 7] = 1
 
 
 @needs_kernel

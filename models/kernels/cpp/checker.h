@@ -78,7 +78,7 @@ struct Checker {
     int64_t total = 0;
     for (int64_t i = 0; good && i < b.cell_count; ++i) {
       const CellPlan& c = plan.at<CellPlan>(b.cells)[i];
-      good = cell(c, b);
+      good = cell(c, b) && c.kept == plan.at<CellPlan>(b.cells)->kept;  // walked together
       total += good ? c.units : 0;
     }
     for (int64_t i = 0; good && i < b.apart_count; ++i) good = head(plan.at<HeadPlan>(b.apart)[i], b);

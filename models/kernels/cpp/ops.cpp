@@ -73,6 +73,12 @@ bool runs_here() {
 #ifdef __FMA4__
   has = has && __builtin_cpu_supports("fma4");
 #endif
+#ifdef __AVX512BW__
+  has = has && __builtin_cpu_supports("avx512bw");
+#endif
+#ifdef __AVX512VNNI__
+  has = has && __builtin_cpu_supports("avx512vnni");
+#endif
 #ifdef __AVX512F__
   has = has && __builtin_cpu_supports("avx512f");
 #endif

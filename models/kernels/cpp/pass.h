@@ -130,10 +130,10 @@ class Pass {
             scales + padded(map.width)};
   }
 
-  // Rows as a product in X reads them, for as long as no others are read.
-  Rows<X> read(const Y* a, int64_t lda, int64_t rows, int64_t depth) {
+  // Rows as a product in X reads them, for as long as no others are read; behind their `width` lie another's numbers.
+  Rows<X> read(const Y* a, int64_t lda, int64_t rows, int64_t depth, int64_t width) {
     if constexpr (is_q8<X>) {
-      quantize_rows(a, lda, rows, depth, own.read, own.ldread, own.scales);
+      quantize_rows(a, lda, rows, depth, own.read, own.ldread, own.scales, width);
       return {own.read, own.ldread, own.scales};
     } else {
       return {a, lda};
@@ -143,11 +143,11 @@ class Pass {
   // Calls f(rows, weights) with what the product of `map` reads, of its inputs from..from + count.
   template <class F>
   void with(const Map& map, const Y* a, int64_t lda, int64_t rows, const F& f, int64_t from = 0,
-            int64_t count = INT64_MAX) {
+            int64_t count = INT64_MAX, int64_t width = INT64_MAX) {
     if constexpr (is_q8<X>)
       if (map.kept) return f(Rows<Y>{a, lda}, weights<Y>(map).rows(from, count));
     const Weights<X> w = weights<X>(map).rows(from, count);
-    f(read(a, lda, rows, w.depth), w);
+    f(read(a, lda, rows, w.depth, width), w);
   }
 
   // x of tokens row..row + count: prefix tokens as they are, patches through the embedding, positions added.
@@ -312,9 +312,12 @@ class Pass {
     const int64_t ldx = hop * all.ldx, ldz = hop * all.ldz;
     if (block.apart_count) {
       for (int64_t h = 0; h < block.apart_count; ++h) {
-        const HeadPlan& head = plan.at<HeadPlan>(block.apart)[h];
-        with(head.map, z + head.from, ldz, count,
-             [&](const auto& a, const auto& w) { multiply_to(a, count, w, own.joined + head.to, all.ldx); });
+        const HeadPlan* head = plan.at<HeadPlan>(block.apart) + h;
+        const int64_t behind = h + 1 < block.apart_count ? head[1].from : block.mixed;
+        const auto project = [&](const auto& a, const auto& w) {
+          multiply_to(a, count, w, own.joined + head->to, all.ldx);
+        };
+        with(head->map, z + head->from, ldz, count, project, 0, INT64_MAX, behind - head->from);
       }
       // Heads may end before the padding that `out` reads, where another pass's bytes may be no numbers.
       for (int64_t r = 0; r < count; ++r)

@@ -42,13 +42,13 @@ void norm_rows(const float* x, int64_t ldx, int64_t rows, int64_t dim, const flo
 }
 
 // Rows of `width` floats in 8 bits: in steps of the row's largest magnitude / STEPS, which is its scale; that of a row
-// with a NaN or an infinity is NaN.
-inline void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t width, q8* out, int64_t ldo,
-                          float* scales) {
+// with a NaN or an infinity is NaN. What lies behind their `own` numbers counts as zeros.
+inline void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t width, q8* out, int64_t ldo, float* scales,
+                          int64_t own = INT64_MAX) {
   for (int64_t r = 0; r < rows; ++r, x += ldx, out += ldo) {
     vi most{};  // as integers magnitudes are in the same order, infinities and then NaNs behind them
     for (int64_t j = 0; j < width; j += V) {
-      const vi bits = load_ints(x + j) & 0x7fffffff;
+      const vi bits = (vi)first_lanes(load(x + j), own - j) & 0x7fffffff;
       most = bits > most ? bits : most;
     }
     int32_t top = 0;
@@ -57,7 +57,7 @@ inline void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t wid
     std::memcpy(&largest, &top, sizeof largest);
     scales[r] = largest / STEPS + (largest - largest);
     const float steps = largest > 0 ? STEPS / largest : 0;
-    for (int64_t j = 0; j < width; j += V) store(out + j, load(x + j) * steps);
+    for (int64_t j = 0; j < width; j += V) store(out + j, first_lanes(load(x + j), own - j) * steps);
   }
 }
 
