@@ -35,8 +35,9 @@ TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test that the whole chain learns comes first: the longest, and the one that tells most."""
-    items.sort(key=lambda item: item.path.name != "test_learning.py")
+    """The test that the whole chain learns comes first, the one that tells most, then those that wait for compilers."""
+    first = ("test_learning.py", "test_runtime.py", "test_int8.py", "test_web.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
