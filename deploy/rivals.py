@@ -132,14 +132,13 @@ def calibration(model: nn.Module) -> list[np.ndarray]:
     return [torch.randn(1, 3, side, side).numpy() for _ in range(CALIBRATION)]
 
 
-def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
-    """int8: dynamic, activations quantized while it runs; static int8: of products, by calibration, QDQ."""
-    file = export(model, setting)
+def quantize(file: str, model: nn.Module, precision: str) -> str:
+    """An ONNX file by ONNX Runtime's quantizers: dynamic, or static, of products, by calibration, QDQ."""
     if precision == "int8":
         from onnxruntime.quantization import quantize_dynamic
 
         quantize_dynamic(file, file := f"{file}.int8")
-    elif precision == "static int8":
+    else:
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
         class Images(CalibrationDataReader):
@@ -150,6 +149,14 @@ def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
 
         settings = {"quant_format": QuantFormat.QDQ, "op_types_to_quantize": ["MatMul", "Gemm", "Conv"]}
         quantize_static(file, file := f"{file}.static", Images(), **settings)
+    return file
+
+
+def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
+    file = export(model, setting)
+    if precision != "float32":
+        with filelock.FileLock(f"{file}.lock"):  # its quantizers write files of one name beside it
+            file = quantize(file, model, precision)
     return open_onnx_runtime(file, setting.threads)
 
 
