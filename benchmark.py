@@ -173,7 +173,7 @@ def benchmark(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     sizes = {}
-    for name, variant in rivals.VARIANTS.items():
+    for name, variant in rivals.variants(larger=not config.quick).items():
         model = variant.build(224)
         sizes[name] = {"parameters": count_parameters(model), "macs": count_macs(model)}
     rows = [[name, f"{size['parameters']:,}", f"{size['macs'] / 1e6:,.0f}"] for name, size in sizes.items()]

@@ -98,10 +98,11 @@ def main(argv: list[str] | None = None) -> int:
         title = name or attention
         if title in counts:
             continue
+        model = merge_blocks(build_on_meta(shape, source))
         try:
-            ops = list(operations(merge_blocks(build_on_meta(shape, source))))
+            ops = list(operations(model))
         except FarError as error:
-            raise FarError(f"{source}: {str(error).removeprefix(f'{source}: ')}; leave it out") from error
+            raise FarError(f"{source}: {error}; leave it out") from error
         counts[title] = count(ops)
         several = {f"{title}, {way}": estimate(ops, hardware, way) for way in MAPPINGS if counts[title].dynamic_macs}
         mapped = several or {title: estimate(ops, hardware)}

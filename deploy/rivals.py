@@ -73,6 +73,11 @@ VARIANTS = {
 }
 
 
+def variants(larger: bool) -> dict[str, Variant]:
+    """By name; not `larger`: of DeiT-Tiny alone."""
+    return {name: variant for name, variant in VARIANTS.items() if larger or variant.base == BASE}
+
+
 class Setting(NamedTuple):
     """What all programs share. folder: where a model's ONNX file is kept for the next program that needs it."""
 
@@ -222,9 +227,7 @@ class Program(NamedTuple):
 def programs(runtimes: Collection[str], larger: bool = True) -> list[Program]:
     """The teacher in every runtime; others with attention in the fastest and in ours; FAR in ours."""
     chosen = []
-    for model, variant in VARIANTS.items():
-        if variant.base != BASE and not larger:
-            continue
+    for model, variant in variants(larger).items():
         wanted = RUNTIMES if model == BASE else (OURS,) if variant.keep else (OPENVINO, OURS)
         chosen += [(model, runtime) for runtime in wanted if runtime in runtimes]
     return [Program(model, runtime, p) for model, runtime in chosen for p in RUNTIMES[runtime].packages]

@@ -97,23 +97,17 @@ class MergedBiRNN(nn.Module):
         self.heads = nn.ModuleList(frozen(*head) for head in maps.heads)
         self.register_load_state_dict_pre_hook(refuse_loading)
 
-    def cost(self, x: Tensor, given: int) -> int:
-        """Multiply-accumulates of a call on x that gives so many tokens."""
-        mixing, out = (
-            sum(w.numel() for part in parts for w in part.parameters() if w.dim() == 2)
-            for parts in ((self.pre, self.cells), (self.heads, self.out))
-        )
-        return len(x) * (x.shape[1] * mixing + given * out)
+    def operations(self, tokens: int, wanted: int | None = None) -> list[Operation]:
+        """See `models.parts.BlockPart`. wanted: how many of the first tokens go on behind the cells; None is all."""
 
-    def operations(self, tokens: int) -> list[Operation]:
-        """See `models.parts.BlockPart`."""
-        cells = [self.kind.cell(*cell) for cell in self.cells]
-        maps = {"pre_proj": [self.pre] * bool(self.pre), "head_proj": self.heads, "post_proj": [self.out]}
-        pre, heads, out = (
-            [side_by_side(name, [w for w, _ in parts], tokens, tokens * sum(len(b) for _, b in parts))] * bool(parts)
-            for name, parts in maps.items()
-        )
-        return [*pre, *recurrence(self.kind, cells, tokens), *heads, *out]
+        def maps(name: str, layers: Sequence[nn.ParameterList], vectors: int) -> list[Operation]:
+            biases = vectors * sum(len(bias) for _, bias in layers)
+            return [side_by_side(name, [weight for weight, _ in layers], vectors, biases)] * bool(layers)
+
+        wanted, cells = tokens if wanted is None else wanted, [self.kind.cell(*cell) for cell in self.cells]
+        pre = maps("pre_proj", [self.pre] if self.pre else [], tokens)
+        mixing = [*pre, *recurrence(self.kind, cells, tokens)]
+        return [*mixing, *maps("head_proj", self.heads, wanted), *maps("post_proj", [self.out], wanted)]
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
