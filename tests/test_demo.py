@@ -68,7 +68,7 @@ def test_benchmark_compares_and_writes(few_digits, tmp_path, monkeypatch, teache
         (tmp_path / "run" / name).mkdir(parents=True)
         shutil.copy(weights, tmp_path / "run" / name / "best.pth")
     monkeypatch.chdir(tmp_path)
-    flags = "--seconds 0.01 --batches 1 --image-size 32 224 --runs run --runtimes".split()
+    flags = "--quick --seconds 0.01 --batches 1 --image-size 32 224 --runs run --runtimes".split()
     assert benchmark.benchmark([*flags, "timm eager"]) == 0
     out = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())
     layer = out["layer, batch 1, threads 1"]

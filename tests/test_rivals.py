@@ -7,6 +7,7 @@ from multiprocessing import get_context
 
 import torch
 
+import benchmark
 from deploy import rivals
 from deploy.timing import ROUNDS, in_turns, measure
 from models.deit import create_teacher
@@ -65,3 +66,24 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
     program = rivals.Program(rivals.BASE, rivals.OPENVINO, "float32")
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
     assert program.lacks() == "openvino is not installed"
+
+
+def test_larger_models_are_for_one_shape_and_quick_leaves_them_out():
+    every, quick = (rivals.programs(rivals.RUNTIMES, larger) for larger in (True, False))
+    larger = [program for program in every if program not in quick]
+    assert {p.model.partition(" ")[0] for p in larger} == {"DeiT-Small", "FAR-Small", "DeiT-Base", "FAR-Base"}
+    assert all(p.timed_at(1, 224) and not p.timed_at(8, 224) and not p.timed_at(1, 512) for p in larger)
+    assert rivals.Program("FAR 0.25", rivals.OURS, "int8") in quick
+
+
+def test_ratios_are_to_openvinos_attention_of_the_same_size_and_precision(capsys):
+    ours, small = (rivals.Program(name, rivals.OURS, "int8") for name in ("FAR 0.25", "FAR-Small 0.25"))
+    rival = [rivals.Program(base, rivals.OPENVINO, "int8") for base in (rivals.BASE, "DeiT-Small")]
+    times = {str(p): {"median_ms": ms} for p, ms in zip((ours, small, *rival), (2.0, 5.0, 6.0, 20.0), strict=True)}
+    benchmark.show_ratios([ours, small], {(1, 224): times, (8, 224): {}}, "int8")
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["FAR", "0.25", "3.00"],
+        ["FAR-Small", "0.25", "4.00"],
+    ]
+    benchmark.show_ratios([ours, small], {(1, 224): times}, "bfloat16")
+    assert capsys.readouterr().out == ""
