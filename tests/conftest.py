@@ -159,8 +159,9 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 @pytest.fixture(autouse=True)
-def full_float32() -> None:
-    """On CUDA main.main() allows TF32 for its process; a test begins without."""
+def alike() -> None:
+    """A test draws the same numbers whichever tests ran before it, and without the TF32 that main.main() allows."""
+    torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
 
 
