@@ -27,7 +27,7 @@ from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, Digits, photographs
 from deploy import engine_file
 from deploy.fuse import merge_blocks
-from deploy.packed import PRECISIONS, faults, natural_form
+from deploy.packed import PRECISIONS, fault, natural_form
 from deploy.predict import preprocessing_of
 from deploy.rivals import open_onnx_runtime, open_openvino
 from deploy.timing import PAUSE_S, measure
@@ -119,7 +119,7 @@ def write_safetensors(model: VisionTransformer, facts: dict[str, Any], args: Exp
 
 
 def write_engine(model: VisionTransformer, facts: dict[str, Any], args: ExportConfig, path: Path) -> str:
-    if reason := next(faults(model), ""):
+    if reason := fault(model):
         raise FarError(f"--to engine: {reason}; use --to pt2 or safetensors")
     facts = {**facts, "parameters": count_parameters(model)}
     path.write_bytes(engine_file.to_bytes(natural_form(model, PRECISIONS[args.precision]), facts))

@@ -72,7 +72,7 @@ def tell_what_int8_loses(model: VisionTransformer, keep: Collection[str], images
 def fuse(
     model: VisionTransformer,
     precision: torch.dtype | str = torch.float32,
-    keep: Collection[str] = packed.KEEP,
+    keep: Collection[str] = (),
     images: Tensor | None = None,
 ) -> nn.Module:
     """The function of a FAR model or a teacher without gradients, images (B, 3, S, S) to logits (B, classes).

@@ -16,10 +16,10 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from deploy.onnx_scan import hidden_states
-from deploy.packed import structure_faults, without_scales
+from deploy.packed import structure_fault, without_scales
 from models.kernels import Cell, CellKind
 from models.merged import Merged
+from models.mingru import MinGRUCell
 from models.replace import replacements
 from models.vit import prefix_positions
 from utils.errors import FarError
@@ -103,24 +103,17 @@ class Graph:
 
 
 class Piece(NamedTuple):
-    """Hidden states (N, directions, B, u), and which of the block's units each column is."""
+    """Hidden states, (N, directions, B, u) of one LSTM node or (N, B, u) of one cell.
+
+    columns: for each direction, which of the block's units they are, (u,).
+    """
 
     value: str
-    columns: list[Tensor]  # a direction (u,)
+    columns: list[Tensor]
 
 
-def _head(graph: Graph, name: str, x: str, kind: CellKind, pair: Sequence[Cell], start: int) -> list[Piece]:
-    """Both directions of a head, the first of whose units is number `start`: one node where they have equally many."""
-    units = [cell.units for cell in pair]
-    columns = [torch.arange(start, start + units[0]), torch.arange(start + units[0], start + sum(units))]
-    if units[0] == units[1]:
-        return [Piece(graph.recurrent(name, x, kind, pair, "bidirectional"), columns)]
-    ways = zip(("forward", "reverse"), pair, columns, strict=True)
-    return [Piece(graph.recurrent(f"{name}/{way}", x, kind, [cell], way), [units]) for way, cell, units in ways]
-
-
-def _joined(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
-    """Pieces as one (N, B, columns).
+def _transposed(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
+    """Pieces (N, directions, B, u) as one (N, B, columns).
 
     Those of two directions are transposed once, together; those of one each, because OpenVINO 2026.4 joins LSTMs of one
     direction wrongly in batches otherwise.
@@ -141,69 +134,95 @@ def _joined(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tens
     return value, torch.cat(columns)
 
 
-def _by_cell(values: Sequence[str], cells: Sequence[Cell]) -> list[list[Piece]]:
-    """By head, the hidden states of its two cells."""
-    units = torch.arange(sum(cell.units for cell in cells)).split([cell.units for cell in cells])
-    pieces = [Piece(value, [columns]) for value, columns in zip(values, units, strict=True)]
-    return [pieces[k : k + 2] for k in range(0, len(pieces), 2)]
-
-
-def _class_token(graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged) -> list[list[Piece]]:
-    """Of the class token alone, the first: a forward cell sees nothing else, a backward one ends with it."""
-    values = []
-    for k, cell in enumerate(maps.cells):
-        way, x = (("forward", fronts), ("reverse", xs))[k % 2]
-        title = f"{name}/head{k // 2}/{maps.kind.name}/{way}"
-        values.append(graph.recurrent(title, x[k // 2], maps.kind, [cell], way, last=True))
-    return _by_cell(values, maps.cells)
-
-
-def _scanned(
-    graph: Graph, name: str, xs: Sequence[str], fronts: Sequence[str], maps: Merged, tokens: int
-) -> list[list[Piece]]:
-    """minGRUs; with `fronts`, of the class token alone."""
-    cells = maps.cells
-    forward = hidden_states(graph, f"{name}/forward", fronts or xs, cells[::2], 1 if fronts else tokens, False)
-    reverse = hidden_states(graph, f"{name}/reverse", xs, cells[1::2], tokens, True)
-    ways = enumerate((forward, graph.first(reverse) if fronts else reverse))
-    parts = [graph.split(f"{value}/head", value, [cell.units for cell in cells[r::2]]) for r, value in ways]
-    return _by_cell([value for head in zip(*parts, strict=True) for value in head], cells)
-
-
 def _concatenated(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
-    """As `_joined`, of pieces of one cell each, (N, B, u)."""
+    """Pieces (N, B, u) as one (N, B, columns)."""
     value = graph.node("Concat", f"{name}/hidden", *(piece.value for piece in pieces), axis=2)
     return value, torch.cat([piece.columns[0] for piece in pieces])
 
 
+def _scan(graph: Graph, name: str, decay: str, added: str, tokens: int, reverse: bool) -> str:
+    """`models.mingru.scan` of (N, B, u), for `reverse` from the last token to the first."""
+    hop = 1
+    while hop < tokens:
+        title, left = f"{name}/hop{hop}", tokens - hop
+        before, after, ends = ((hop, tokens), (0, left), left) if reverse else ((0, left), (hop, tokens), 0)
+        if hop == 1:
+            decay = graph.tokens(f"{title}/decay", decay, *after)
+        else:  # over twice as many tokens
+            halves = [graph.tokens(f"{title}/decay{k}", decay, k, k + left) for k in (0, hop // 2)]
+            decay = graph.node("Mul", f"{title}/decay", *halves)
+        carried = graph.node("Mul", f"{title}/carried", decay, graph.tokens(f"{title}/before", added, *before))
+        moved = graph.node("Add", f"{title}/moved", graph.tokens(f"{title}/after", added, *after), carried)
+        kept = graph.tokens(f"{title}/kept", added, ends, ends + hop)
+        added = graph.node("Concat", title, *((moved, kept) if reverse else (kept, moved)), axis=0)
+        hop *= 2
+    return added
+
+
+def _min_gru(
+    graph: Graph, name: str, xs: Sequence[str], cells: Sequence[MinGRUCell], tokens: int, reverse: bool
+) -> str:
+    """All heads' hidden states in one direction, (N, B, sum u): head h's cell reads xs[h] (N, B, d).
+
+    ONNX has no such cell: its recurrence is a scan of elementwise operators.
+    """
+    gates = []
+    for k, gate in enumerate(("z", "n")):
+        title, weights = f"{name}/{gate}", [cell.weight_ih.chunk(2)[k] for cell in cells]
+        products = [graph.linear(f"{title}/head{h}", xs[h], w, None) for h, w in enumerate(weights)]
+        joined = graph.node("Concat", f"{title}/heads", *products, axis=2)
+        bias = graph.weight(f"{title}/b", torch.cat([cell.bias_ih.chunk(2)[k] for cell in cells]))
+        gates.append(graph.node("Add", title, joined, bias))
+    share = graph.node("Sigmoid", f"{name}/share", gates[0])
+    added = graph.node("Mul", f"{name}/added", share, gates[1])
+    if tokens == 1:
+        return added
+    decay = graph.node("Sub", f"{name}/decay", graph.weight("one", torch.tensor(1.0)), share)
+    return _scan(graph, name, decay, added, tokens, reverse)
+
+
 def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool, tokens: int) -> str:
-    """Merged maps of recurrent cells on x (N, B, D)."""
+    """Merged maps of recurrent cells on x (N, B, D); of the class token alone for the last block.
+
+    The class token is the first: a forward cell sees nothing else, a backward one ends with it.
+    """
+    kind, cells = maps.kind, maps.cells
 
     def sources(x: str) -> list[str]:
-        d = maps.cells[0].weight_ih.shape[1]
+        d = cells[0].weight_ih.shape[1]
         return graph.split(f"{x}/head", x, [d] * maps.num_heads) if maps.pre else [x] * maps.num_heads
 
     x = graph.linear(f"{name}/pre_proj", x, *maps.pre) if maps.pre else x
-    xs, fronts, join = sources(x), sources(graph.first(x)) if last else [], _concatenated
-    if maps.kind.name == SCANNED:
-        by_head = _scanned(graph, name, xs, fronts, maps, tokens)
-    elif last:
-        by_head = _class_token(graph, name, xs, fronts, maps)
+    xs = sources(x)
+    fronts = sources(graph.first(x)) if last else xs
+    columns = torch.arange(sum(cell.units for cell in cells)).split([cell.units for cell in cells])
+    by_head: list[list[Piece]] = []
+    if kind.name == SCANNED:
+        forward = _min_gru(graph, f"{name}/forward", fronts, cells[::2], 1 if last else tokens, False)
+        reverse = _min_gru(graph, f"{name}/reverse", xs, cells[1::2], tokens, True)
+        states = (forward, graph.first(reverse) if last else reverse)
+        ways = [graph.split(f"{v}/head", v, [cell.units for cell in cells[r::2]]) for r, v in enumerate(states)]
+        for h, values in enumerate(zip(*ways, strict=True)):
+            by_head.append([Piece(values[r], [columns[2 * h + r]]) for r in range(2)])
     else:
-        by_head, start, join = [], 0, _joined
         for h in range(maps.num_heads):
-            pair = maps.cells[2 * h : 2 * h + 2]
-            by_head.append(_head(graph, f"{name}/head{h}/{maps.kind.name}", xs[h], maps.kind, pair, start))
-            start += sum(cell.units for cell in pair)
+            title, pair, units = f"{name}/head{h}/{kind.name}", cells[2 * h : 2 * h + 2], columns[2 * h : 2 * h + 2]
+            if pair[0].units == pair[1].units and not last:  # one node
+                by_head.append([Piece(graph.recurrent(title, xs[h], kind, pair, "bidirectional"), list(units))])
+                continue
+            ways = zip(("forward", "reverse"), (fronts[h], xs[h]), pair, strict=True)
+            values = [graph.recurrent(f"{title}/{way}", source, kind, [cell], way, last) for way, source, cell in ways]
+            by_head.append([Piece(values[r], [units[r]]) for r in range(2)])
 
+    join = _concatenated if last or kind.name == SCANNED else _transposed
     weight, bias = maps.out
     if not maps.heads:
-        value, columns = join(graph, name, [piece for pieces in by_head for piece in pieces])
-        return graph.linear(f"{name}/out", value, weight[:, columns], bias)
+        value, order = join(graph, name, [piece for pieces in by_head for piece in pieces])
+        return graph.linear(f"{name}/out", value, weight[:, order], bias)
     parts, start = [], 0
     for h, (pieces, (head_proj, _)) in enumerate(zip(by_head, maps.heads, strict=True)):
-        value, columns = join(graph, f"{name}/head{h}", pieces)
-        parts.append(graph.linear(f"{name}/head{h}/head_proj", value, head_proj[:, columns - start], None))
+        value, order = join(graph, f"{name}/head{h}", pieces)
+        parts.append(graph.linear(f"{name}/head{h}/head_proj", value, head_proj[:, order - start], None))
         start += head_proj.shape[1]
     bias = bias + weight @ torch.cat([b for _, b in maps.heads])
     return graph.linear(f"{name}/out", graph.node("Concat", f"{name}/z", *parts, axis=2), weight, bias)
@@ -247,7 +266,7 @@ def find_faults(model: VisionTransformer) -> str:
         maps = attn.maps()
         if maps is None or maps.kind.name not in (*CELLS, SCANNED):
             return f"block {index}: {type(attn).__name__}"
-    return next(structure_faults(model), "")
+    return structure_fault(model)
 
 
 def _block(graph: Graph, model: VisionTransformer, index: int, x: str) -> str:

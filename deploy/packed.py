@@ -1,7 +1,7 @@
 """A FAR model or a plain DeiT as one operator on a CPU, images to logits, by the engine in models/kernels/cpp."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 import timm.layers
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.kernels import Cell, cpu
 from models.merged import Merged, hooked, plain, refuse_loading
 from models.mingru import MinGRUCell
-from models.parts import Mlp, Replacement
+from models.parts import Mlp
 from models.replace import replacements
 from utils.errors import FarError
 
@@ -22,9 +22,7 @@ LAYOUT, NATURAL = 5, 0  # those of kernels/cpp/model.h
 # Of products, by --fuse and --precision, in the order of model.h.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PRODUCTS = ("embed", "before", "w_hh", "heads", "out", "fc1", "fc2", "head")  # those that may stay float32 in int8
-KEEP = ()  # those that do by default
 STEPS, TINY = 127, 1e-30  # of 8 bits, see kernels/cpp/dots.h; a scale that nothing is lost with
-NONE = [0, 0, 0, 0, 0]  # the record of a map that is not there
 
 
 class Natural(NamedTuple):
@@ -98,7 +96,7 @@ CELLS = {"lstm": Writer.lstm, "mingru": Writer.min_gru}
 
 def _recurrence(writer: Writer, maps: Merged) -> tuple[list[int], list[list[int]], list[list[int]], list[int]]:
     """Of a block with cells: [heads, gates, depth, mixed], cell and head records, `before` and `out` as one record."""
-    before = writer.map("before", *maps.pre) if maps.pre else NONE
+    before = writer.map("before", *maps.pre) if maps.pre else [0] * 5
     depth = maps.cells[0].weight_ih.shape[1]
     cells, column, write_cell = [], 0, CELLS[maps.kind.name]
     for i, cell in enumerate(maps.cells):
@@ -125,8 +123,8 @@ def _attention(writer: Writer, attn: Attention) -> tuple[list[int], list, list, 
 
 
 @torch.no_grad()
-def natural_form(model: VisionTransformer, precision: torch.dtype, keep: Collection[str] = KEEP) -> Natural:
-    """A model that `structure_faults` says nothing of: a header, a record a block, records of cells and projections.
+def natural_form(model: VisionTransformer, precision: torch.dtype, keep: Collection[str] = ()) -> Natural:
+    """A model without a `structure_fault`: a header, a record a block, records of cells and projections.
 
     keep: of PRODUCTS, what stays float32 in int8.
     """
@@ -198,63 +196,56 @@ def without_scales(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def _block_faults(block: nn.Module) -> Iterator[str]:
-    if type(block) is not Block or not all(_nothing(scale) or _scales(scale) for scale in (block.ls1, block.ls2)):
-        yield "a block that is not timm's plain Block"
-        return
-    if not (_plain_norm(block.norm1) and _plain_norm(block.norm2)):
-        yield "a norm that is not LayerNorm"
-    mlp = block.mlp
-    known = type(mlp) in (Mlp, timm.layers.Mlp) and plain(mlp.fc1, mlp.fc2) and _nothing(mlp.norm)
-    if not known or not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
-        yield "an MLP that is not Linear, GELU, Linear"
-
-
-def _attention_faults(attn: nn.Module, dim: int) -> Iterator[str]:
-    if type(attn) is not Attention or not plain(attn.qkv, attn.proj):
-        yield f"{type(attn).__name__} in attention's place"
-    elif attn.gate is not None or attn.attn_dim != dim or not _nothing(attn.q_norm, attn.k_norm, attn.norm):
-        yield "attention with norms or a gate"
-
-
-def _replacement_faults(attn: Replacement) -> Iterator[str]:
-    maps = attn.maps()
-    if maps is None or maps.kind.name not in CELLS:
-        yield f"{type(attn).__name__} in attention's place"
-    elif maps.backend not in ("auto", "cpu"):
-        yield f"its cells are asked of --lstm-backend {maps.backend}"
-
-
-def structure_faults(model: nn.Module) -> Iterator[str]:
-    """Why a model is not timm's plain VisionTransformer with replacements, which all fused forms assume."""
+def structure_fault(model: nn.Module) -> str:
+    """Why a model is not timm's plain VisionTransformer with replacements, which all fused forms assume; else empty."""
     if not computes_as_timms(model):
-        yield f"{type(model).__name__} computes otherwise than timm's VisionTransformer"
-        return
+        return f"{type(model).__name__} computes otherwise than timm's VisionTransformer"
     embed, conv = model.patch_embed, model.patch_embed.proj
     if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad or not _nothing(embed.norm):
-        yield "a patch embedding that is not timm's plain PatchEmbed"
-    elif conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1 or not embed.strict_img_size:
-        yield "patches that overlap or images of any size"
+        return "a patch embedding that is not timm's plain PatchEmbed"
+    if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1 or not embed.strict_img_size:
+        return "patches that overlap or images of any size"
     if model.global_pool != "token" or model.attn_pool is not None or not model.has_class_token:
-        yield "a classifier that does not read the class token"
+        return "a classifier that does not read the class token"
     if not _nothing(model.norm_pre, model.fc_norm) or not _plain_norm(model.norm):
-        yield "norms elsewhere than before each half of a block and behind the last"
+        return "norms elsewhere than before each half of a block and behind the last"
     if model.pos_embed is None or model.dynamic_img_size or not plain(model.head):
-        yield "no learned positions or no linear classifier"
+        return "no learned positions or no linear classifier"
     replaced = replacements(model)
     for i, block in enumerate(model.blocks):
-        yield from _block_faults(block)
-        yield from () if i in replaced else _attention_faults(block.attn, model.embed_dim)
+        if type(block) is not Block or not all(_nothing(scale) or _scales(scale) for scale in (block.ls1, block.ls2)):
+            return "a block that is not timm's plain Block"
+        if not (_plain_norm(block.norm1) and _plain_norm(block.norm2)):
+            return "a norm that is not LayerNorm"
+        attn, mlp = block.attn, block.mlp
+        known = type(mlp) in (Mlp, timm.layers.Mlp) and plain(mlp.fc1, mlp.fc2) and _nothing(mlp.norm)
+        if not known or not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
+            return "an MLP that is not Linear, GELU, Linear"
+        if i in replaced:
+            continue
+        if type(attn) is not Attention or not plain(attn.qkv, attn.proj):
+            return f"{type(attn).__name__} in attention's place"
+        gated = attn.gate is not None or attn.attn_dim != model.embed_dim
+        if gated or not _nothing(attn.q_norm, attn.k_norm, attn.norm):
+            return "attention with norms or a gate"
+    return ""
 
 
-def faults(model: nn.Module) -> Iterator[str]:
-    yield from structure_faults(model)
+def fault(model: nn.Module) -> str:
+    """Why the engine does not compute a model, on whatever machine; empty where it does."""
+    if reason := structure_fault(model):
+        return reason
     if hooked(*model.modules()):
-        yield "hooks on its modules"
+        return "hooks on its modules"
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
-        yield "weights that are not float32 on a CPU"
+        return "weights that are not float32 on a CPU"
     for attn in replacements(model).values():
-        yield from _replacement_faults(attn)
+        maps = attn.maps()
+        if maps is None or maps.kind.name not in CELLS:
+            return f"{type(attn).__name__} in attention's place"
+        if maps.backend not in ("auto", "cpu"):
+            return f"its cells are asked of --lstm-backend {maps.backend}"
+    return ""
 
 
 def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
@@ -264,7 +255,7 @@ def why_not(model: nn.Module, precision: torch.dtype = torch.float32) -> str:
     if precision not in PRECISIONS.values():
         return f"{precision} is none of {', '.join(PRECISIONS)}"
     lacks = precision == torch.bfloat16 and not cpu.has_bfloat16()
-    return next(faults(model), "bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
+    return fault(model) or ("bfloat16 needs a CPU with AVX512_BF16" if lacks else "")
 
 
 class PackedModel(nn.Module):
@@ -275,7 +266,7 @@ class PackedModel(nn.Module):
     reason.
     """
 
-    def __init__(self, model: VisionTransformer, precision: torch.dtype = torch.float32, keep: Collection[str] = KEEP):
+    def __init__(self, model: VisionTransformer, precision: torch.dtype = torch.float32, keep: Collection[str] = ()):
         super().__init__()
         if reason := why_not(model, precision):
             raise FarError(f"this model cannot be packed for the CPU: {reason}")
