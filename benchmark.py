@@ -67,9 +67,8 @@ def compare_programs(config: Config, threads: int) -> dict[tuple[int, int], Time
             print(f"skipped: {program}: {reason}")
     shapes = [(batch, 224) for batch in config.batches] + [(1, size) for size in config.image_size if size != 224]
     with tempfile.TemporaryDirectory() as folder:
-        setting = rivals.Setting(threads, folder)
         able = [program for program in programs if not program.lacks()]
-        with contextlib.closing(rivals.Processes(able, setting)) as processes:
+        with contextlib.closing(rivals.Processes(able, threads, folder)) as processes:
             for batch, size in tqdm(shapes, desc="shapes", unit="shape", leave=False, disable=None):
                 chosen = [program for program in able if program.timed_at(batch, size)]
                 results[batch, size] = processes.compare(chosen, batch, size, config.seconds / 15)

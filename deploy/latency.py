@@ -3,26 +3,25 @@
 A cell is computed in vectors of the CPU's width, so time is a staircase over a place's units: only full steps are kept.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from deploy.fuse import fuse
-from deploy.timing import compare
+from deploy.timing import lower_quartiles
 from models.deit import create_teacher
 from models.kernels import cpu
 from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
-from utils import names
 from utils.arguments import Latency
-from utils.checkpoint import is_int
 from utils.configs import RunConfig
 from utils.errors import FarError
 from utils.records import read_record
@@ -61,23 +60,19 @@ def obtain(
     run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None, precision: str
 ) -> Table:
     """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
-    path = run.output_dir / FILE if run.resume and run.output_dir else None
-    return read(path, _most(model)) if path and path.exists() else measure(model, config, batch, mlp, precision)
+    if run.resume and run.output_dir and (path := run.output_dir / FILE).exists():
+        return read(path, max(places(model)))
+    return measure(model, config, batch, mlp, precision)
 
 
 def read(path: Path, most: int) -> Table:
     """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
     record = read_record(path, "table")["table"]
-    steps = record.pop("ms", None)
-    right = set(record) - {"precision"} == {"batch", "threads", "teacher_ms"} and isinstance(steps, dict)
-    right = right and record.get("precision", "float32") in names.PRECISIONS
-    right = right and all(is_int(record[name], 1, 2**31) for name in ("batch", "threads"))
-    right = right and all(type(value) is float for value in (record["teacher_ms"], *steps.values()))
-    right = right and all(map(str.isdecimal, steps))
-    ms = {int(units): steps[units] for units in sorted(steps, key=int)} if right else {}
-    if not {1, most} <= ms.keys() or list(ms.values()) != sorted(ms.values()):
-        raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
-    return Table(**record, ms=ms)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        table = Table(**{**record, "ms": {int(units): float(ms) for units, ms in record["ms"].items()}})
+        if {1, most} <= table.ms.keys():
+            return table
+    raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
 
 
 def measure(
@@ -87,17 +82,16 @@ def measure(
     shape, parts = describe(model, config), replacements(model)
     if mlp:
         shape = replace(shape, mlp={str(i): max(1, round(mlp * part.sizes)) for i, part in mlps(model).items()})
-    most = _most(model)
+    most = max(places(model))
     step = cpu.load(cpu.TUNED).vector_width() if cpu.available() else 8
     levels = [1, *range(step, most, step), most]
     sizes = {u: {str(i): _filled(part.sizes, u) for i, part in parts.items()} for u in levels}
     with seeded(0):
         models = {f"{u}": build(replace(shape, units=units)).eval() for u, units in sizes.items()}
         models["teacher"] = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
-        times = _times(models, config.img_size, batch, precision)
-    longest, ms = 0.0, {}
-    for u in levels:  # noise must not make fewer units slower
-        ms[u] = longest = max(longest, times[f"{u}"])
+        times = in_engine(models, SECONDS, batch, precision)
+    longest = accumulate((times[f"{u}"] for u in levels), max)  # noise must not make fewer units slower
+    ms = dict(zip(levels, longest, strict=True))
     return Table(batch, torch.get_num_threads(), times["teacher"], ms, precision)
 
 
@@ -107,7 +101,7 @@ def check(model: VisionTransformer, config: FarConfig, table: Table, target: Lat
     set_backend(copied, "auto")
     with seeded(0):
         teacher = create_teacher(config.base_model, config.num_classes, config.img_size).eval()
-        times = _times({"model": copied, "teacher": teacher}, config.img_size, table.batch, table.precision)
+        times = in_engine({"model": copied, "teacher": teacher}, SECONDS, table.batch, table.precision)
     predicted = table.predict(places(model))
     timing = {"target_ms": table.target_ms(target), "predicted_ms": predicted, "measured_ms": times["model"]}
     timing |= {"measured_teacher_ms": times["teacher"], "measured_threads": torch.get_num_threads()}
@@ -119,25 +113,22 @@ def places(model: VisionTransformer) -> list[int]:
     return [len(norms) for part in replacements(model).values() for norms in part.unit_norms().values()]
 
 
-def _most(model: VisionTransformer) -> int:
-    """The units of the fullest place."""
-    return max(places(model))
-
-
 def _filled(sizes: Any, units: int) -> Any:
     """Nested like sizes, so many units in each place."""
     return units if isinstance(sizes, int) else [_filled(size, units) for size in sizes]
 
 
 @torch.inference_mode()
-def _times(models: Mapping[str, nn.Module], side: int, batch: int, precision: str) -> dict[str, float]:
-    """Milliseconds of each model fused on the CPU, taking turns; lower quartiles, as other work only adds time."""
-    images = torch.randn(batch, 3, side, side)
+def in_engine(
+    models: Mapping[Any, VisionTransformer], seconds: float = 1.0, batch: int = 1, precision: str = "float32"
+) -> dict[Any, float]:
+    """Milliseconds by name of models fused on the CPU, which take turns for `seconds`."""
+    images = torch.randn(batch, 3, *next(iter(models.values())).patch_embed.img_size)
     try:
         calls = {name: partial(fuse(model, precision), images) for name, model in models.items()}
     except FarError as error:
         raise FarError(str(error).replace("--fuse", "--precision")) from error
-    return {name: timing["quartiles_ms"][0] for name, timing in compare(calls, SECONDS, rounds=10).items()}
+    return lower_quartiles(calls, seconds)
 
 
 def summary(timing: dict[str, Any]) -> str:

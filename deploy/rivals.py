@@ -31,7 +31,7 @@ DIMS = {BASE: DIM, "DeiT-Small": 384, "DeiT-Base": 768}
 CALIBRATION = 32  # random images: they set scales, and no one asks these models for answers
 OPENVINO, OURS = "OpenVINO", "FAR engine"
 ONNX_OPSET = 18
-Call = Callable[[torch.Tensor], object]
+Call = Callable[[torch.Tensor], torch.Tensor]  # images to logits
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,7 @@ def variants(larger: bool) -> dict[str, Variant]:
     return {name: variant for name, variant in VARIANTS.items() if larger or variant.base == BASE}
 
 
-class Setting(NamedTuple):
-    """What all programs share. folder: where a model's ONNX file is kept for the next program that needs it."""
-
-    threads: int
-    folder: str
-
-
-def eager(model: nn.Module, precision: str, setting: Setting) -> Call:
-    return model
-
-
-def compiled(model: nn.Module, precision: str, setting: Setting) -> Call:
+def compiled(model: nn.Module, precision: str, folder: str) -> Call:
     from torch._inductor import config
 
     config.freezing = True  # weights become constants, laid out once
@@ -98,10 +87,10 @@ def compiled(model: nn.Module, precision: str, setting: Setting) -> Call:
     return lambda images: module(images.to(dtype))
 
 
-def export(model: nn.Module, setting: Setting) -> str:
-    """The model as an ONNX file, batch dynamic; the first process that needs it makes it."""
+def export(model: nn.Module, folder: str) -> str:
+    """The model as an ONNX file in a folder, batch dynamic; the first process that needs it makes it."""
     side = model.patch_embed.img_size[0]
-    file = Path(setting.folder) / f"{count_parameters(model)}-{side}.onnx"
+    file = Path(folder) / f"{count_parameters(model)}-{side}.onnx"
     with filelock.FileLock(f"{file}.lock"):
         if not file.exists():
             images, batch = torch.randn(2, 3, side, side), {0: torch.export.Dim("batch")}
@@ -110,26 +99,26 @@ def export(model: nn.Module, setting: Setting) -> str:
     return str(file)
 
 
-def open_onnx_runtime(file: str, threads: int) -> Call:
-    """An ONNX file in ONNX Runtime: images to a list of results."""
+def open_onnx_runtime(model: str | Path | bytes) -> Call:
+    """An ONNX file, or its content, in ONNX Runtime on torch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.numpy()})
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def open_openvino(file: str, threads: int, precision: str = "float32") -> Call:
-    """The same in OpenVINO."""
+def open_openvino(file: str | Path, precision: str = "float32") -> Call:
+    """An ONNX or OpenVINO file in OpenVINO, likewise."""
     import openvino as ov
 
     hint = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[precision]  # int8: of what is not quantized
-    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
     network = ov.Core().compile_model(file, "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
     request = network.create_infer_request()
-    return lambda images: request.infer([images.numpy()], share_inputs=True)
+    return lambda images: torch.from_numpy(request.infer([images.numpy()], share_inputs=True)[0])
 
 
 def calibration(model: nn.Module) -> list[np.ndarray]:
@@ -157,17 +146,17 @@ def quantize(file: str, model: nn.Module, precision: str) -> str:
     return file
 
 
-def onnx_runtime(model: nn.Module, precision: str, setting: Setting) -> Call:
-    file = export(model, setting)
+def onnx_runtime(model: nn.Module, precision: str, folder: str) -> Call:
+    file = export(model, folder)
     if precision != "float32":
         with filelock.FileLock(f"{file}.lock"):  # its quantizers write files of one name beside it
             file = quantize(file, model, precision)
-    return open_onnx_runtime(file, setting.threads)
+    return open_onnx_runtime(file)
 
 
-def openvino(model: nn.Module, precision: str, setting: Setting) -> Call:
+def openvino(model: nn.Module, precision: str, folder: str) -> Call:
     """int8: by NNCF, static, as it is advised for transformers."""
-    file = export(model, setting)
+    file = export(model, folder)
     if precision == "int8":
         import nncf
         from openvino import Core, save_model
@@ -176,26 +165,26 @@ def openvino(model: nn.Module, precision: str, setting: Setting) -> Call:
         data = nncf.Dataset(calibration(model))
         network = nncf.quantize(Core().read_model(file), data, subset_size=CALIBRATION, **settings)
         save_model(network, file := f"{file}.xml")
-    return open_openvino(file, setting.threads, precision)
-
-
-def engine(model: nn.Module, precision: str, setting: Setting) -> Call:
-    return fuse(model, getattr(torch, precision))
+    return open_openvino(file, precision)
 
 
 class Runtime(NamedTuple):
-    """make: (model, precision, setting) to a function of images. packages: what must be installed, by precision."""
+    """A program that runs models.
 
-    make: Callable[[nn.Module, str, Setting], Call]
+    make: (model, precision, a folder for files that its programs share) to a function of images. packages: what must be
+    installed, by precision.
+    """
+
+    make: Callable[[nn.Module, str, str], Call]
     packages: dict[str, str]
 
 
 RUNTIMES = {
-    "timm eager": Runtime(eager, {"float32": "torch"}),
+    "timm eager": Runtime(lambda model, *_: model, {"float32": "torch"}),
     "torch.compile": Runtime(compiled, {"bfloat16": "torch"}),
     "ONNX Runtime": Runtime(onnx_runtime, dict.fromkeys(("float32", "int8", "static int8"), "onnxruntime")),
     OPENVINO: Runtime(openvino, {"float32": "openvino", "bfloat16": "openvino", "int8": "nncf"}),
-    OURS: Runtime(engine, dict.fromkeys(PRECISIONS, "torch")),
+    OURS: Runtime(lambda model, precision, _: fuse(model, precision), dict.fromkeys(PRECISIONS, "torch")),
 }
 
 
@@ -240,41 +229,45 @@ def start_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def new_process(threads: int) -> ProcessPoolExecutor:
+    """One process, whose torch has so many threads."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process, initargs=(threads,))
+
+
 @functools.cache
-def _load(program: Program, size: int, setting: Setting) -> Call:
-    return RUNTIMES[program.runtime].make(VARIANTS[program.model].build(size), program.precision, setting)
+def _load(program: Program, size: int, folder: str) -> Call:
+    return RUNTIMES[program.runtime].make(VARIANTS[program.model].build(size), program.precision, folder)
 
 
 @torch.no_grad()
-def _run(program: Program, batch: int, size: int, setting: Setting, seconds: float) -> list[float]:
+def _run(program: Program, batch: int, size: int, folder: str, seconds: float) -> list[float]:
     """In a runtime's process: milliseconds of repeated calls; with 0 seconds the model is built and called once."""
     images = torch.randn(batch, 3, size, size)
-    call = functools.partial(_load(program, size, setting), images)
+    call = functools.partial(_load(program, size, folder), images)
     call()
     return measure(call, seconds) if seconds else []
 
 
 class Processes:
-    """One process for each runtime and precision among the programs; to be closed."""
+    """One process for each runtime and precision among the programs; to be closed.
 
-    def __init__(self, programs: list[Program], setting: Setting):
-        self.programs, self.setting = programs, setting
-        self.pools = {program[1:]: self._pool() for program in programs}
+    folder: where a model's ONNX file is kept for the next program that needs it.
+    """
+
+    def __init__(self, programs: list[Program], threads: int, folder: str):
+        self.threads, self.folder = threads, folder
+        self.pools = {program[1:]: new_process(threads) for program in programs}
         self.failed: dict[Program, str] = {}  # in the last comparison, and why
-
-    def _pool(self) -> ProcessPoolExecutor:
-        context = get_context("spawn")
-        return ProcessPoolExecutor(1, context, initializer=start_process, initargs=(self.setting.threads,))
 
     def _times(self, program: Program, batch: int, size: int, seconds: float) -> list[float]:
         """Milliseconds, none once the program failed. A process that ended is replaced."""
         if program in self.failed:
             return []
         try:
-            return self.pools[program[1:]].submit(_run, program, batch, size, self.setting, seconds).result()
+            return self.pools[program[1:]].submit(_run, program, batch, size, self.folder, seconds).result()
         except BrokenProcessPool:
             self.failed[program] = "its process ended"
-            self.pools[program[1:]] = self._pool()
+            self.pools[program[1:]] = new_process(self.threads)
         except Exception as error:  # noqa: BLE001  (each runtime raises its own types)
             self.failed[program] = first_line(error)
         return []

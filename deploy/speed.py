@@ -5,9 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 
 from datasets.loading import Data
 from deploy.fuse import fuse
-from deploy.rivals import BASE, DIM, HEADS, open_onnx_runtime, open_openvino, start_process
-from deploy.timing import PAUSE_S, compare, measure
+from deploy.latency import in_engine
+from deploy.rivals import BASE, DIM, HEADS, new_process, open_onnx_runtime, open_openvino
+from deploy.timing import PAUSE_S, compare, lower_quartiles
 from models import kernels
 from models.bilstm import MultiHeadBiLSTM
 from models.count import count_macs
@@ -57,39 +56,25 @@ def layers(tokens: int) -> dict[str, nn.Module]:
     }
 
 
-@torch.inference_mode()
-def in_engine(models: dict, seconds: float = 1.0) -> dict:
-    """Milliseconds for one image by model in our engine, as `one_image`."""
-    image = torch.randn(1, 3, *next(iter(models.values())).patch_embed.img_size)
-    calls = {name: partial(fuse(model), image) for name, model in models.items()}
-    return {name: times["quartiles_ms"][0] for name, times in compare(calls, seconds, rounds=10).items()}
-
-
 def one_image(models: dict[str, VisionTransformer], seconds: float = 1.0) -> dict[str, dict[str, float | None]]:
     """Milliseconds for one image by runtime and model, in float32, all on torch's number of threads.
 
-    The models of a runtime take turns for `seconds`; lower quartiles, as other work only adds time. ONNX Runtime's are
-    None if it, or onnx, is not installed.
+    The models of a runtime take turns for `seconds`. ONNX Runtime's are None if it, or onnx, is not installed.
     """
     image = torch.randn(1, 3, *next(iter(models.values())).patch_embed.img_size)
-    calls, engine = {}, in_engine(models, seconds)
+    times = {ENGINE: in_engine(models, seconds), ONNX_RUNTIME: dict.fromkeys(models)}
     if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
         from deploy.onnx_graph import to_onnx
 
-        with tempfile.TemporaryDirectory() as folder:
-            for k, (name, model) in enumerate(models.items()):
-                file = Path(folder) / f"{k}.onnx"
-                file.write_bytes(to_onnx(model).SerializeToString())
-                call = open_onnx_runtime(str(file), torch.get_num_threads())
-                calls[name] = partial(call, image)
-    time.sleep(PAUSE_S)
-    times = compare(calls, seconds, rounds=10) if calls else {}
-    return {ENGINE: engine, ONNX_RUNTIME: {name: times[name]["quartiles_ms"][0] if calls else None for name in models}}
+        files = {name: to_onnx(model).SerializeToString() for name, model in models.items()}
+        calls = {name: partial(open_onnx_runtime(file), image) for name, file in files.items()}
+        time.sleep(PAUSE_S)
+        times[ONNX_RUNTIME] = lower_quartiles(calls, seconds)
+    return times
 
 
 def _time_openvino(file: str, shape: Sequence[int], seconds: float) -> float:
-    call, images = open_openvino(file, torch.get_num_threads()), torch.randn(1, *shape)
-    return statistics.quantiles(measure(lambda: call(images), seconds), n=4)[0]
+    return lower_quartiles({"": partial(open_openvino(file), torch.randn(1, *shape))}, seconds)[""]
 
 
 def in_openvino(model: VisionTransformer, seconds: float = 1.0) -> float | None:
@@ -102,11 +87,10 @@ def in_openvino(model: VisionTransformer, seconds: float = 1.0) -> float | None:
     from deploy.onnx_graph import to_onnx
 
     shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    spawned = {"mp_context": get_context("spawn"), "initializer": start_process, "initargs": (torch.get_num_threads(),)}
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, **spawned) as pool:
+    with tempfile.TemporaryDirectory() as folder, new_process(torch.get_num_threads()) as process:
         file = Path(folder) / "model.onnx"
         file.write_bytes(to_onnx(model).SerializeToString())
-        return pool.submit(_time_openvino, str(file), shape, seconds).result()
+        return process.submit(_time_openvino, str(file), shape, seconds).result()
 
 
 def trained(folder: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -44,6 +45,11 @@ def compare(calls: Mapping[str, Call], seconds: float, rounds: int = ROUNDS) -> 
     """`in_turns` of calls in this process, `seconds` for all of them together."""
     each = seconds / len(calls) / rounds if calls else 0.0
     return in_turns({name: lambda s, call=call: measure(call, s) for name, call in calls.items()}, each, rounds)
+
+
+def lower_quartiles(calls: Mapping[Any, Call], seconds: float) -> dict[Any, float]:
+    """Milliseconds by name, in ten turns; lower quartiles, as other work only adds time."""
+    return {name: times["quartiles_ms"][0] for name, times in compare(calls, seconds, rounds=10).items()}
 
 
 def summary(times: list[float]) -> dict[str, float | list[float]]:

@@ -83,7 +83,7 @@ def test_a_table_is_measured_at_full_vectors_and_read_back_as_it_was(tmp_path, m
 
 def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
     seen = {}
-    monkeypatch.setattr(latency, "_times", lambda models, *_: seen.update(models) or dict.fromkeys(models, 1.0))
+    monkeypatch.setattr(latency, "in_engine", lambda models, *_: seen.update(models) or dict.fromkeys(models, 1.0))
     config = FarConfig("DeiT-Micro", 10, 32, replaced=(1, 3), units={"1": [[5, 32], [1, 7]]}, mlp={"2": 40})
     model = build(config)
     latency.measure(model, config, 1, 0.5)

@@ -19,10 +19,9 @@ def relative_errors(folder: str) -> dict[rivals.Program, float]:
     expected, errors = model(images), {}
     for program in rivals.programs(rivals.RUNTIMES):
         if program.model == rivals.BASE and program.runtime != "torch.compile" and not program.lacks():
-            call = rivals.RUNTIMES[program.runtime].make(model, program.precision, rivals.Setting(1, folder))
+            call = rivals.RUNTIMES[program.runtime].make(model, program.precision, folder)
             with torch.no_grad():
                 got = call(images)
-            got = torch.as_tensor(got if isinstance(got, torch.Tensor) else got[0])
             errors[program] = ((got - expected).norm() / expected.norm()).item()
     return errors
 
@@ -36,9 +35,9 @@ def test_every_runtime_computes_the_model(tmp_path):
 
 def test_programs_take_turns_and_a_failing_one_is_named():
     good, bad = (rivals.Program(name, "timm eager", "float32") for name in (rivals.BASE, "no model"))
-    processes = rivals.Processes([good, bad], rivals.Setting(1, ""))
+    processes = rivals.Processes([good, bad], 1, "")
     try:
-        times = processes.compare(processes.programs, 2, 32, 0.01)
+        times = processes.compare([good, bad], 2, 32, 0.01)
         assert list(times) == [str(good)] and "no model" in processes.failed[bad]
         assert times[str(good)]["repeats"] >= ROUNDS
         (pid,) = processes.pools["timm eager", "float32"]._processes
