@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from models.count import count_macs
 from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
 from plots.figures import accuracy_by_latency, latency_by_tokens, save_figure
-from utils.arguments import SECONDS, SIZE, Parser, path, pick
+from utils.arguments import SECONDS, SIZE, Parser, flag, path, pick
 from utils.checkpoint import write_atomic
 from utils.distributed import pick_device
 from utils.errors import FarError
@@ -30,18 +31,35 @@ from utils.files import check_writable
 from utils.script import run_script
 from utils.terminal import table
 
+GROUP = "options"  # argparse's own
+
 
 @dataclass(frozen=True)
 class Config:
-    """The flags; see `build_parser`."""
+    """The flags."""
 
-    output_dir: Path
-    seconds: float
-    batches: list[int]
-    image_size: list[int]
-    runtimes: list[str]
-    runs: list[Path]
-    quick: bool
+    device: str = flag("cpu", "cuda: deploy/gpu_speed.py's measures", GROUP, choices=("cpu", "cuda"))
+    output_dir: Path = flag(Path("runs/benchmark"), "where benchmark.json and the plots go", GROUP, type=path)
+    seconds: float = flag(1.5, "measured for each group of things compared", GROUP, type=SECONDS)
+    batches: Sequence[int] = flag((1, 8, 32), "batch sizes", GROUP, type=SIZE, nargs="+")
+    image_size: Sequence[int] = flag(
+        (224, 384, 512, 1024), "sides in pixels, for cost against tokens", GROUP, type=SIZE, nargs="+"
+    )
+    runtimes: Sequence[str] = flag(
+        tuple(rivals.RUNTIMES),
+        "what whole models run in; one that is not installed is skipped",
+        GROUP,
+        nargs="+",
+        choices=tuple(rivals.RUNTIMES),
+    )
+    quick: bool = flag(False, "leave DeiT-Small and DeiT-Base out", GROUP)
+    runs: Sequence[Path] = flag(
+        (Path("runs/demo"),),
+        "folders of demo.py, a seed each, for accuracy against latency",
+        GROUP,
+        type=path,
+        nargs="+",
+    )
 
     def __post_init__(self):
         if odd := [size for size in self.image_size if not fits_patches(rivals.BASE, size)]:
@@ -127,41 +145,9 @@ def compare_training(config: Config) -> Times:
     return compare({name: lambda m=layers[name]: m(x).sum().backward() for name in names}, config.seconds)
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: deploy/gpu_speed.py's measures")
-    parser.add_argument(
-        "--output-dir", type=path, default=Path("runs/benchmark"), help="where benchmark.json and the plots go"
-    )
-    parser.add_argument("--seconds", type=SECONDS, default=1.5, help="measured for each group of things compared")
-    parser.add_argument("--batches", type=SIZE, nargs="+", default=[1, 8, 32], help="batch sizes")
-    parser.add_argument(
-        "--image-size",
-        type=SIZE,
-        nargs="+",
-        default=[224, 384, 512, 1024],
-        help="sides in pixels, for cost against tokens",
-    )
-    parser.add_argument(
-        "--runtimes",
-        nargs="+",
-        choices=tuple(rivals.RUNTIMES),
-        default=list(rivals.RUNTIMES),
-        help="what whole models run in; one that is not installed is skipped",
-    )
-    parser.add_argument("--quick", action="store_true", help="leave DeiT-Small and DeiT-Base out")
-    parser.add_argument(
-        "--runs",
-        type=path,
-        nargs="+",
-        default=[Path("runs/demo")],
-        help="folders of demo.py, a seed each, for accuracy against latency",
-    )
-    return parser
-
-
 def benchmark(argv: list[str] | None = None) -> int:
-    parser = build_parser()
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_flags(Config)
     args = parser.parse_args(argv)
     if args.device == "cuda":  # has defaults of its own
         parser.refuse(argv, {"image_size", "runtimes", "runs", "quick"}, "--device cuda does not use it")
