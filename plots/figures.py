@@ -34,6 +34,15 @@ def draw_curves(run: RunFolder) -> None:
         save_figure(training_curves(rows), run.path / "curves.png")
 
 
+def empty_panels(width: float, height: float, xlabel: str, *ylabels: str) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches and its panels side by side, one for each ylabel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = list(figure.subplots(1, len(ylabels), squeeze=False)[0])
+    for axes, ylabel in zip(panels, ylabels, strict=True):
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure, panels
+
+
 def plain(value: float, _: Any = None) -> str:
     """A number as a person writes it on an axis: 7.25, 0.002, 4,097, 5e−5."""
     number, _, power = f"{value:,.6g}".partition("e")
@@ -66,15 +75,16 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
         values |= terms if len(terms) > 1 else {}
         return values | ({"evaluation cross entropy": row["val"]["loss"]} if row["val"] else {})
 
-    panels = {
+    measures = {
         "loss": losses,
         "accuracy (%)": lambda row: {f"top-{k}": row["val"][f"acc{k}"] for k in (1, 5)} if row["val"] else {},
         "learning rate": lambda row: {"rate": row["lr"]} if row["train"] else {},
     }
     stages = [list(group) for _, group in groupby(rows, key=lambda row: row["stage_index"])]
     begins = [0, *accumulate(stage[-1]["epoch"] for stage in stages)]
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    for axes, (label, measure) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    xlabel = "epoch" if len(stages) == 1 else "epoch, over all stages"
+    figure, panels = empty_panels(11, 3.8, xlabel, *measures)
+    for axes, measure in zip(panels, measures.values(), strict=True):
         colours: dict[str, str] = {}
         for begin, stage in zip(begins, stages, strict=False):
             lines: dict[str, list[tuple[int, float]]] = {}
@@ -88,7 +98,6 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
                 axes.plot(*zip(*points, strict=True), **style)
             if begin:
                 axes.axvline(begin, color="0.8", lw=0.8, zorder=0)
-        axes.set(xlabel="epoch" if len(stages) == 1 else "epoch, over all stages", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(colours) > 1:
             axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
@@ -96,7 +105,7 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
         middles = [(begin + end) / 2 for begin, end in zip(begins, begins[1:], strict=False)]
         above.set_xticks(middles, [stage[0]["stage"] for stage in stages])
         above.tick_params(length=0, labelsize=8, rotation=0 if len(stages) < 4 else 90)
-    loss, _, rate = figure.axes
+    loss, _, rate = panels
     logarithmic(loss.yaxis, [value for row in rows for value in losses(row).values()])
     rate.yaxis.set_major_formatter(FuncFormatter(plain))
     return figure
@@ -104,18 +113,13 @@ def training_curves(rows: list[dict[str, Any]]) -> Figure:
 
 def fidelity_by_block(reports: dict[str, dict[str, Any]]) -> Figure:
     """How far a student's blocks are from its teacher's, a line a report by name (before, after, pruned)."""
-    figure = Figure(figsize=(9, 3.3), layout="constrained")
-    cosine, error = figure.subplots(1, 2)
-    for axes, key, label in (
-        (cosine, "z_similarity", "cosine similarity of z"),
-        (error, "output_error", "relative error of outputs"),
-    ):
+    labels = ("cosine similarity of z", "relative error of outputs")
+    figure, (cosine, error) = empty_panels(9, 3.3, "block", *labels)
+    for axes, key in ((cosine, "z_similarity"), (error, "output_error")):
         for k, (name, report) in enumerate(reports.items()):
-            axes.plot(
-                range(len(report[key])), report[key].values(), label=name, clip_on=False, zorder=3, **STYLES[k % 6]
-            )
-        axes.set_xticks(range(len(report[key])), report[key])
-        axes.set(xlabel="block", ylabel=label)
+            blocks, values = range(len(report[key])), report[key].values()
+            axes.plot(blocks, values, label=name, clip_on=False, zorder=3, **STYLES[k % 6])
+        axes.set_xticks(blocks, report[key])
         axes.grid(axis="y", color="0.9")
     cosine.set_ylim(min(0, cosine.get_ylim()[0]), 1)
     error.set_ylim(0)
@@ -125,15 +129,10 @@ def fidelity_by_block(reports: dict[str, dict[str, Any]]) -> Figure:
 
 def pruning_curves(steps: list[dict[str, float]], reg: int) -> Figure:
     """Loss, Hoyer-square and share of weak units over the steps of a regularized training."""
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, key, label in zip(
-        figure.subplots(1, 3),
-        ("loss", "hoyer_square", "sparsity"),
-        (f"training loss (--reg {reg})", "Hoyer-square of the units", "share of weak units"),
-        strict=True,
-    ):
+    labels = (f"training loss (--reg {reg})", "Hoyer-square of the units", "share of weak units")
+    figure, panels = empty_panels(10, 3, "recorded step", *labels)
+    for axes, key in zip(panels, ("loss", "hoyer_square", "sparsity"), strict=True):
         axes.plot([row[key] for row in steps], color=COLOURS[0], lw=1)
-        axes.set(xlabel="recorded step", ylabel=label)
         axes.ticklabel_format(useOffset=False)
     return figure
 
@@ -157,8 +156,7 @@ def kept_units(units: dict[str, list[list[int]]], full: int) -> Figure:
 
 def accuracy_by_cost(curve: str, points: list[tuple[float, float, str]], others: dict[str, tuple], cost: str) -> Figure:
     """Top-1 against a cost: points (cost, top-1, text) joined and labelled, others (cost, top-1) by name."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = empty_panels(6, 4, cost, "top-1 (%)")
     x, y, texts = zip(*sorted(points), strict=True)
     axes.plot(x, y, label=curve, **STYLES[0])
     for place in zip(texts, x, y, strict=True):
@@ -166,7 +164,6 @@ def accuracy_by_cost(curve: str, points: list[tuple[float, float, str]], others:
     for k, (name, place) in enumerate(others.items(), 1):
         axes.plot(*place, label=name, ls="", **STYLES[k % 6])
     axes.margins(0.12)
-    axes.set(xlabel=cost, ylabel="top-1 (%)")
     axes.ticklabel_format(useOffset=False)
     legend_above(figure, axes)
     return figure
@@ -193,18 +190,12 @@ def accuracy_by_latency(rows: list[dict]) -> Figure:
 
 def latency_by_tokens(curve: dict[str, list[dict]]) -> Figure:
     """Time and extra memory of one layer against the number of tokens, both axes logarithmic."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, key, scale, label in zip(
-        figure.subplots(1, 2),
-        ("median_ms", "peak_bytes"),
-        (1, 1e6),
-        ("time a layer (ms)", "peak extra memory (MB)"),
-        strict=True,
-    ):
+    figure, panels = empty_panels(9, 3.8, "tokens", "time a layer (ms)", "peak extra memory (MB)")
+    for axes, key, scale in zip(panels, ("median_ms", "peak_bytes"), (1, 1e6), strict=True):
         for k, (name, points) in enumerate(curve.items()):
             x, y = [p["tokens"] for p in points], [p[key] / scale for p in points]
             axes.plot(x, y, label=name, **STYLES[k % 6])
-        axes.set(xscale="log", xlabel="tokens", ylabel=label)
+        axes.set(xscale="log")
         axes.set_xticks(x, map(plain, x), fontsize=8)
         axes.set_xticks([], minor=True)
         logarithmic(axes.yaxis, [p[key] / scale for points in curve.values() for p in points])
@@ -250,9 +241,9 @@ def kept_by_time(series: dict[str, list[tuple[float, float, float, str]]], rival
 
     series: by name, points (ms, agreement %, KL, text); those of a name are joined. rivals: ms of models that keep all.
     """
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels, labels = figure.subplots(1, 2), ("teacher's answers kept (%)", "KL to the teacher (nats)")
-    for column, (axes, label) in enumerate(zip(panels, labels, strict=True), 1):
+    labels = ("teacher's answers kept (%)", "KL to the teacher (nats)")
+    figure, panels = empty_panels(9, 3.8, "one image (ms)", *labels)
+    for column, axes in enumerate(panels, 1):
         for k, (name, points) in enumerate(series.items()):
             style = STYLES[k % 6] | {"markerfacecolor": "none" if k >= 6 else COLOURS[k]}
             axes.plot([p[0] for p in points], [p[column] for p in points], label=name, lw=0.8, ms=5, **style)
@@ -260,7 +251,6 @@ def kept_by_time(series: dict[str, list[tuple[float, float, float, str]]], rival
                 axes.annotate(point[3], (point[0], point[column]), (4, 4), textcoords="offset points", fontsize=7)
         for k, (name, ms) in enumerate(rivals.items()):
             axes.axvline(ms, color="0.4", ls=("--", ":", "-.")[k % 3], lw=1, label=name, zorder=0)
-        axes.set(xlabel="one image (ms)", ylabel=label)
         axes.margins(0.1)
     logarithmic(panels[1].yaxis, [p[2] for points in series.values() for p in points])
     legend_above(figure, panels[0])
