@@ -112,16 +112,20 @@ class Piece(NamedTuple):
     columns: list[Tensor]
 
 
-def _transposed(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
-    """Pieces (N, directions, B, u) as one (N, B, columns).
+def _join(graph: Graph, name: str, pieces: Sequence[Piece], of_cells: bool) -> tuple[str, Tensor]:
+    """Pieces as one (N, B, columns). of_cells: they are (N, B, u) already.
 
-    Those of two directions are transposed once, together; those of one each, because OpenVINO 2026.4 joins LSTMs of one
-    direction wrongly in batches otherwise.
+    Others of two directions are transposed once, together; those of one each, because OpenVINO 2026.4 joins LSTMs of
+    one direction wrongly in batches otherwise.
     """
     values, columns = [], []
     for directions, title in ((2, f"{name}/both"), (1, f"{name}/single")):
         group = [piece for piece in pieces if len(piece.columns) == directions]
+        columns += [piece.columns[r] for r in range(directions) for piece in group]
         states = [piece.value for piece in group]
+        if of_cells:
+            values += states
+            continue
         if directions == 1:
             states = [graph.node("Transpose", f"{value}/tokens", value, perm=(0, 2, 1, 3)) for value in states]
         if len(states) > 1:
@@ -129,15 +133,8 @@ def _transposed(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, 
         if directions == 2 and states:
             states = [graph.node("Transpose", f"{title}/tokens", *states, perm=(0, 2, 1, 3))]
         values += [graph.reshape(title, value, 0, 0, -1) for value in states]
-        columns += [piece.columns[r] for r in range(directions) for piece in group]
     value = values[0] if len(values) == 1 else graph.node("Concat", f"{name}/hidden", *values, axis=2)
     return value, torch.cat(columns)
-
-
-def _concatenated(graph: Graph, name: str, pieces: Sequence[Piece]) -> tuple[str, Tensor]:
-    """Pieces (N, B, u) as one (N, B, columns)."""
-    value = graph.node("Concat", f"{name}/hidden", *(piece.value for piece in pieces), axis=2)
-    return value, torch.cat([piece.columns[0] for piece in pieces])
 
 
 def _scan(graph: Graph, name: str, decay: str, added: str, tokens: int, reverse: bool) -> str:
@@ -214,14 +211,14 @@ def _recurrence(graph: Graph, name: str, maps: Merged, x: str, last: bool, token
             values = [graph.recurrent(f"{title}/{way}", source, kind, [cell], way, last) for way, source, cell in ways]
             by_head.append([Piece(values[r], [units[r]]) for r in range(2)])
 
-    join = _concatenated if last or kind.name == SCANNED else _transposed
+    of_cells = last or kind.name == SCANNED
     weight, bias = maps.out
     if not maps.heads:
-        value, order = join(graph, name, [piece for pieces in by_head for piece in pieces])
+        value, order = _join(graph, name, [piece for pieces in by_head for piece in pieces], of_cells)
         return graph.linear(f"{name}/out", value, weight[:, order], bias)
     parts, start = [], 0
     for h, (pieces, (head_proj, _)) in enumerate(zip(by_head, maps.heads, strict=True)):
-        value, order = join(graph, f"{name}/head{h}", pieces)
+        value, order = _join(graph, f"{name}/head{h}", pieces, of_cells)
         parts.append(graph.linear(f"{name}/head{h}/head_proj", value, head_proj[:, order - start], None))
         start += head_proj.shape[1]
     bias = bias + weight @ torch.cat([b for _, b in maps.heads])
@@ -269,24 +266,6 @@ def find_faults(model: VisionTransformer) -> str:
     return structure_fault(model)
 
 
-def _block(graph: Graph, model: VisionTransformer, index: int, x: str) -> str:
-    block, name, replaced = model.blocks[index], f"block{index}", replacements(model)
-    last = index == len(model.blocks) - 1 and model.global_pool == "token"
-    normed = graph.norm(f"{name}/norm1", x, block.norm1)
-    if index in replaced:  # merged in float64, so that only what is written is rounded
-        maps = copy.deepcopy(replaced[index]).double().maps()
-        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        y = _recurrence(graph, name, maps, normed, last, tokens)
-    else:
-        y = _attention(graph, name, block.attn, normed, last)
-    x = graph.node("Add", f"{name}/mixed", graph.first(x) if last else x, y)
-    y = graph.norm(f"{name}/norm2", x, block.norm2)
-    y = graph.linear(f"{name}/fc1", y, block.mlp.fc1.weight, block.mlp.fc1.bias)
-    y = graph.gelu(f"{name}/gelu", y)
-    y = graph.linear(f"{name}/fc2", y, block.mlp.fc2.weight, block.mlp.fc2.bias)
-    return graph.node("Add", name, x, y)
-
-
 @torch.no_grad()
 def to_onnx(
     model: VisionTransformer, opset: int | None = None, properties: Mapping[str, str] | None = None
@@ -301,10 +280,22 @@ def to_onnx(
     if fault := find_faults(model):
         raise FarError(f"--to onnx: {fault}: the ONNX graph has no form for it; use --to pt2 or safetensors")
     model = without_scales(model)
-    graph, embed = Graph(opset), model.patch_embed
+    graph, embed, replaced = Graph(opset), model.patch_embed, replacements(model)
+    tokens = embed.num_patches + model.num_prefix_tokens
     x = _embed(graph, model, "images")
-    for index in range(len(model.blocks)):
-        x = _block(graph, model, index, x)
+    for index, block in enumerate(model.blocks):
+        name, last = f"block{index}", index == len(model.blocks) - 1
+        y = graph.norm(f"{name}/norm1", x, block.norm1)
+        if index in replaced:  # merged in float64, so that only what is written is rounded
+            y = _recurrence(graph, name, copy.deepcopy(replaced[index]).double().maps(), y, last, tokens)
+        else:
+            y = _attention(graph, name, block.attn, y, last)
+        x = graph.node("Add", f"{name}/mixed", graph.first(x) if last else x, y)
+        y = graph.norm(f"{name}/norm2", x, block.norm2)
+        y = graph.linear(f"{name}/fc1", y, block.mlp.fc1.weight, block.mlp.fc1.bias)
+        y = graph.gelu(f"{name}/gelu", y)
+        y = graph.linear(f"{name}/fc2", y, block.mlp.fc2.weight, block.mlp.fc2.bias)
+        x = graph.node("Add", name, x, y)
     x = graph.norm("norm", graph.reshape("class-token", x, -1, model.embed_dim), model.norm)
     graph.linear("logits", x, model.head.weight, model.head.bias)
     shapes = {"images": ["batch", model.patch_embed.proj.weight.shape[1], *embed.img_size]}
