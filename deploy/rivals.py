@@ -126,31 +126,25 @@ def calibration(model: nn.Module) -> list[np.ndarray]:
     return [torch.randn(1, 3, side, side).numpy() for _ in range(CALIBRATION)]
 
 
-def quantize(file: str, model: nn.Module, precision: str) -> str:
-    """An ONNX file by ONNX Runtime's quantizers: dynamic, or static, of products, by calibration, QDQ."""
-    if precision == "int8":
-        from onnxruntime.quantization import quantize_dynamic
-
-        quantize_dynamic(file, file := f"{file}.int8")
-    else:
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-        class Images(CalibrationDataReader):
-            feeds = iter([{"x": image} for image in calibration(model)])
-
-            def get_next(self) -> dict | None:
-                return next(self.feeds, None)
-
-        settings = {"quant_format": QuantFormat.QDQ, "op_types_to_quantize": ["MatMul", "Gemm", "Conv"]}
-        quantize_static(file, file := f"{file}.static", Images(), **settings)
-    return file
-
-
 def onnx_runtime(model: nn.Module, precision: str, folder: str) -> Call:
+    """int8: by its quantizers, dynamic, or static: of products, by calibration, QDQ."""
     file = export(model, folder)
-    if precision != "float32":
-        with filelock.FileLock(f"{file}.lock"):  # its quantizers write files of one name beside it
-            file = quantize(file, model, precision)
+    with filelock.FileLock(f"{file}.lock"):  # the quantizers write files of one name beside it
+        if precision == "int8":
+            from onnxruntime.quantization import quantize_dynamic
+
+            quantize_dynamic(file, file := f"{file}.int8")
+        elif precision == "static int8":
+            from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+            class Images(CalibrationDataReader):
+                feeds = iter([{"x": image} for image in calibration(model)])
+
+                def get_next(self) -> dict | None:
+                    return next(self.feeds, None)
+
+            settings = {"quant_format": QuantFormat.QDQ, "op_types_to_quantize": ["MatMul", "Gemm", "Conv"]}
+            quantize_static(file, file := f"{file}.static", Images(), **settings)
     return open_onnx_runtime(file)
 
 
