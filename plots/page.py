@@ -29,32 +29,25 @@ class Section:
     figures: Sequence[tuple[Path, str]] = ()
 
 
-def html_page(title: str, sections: Sequence[Section], folder: Path) -> str:
-    """The page as it is to lie in `folder`; whatever text holds is shown as it is."""
-    body = "\n".join(_section(section, folder) for section in sections)
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-    return f"{head}<style>\n{STYLE}\n</style></head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
-
-
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    text = html_page(title, sections, path.parent)
+    """Whatever text holds is shown as it is. A figure is a thumbnail that leads to its file."""
+    lines = [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>']
+    lines += [STYLE, "</style></head>", f"<body><h1>{escape(title)}</h1>"]
+    for section in sections:
+        lines.append(f"<h2>{escape(section.title)}</h2>")
+        lines += [f"<p>{escape(section.text)}</p>"] if section.text else []
+        for k, row in enumerate(section.table):
+            kind = "td" if k else "th"
+            lines += [] if k else ["<table>"]
+            lines.append("<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>")
+        lines += ["</table>"] if section.table else []
+        lines += ['<div class="figures">'] if section.figures else []
+        for file, caption in section.figures:
+            link = escape(quote(Path(os.path.relpath(file, path.parent)).as_posix()))
+            shown = f'<img src="{link}" alt="{escape(caption)}" loading="lazy">'
+            if file.suffix == ".pdf":  # no browser shows one as a picture
+                shown = escape(file.name)
+            lines.append(f'<figure><a href="{link}">{shown}</a><figcaption>{escape(caption)}</figcaption></figure>')
+        lines += ["</div>"] if section.figures else []
+    text = "\n".join([*lines, "</body></html>\n"])
     write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-
-
-def _section(section: Section, folder: Path) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>"]
-    parts += [f"<p>{escape(section.text)}</p>"] if section.text else []
-    for kind, row in zip(("th", *["td"] * len(section.table)), section.table, strict=False):
-        parts += [] if kind == "td" else ["<table>"]
-        parts.append("<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>")
-    parts += ["</table>"] if section.table else []
-    figures = [_figure(*shown, folder) for shown in section.figures]
-    parts += ['<div class="figures">', *figures, "</div>"] if figures else []
-    return "\n".join(parts)
-
-
-def _figure(path: Path, caption: str, folder: Path) -> str:
-    """A thumbnail that leads to the file; a browser shows no PDF as a picture, so of one the name."""
-    link = escape(quote(Path(os.path.relpath(path, folder)).as_posix()))
-    shown = escape(path.name) if path.suffix == ".pdf" else f'<img src="{link}" alt="{escape(caption)}" loading="lazy">'
-    return f'<figure><a href="{link}">{shown}</a><figcaption>{escape(caption)}</figcaption></figure>'
