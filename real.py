@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import mean
 
 import convert
+from deploy.latency import in_engine
 from deploy.rivals import OPENVINO
-from deploy.speed import ENGINE, ONNX_RUNTIME, in_engine, in_openvino, one_image
+from deploy.speed import ENGINE, ONNX_RUNTIME, in_openvino, one_image
 from engine.fidelity import farthest
 from engine.ranking import FILE, read_ranking
 from models.count import count_all

@@ -229,8 +229,7 @@ def run_pipeline(ready: np.ndarray, latency: float, interval: float) -> np.ndarr
 def run_chain(ready: np.ndarray, latency: float) -> np.ndarray:
     """The same where each vector waits for the result before it, in both directions; the later one of both."""
     turns = np.arange(len(ready)) * latency
-    ways = (np.maximum.accumulate(order - turns) + turns + latency for order in (ready, ready[::-1]))
-    forward, backward = ways
+    forward, backward = (np.maximum.accumulate(order - turns) + turns + latency for order in (ready, ready[::-1]))
     return np.maximum(forward, backward[::-1])
 
 

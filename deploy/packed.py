@@ -172,23 +172,23 @@ def computes_as_timms(model: nn.Module) -> bool:
     return all(getattr(type(model), name, None) is getattr(VisionTransformer, name) for name in methods)
 
 
-def _nothing(*modules: nn.Module) -> bool:
+def _identity(*modules: nn.Module) -> bool:
     return all(isinstance(module, nn.Identity) for module in modules)
 
 
-def _scales(module: nn.Module) -> bool:
+def _is_scale(module: nn.Module) -> bool:
     return type(module) is LayerScale and not hooked(module)
 
 
 @torch.no_grad()
 def without_scales(model: VisionTransformer) -> VisionTransformer:
-    """The model, or where it has LayerScales a copy that has them in the linear maps before them."""
-    if not any(map(_scales, model.modules())):
+    """The model with each LayerScale multiplied into the linear map before it: a copy where there is any."""
+    if not any(map(_is_scale, model.modules())):
         return model
     model = copy.deepcopy(model)
     for block in model.blocks:
         for name, linear in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
-            if _scales(scale := getattr(block, name)):
+            if _is_scale(scale := getattr(block, name)):
                 linear.weight = nn.Parameter(linear.weight * scale.gamma[:, None], requires_grad=False)
                 if linear.bias is not None:
                     linear.bias = nn.Parameter(linear.bias * scale.gamma, requires_grad=False)
@@ -201,24 +201,24 @@ def structure_fault(model: nn.Module) -> str:
     if not computes_as_timms(model):
         return f"{type(model).__name__} computes otherwise than timm's VisionTransformer"
     embed, conv = model.patch_embed, model.patch_embed.proj
-    if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad or not _nothing(embed.norm):
+    if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad or not _identity(embed.norm):
         return "a patch embedding that is not timm's plain PatchEmbed"
     if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1 or not embed.strict_img_size:
         return "patches that overlap or images of any size"
     if model.global_pool != "token" or model.attn_pool is not None or not model.has_class_token:
         return "a classifier that does not read the class token"
-    if not _nothing(model.norm_pre, model.fc_norm) or not _plain_norm(model.norm):
+    if not _identity(model.norm_pre, model.fc_norm) or not _plain_norm(model.norm):
         return "norms elsewhere than before each half of a block and behind the last"
     if model.pos_embed is None or model.dynamic_img_size or not plain(model.head):
         return "no learned positions or no linear classifier"
     replaced = replacements(model)
     for i, block in enumerate(model.blocks):
-        if type(block) is not Block or not all(_nothing(scale) or _scales(scale) for scale in (block.ls1, block.ls2)):
+        if type(block) is not Block or not all(_identity(ls) or _is_scale(ls) for ls in (block.ls1, block.ls2)):
             return "a block that is not timm's plain Block"
         if not (_plain_norm(block.norm1) and _plain_norm(block.norm2)):
             return "a norm that is not LayerNorm"
         attn, mlp = block.attn, block.mlp
-        known = type(mlp) in (Mlp, timm.layers.Mlp) and plain(mlp.fc1, mlp.fc2) and _nothing(mlp.norm)
+        known = type(mlp) in (Mlp, timm.layers.Mlp) and plain(mlp.fc1, mlp.fc2) and _identity(mlp.norm)
         if not known or not isinstance(mlp.act, nn.GELU) or mlp.act.approximate != "none":
             return "an MLP that is not Linear, GELU, Linear"
         if i in replaced:
@@ -226,7 +226,7 @@ def structure_fault(model: nn.Module) -> str:
         if type(attn) is not Attention or not plain(attn.qkv, attn.proj):
             return f"{type(attn).__name__} in attention's place"
         gated = attn.gate is not None or attn.attn_dim != model.embed_dim
-        if gated or not _nothing(attn.q_norm, attn.k_norm, attn.norm):
+        if gated or not _identity(attn.q_norm, attn.k_norm, attn.norm):
             return "attention with norms or a gate"
     return ""
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from deploy.fuse import fuse
+from deploy.latency import in_engine
 from deploy.rivals import OPENVINO
-from deploy.speed import ENGINE, in_engine, in_openvino
+from deploy.speed import ENGINE, in_openvino
 from engine.activations import activation_score, first_batches, refit, unit_grams
 from engine.fidelity import fidelity
 from engine.ranking import FILE, read_ranking

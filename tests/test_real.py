@@ -11,7 +11,8 @@ import pytest
 import main
 import prune
 import real
-from deploy.speed import ENGINE, in_engine, one_image
+from deploy.latency import in_engine
+from deploy.speed import ENGINE, one_image
 from tests.test_datasets import solar_cells
 from utils.errors import FarError
 from utils.recipe import Recipe
