@@ -25,7 +25,7 @@ def convert(args: ConvertConfig) -> str:
     if args.far_weight:
         model, config = load_model(args.far_weight, "--far-weight")
         parameters = write_published(model, args)
-        said = "an LSTM a head" if args.per_head else "dense LSTMs"
+        note = "an LSTM a head" if args.per_head else "dense LSTMs"
     else:
         if args.published:
             weights = read(args.published, "--published")
@@ -35,17 +35,17 @@ def convert(args: ConvertConfig) -> str:
             if args.remove_zeroed:
                 remove_dead_units(parts)
             done = "removed" if args.remove_zeroed or not zeroed else "kept (--remove-zeroed takes them out)"
-            said = f"{zeroed} zeroed units {done}"
+            note = f"{zeroed} zeroed units {done}"
             if dropped:
-                said += f", values up to {dropped:.3g} off the heads' blocks dropped"
+                note += f", values up to {dropped:.3g} off the heads' blocks dropped"
         else:
             model, config = from_onnx(find_file(args.onnx), f"--onnx {args.onnx}", args.named)
-            said = "--mode teacher gives it a classifier"
+            note = "--mode teacher gives it a classifier"
         save(args.output, pack(model, config))
         parameters = count_parameters(model)
     return (
         f"{args.output}: {config.base_model}, {len(replacements(model))} of {len(model.blocks)} blocks replaced, "
-        f"{config.num_classes} classes, {config.img_size} px, {parameters:,} parameters, {said}"
+        f"{config.num_classes} classes, {config.img_size} px, {parameters:,} parameters, {note}"
     )
 
 
@@ -76,7 +76,7 @@ def check_output(args: ConvertConfig) -> None:
 
 
 def remove_dead_units(parts: Iterable[BlockPart]) -> None:
-    """Removes units that are always zero, but for one where a head and direction would have none."""
+    """Removes units that are always zero; a head and direction in which all are keeps its first."""
     for part in parts:
         dead = part.dead_units()
         for mask in dead.values():

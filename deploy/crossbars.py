@@ -219,7 +219,7 @@ def count_events(operations: Iterable[Operation], design: Design, mapping: str) 
 
 
 def run_pipeline(ready: np.ndarray, latency: float, interval: float) -> np.ndarray:
-    """When results are there, of vectors that are `ready` then and start in that order, an interval apart."""
+    """Times of results: vectors start in the order of the times they are ready at, at least an interval apart."""
     order, turns = np.argsort(ready, kind="stable"), np.arange(len(ready)) * interval
     done = np.empty_like(ready)
     done[order] = np.maximum.accumulate(ready[order] - turns) + turns + latency
@@ -227,7 +227,7 @@ def run_pipeline(ready: np.ndarray, latency: float, interval: float) -> np.ndarr
 
 
 def run_chain(ready: np.ndarray, latency: float) -> np.ndarray:
-    """The same where each vector waits for the result before it, in both directions; the later one of both."""
+    """Times of results where each vector waits for the one before it; of two directions, the later time."""
     turns = np.arange(len(ready)) * latency
     forward, backward = (np.maximum.accumulate(order - turns) + turns + latency for order in (ready, ready[::-1]))
     return np.maximum(forward, backward[::-1])
@@ -266,9 +266,10 @@ def find_times(operations: Iterable[Operation], hardware: Hardware, mapping: str
 
 
 def fit(ready: np.ndarray, vectors: int) -> np.ndarray:
-    """When so many vectors are ready.
+    """Times at which an operation's vectors are ready, from those of the results before it.
 
-    More than there were: several of each, or prefix tokens before them. Fewer: the last of each several, or the first.
+    More vectors than results: each result makes several, or prefix tokens come first, ready at 0. Fewer: a vector needs
+    the last of a group of results, or only the first results are read.
     """
     if vectors % len(ready) == 0:
         return np.repeat(ready, vectors // len(ready))

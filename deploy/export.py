@@ -79,7 +79,7 @@ class Portable(nn.Module):
         self.model = merge_blocks(model)
 
     def forward(self, images: Tensor) -> Tensor:
-        # torch.export switches oneDNN off, and then finds an LSTM's shapes by unrolling it token by token: minutes.
+        # torch.export switches oneDNN off, and then traces an LSTM token by token, which takes minutes.
         with torch.backends.mkldnn.flags(enabled=True, allow_tf32=False):
             return self.model(images)
 
@@ -206,7 +206,7 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
             continue
         try:
             calls[name] = start(path)
-            calls[name](torch.zeros(1, 3, config.img_size, config.img_size))  # some read the file no sooner
+            calls[name](torch.zeros(1, 3, config.img_size, config.img_size))  # some read the file only now
         except Exception as error:  # noqa: BLE001  (each runtime raises its own types)
             raise FarError(f"--to {args.to}: {runtime} refuses the file ({first_line(error)[:200]})") from error
 

@@ -1,6 +1,7 @@
-"""What hidden units cost in time: a table of measured times, and the check of what was pruned by it.
+"""What hidden units cost in time: a measured table, by which prune.py chooses units, and the check of the pruned model.
 
-A cell is computed in vectors of the CPU's width, so time is a staircase over a place's units: only full steps are kept.
+A cell is computed in vectors of the CPU's width, so time is a staircase over a place's units: only full vectors are in
+the table.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from utils.errors import FarError
 from utils.records import read_record
 from utils.seeding import seeded
 
-FILE = "latency.json"  # in a run's folder: what is decided twice is decided by the same table
+FILE = "latency.json"  # in a run's folder: a resumed run chooses by the same table
 SECONDS = 5.0  # of measuring
 
 

@@ -1,6 +1,6 @@
-"""A FAR model or a plain DeiT as an ONNX graph of standard operators, built node by node: no exporter's leftovers.
+"""A FAR model or a plain DeiT as an ONNX graph of standard operators, built node by node, without an exporter.
 
-The tokens stand first in the whole graph, (N, B, D), as ONNX's LSTM reads them, so that no block transposes its input.
+Tokens are the first axis throughout, (N, B, D), as ONNX's LSTM reads them, so that no block transposes its input.
 """
 
 import copy

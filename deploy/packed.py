@@ -34,9 +34,9 @@ class Natural(NamedTuple):
 
 
 class Writer:
-    """Lays matrices and vectors one behind the other; returns their places.
+    """Appends matrices to one array and vectors to another; returns where they begin.
 
-    All arithmetic before rounding is in the dtype of what comes in. keep: of PRODUCTS, what stays float32 in int8.
+    Arithmetic before rounding is in the dtype of the weights given. keep: of PRODUCTS, what stays float32 in int8.
     """
 
     def __init__(self, precision: torch.dtype, keep: Collection[str] = ()):
@@ -76,11 +76,6 @@ class Writer:
         place, scales = self.matrix(w, kept := name in self.keep)
         return [w.shape[1], len(w), place, self.vector(torch.cat([b, *scales])), int(kept)]
 
-    def min_gru(self, cell: MinGRUCell) -> list[int]:
-        """As `lstm`, of a minGRU, which has no W_hh."""
-        place, scales = self.matrix(cell.weight_ih)
-        return [place, 0, self.vector(torch.cat([cell.bias_ih, *scales])), 0]
-
     def lstm(self, cell: Cell) -> list[int]:
         """Places of W_ih, W_hh and the bias of one direction (CellPlan), and whether W_hh is kept."""
         bias = cell.bias_ih + cell.bias_hh
@@ -89,8 +84,13 @@ class Writer:
         vectors = [bias, *scales, *([torch.zeros_like(bias)] if kept else hidden)]
         return [ih, hh, self.vector(torch.cat(vectors)), int(kept)]
 
+    def min_gru(self, cell: MinGRUCell) -> list[int]:
+        """The same of a minGRU, which has no W_hh."""
+        place, scales = self.matrix(cell.weight_ih)
+        return [place, 0, self.vector(torch.cat([cell.bias_ih, *scales])), 0]
 
-# By kind of cell: how the engine's cells are written.
+
+# How a cell is written, by its kind: those that the engine computes.
 CELLS = {"lstm": Writer.lstm, "mingru": Writer.min_gru}
 
 
@@ -112,7 +112,7 @@ def _recurrence(writer: Writer, maps: Merged) -> tuple[list[int], list[list[int]
 
 
 def _attention(writer: Writer, attn: Attention) -> tuple[list[int], list, list, list[int]]:
-    """The same of a block with attention; its scale goes into the queries."""
+    """The same of a block with attention, whose scale is multiplied into the queries."""
     w, b = attn.qkv.weight.double(), attn.qkv.bias
     b = w.new_zeros(len(w)) if b is None else b.double()
     scale = torch.ones_like(b)

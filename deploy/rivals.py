@@ -28,7 +28,7 @@ from utils.errors import first_line
 
 BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
 DIMS = {BASE: DIM, "DeiT-Small": 384, "DeiT-Base": 768}
-CALIBRATION = 32  # random images: they set scales, and no one asks these models for answers
+CALIBRATION = 32  # random images: they set scales of models whose answers nobody reads
 OPENVINO, OURS = "OpenVINO", "FAR engine"
 ONNX_OPSET = 18
 Call = Callable[[torch.Tensor], torch.Tensor]  # images to logits
@@ -193,7 +193,7 @@ class Program(NamedTuple):
         return f"{self.model} / {self.runtime} {self.precision}"
 
     def timed_at(self, batch: int, size: int) -> bool:
-        """True if it is one of those that are timed at a shape: larger models and images are for few."""
+        """True if it is timed at this shape: larger models run at one, larger images in the fastest runtimes alone."""
         if VARIANTS[self.model].base != BASE:
             return (batch, size) == (1, 224)
         return size == 224 or self.runtime in (OPENVINO, OURS) and self.model in (BASE, "FAR", "FAR 0.25")
@@ -217,7 +217,7 @@ def programs(runtimes: Collection[str], larger: bool = True) -> list[Program]:
 
 
 def start_process(threads: int) -> None:
-    """What libraries print in a runtime's process is dropped; an error comes back as an exception."""
+    """Begins a runtime's process: what libraries print there is dropped; an error comes back as an exception."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)
     torch.set_num_threads(threads)
