@@ -6,11 +6,11 @@ python3 benchmark.py --device cuda   layers and models on a GPU, by every kernel
 """
 
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +24,10 @@ from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
 from plots.figures import accuracy_by_latency, latency_by_tokens, save_figure
 from utils.arguments import SECONDS, SIZE, Parser, flag, path, pick
-from utils.checkpoint import write_atomic
 from utils.distributed import pick_device
 from utils.errors import FarError
 from utils.files import check_writable
+from utils.recipe import write_json
 from utils.script import run_script
 from utils.terminal import table
 
@@ -124,12 +124,12 @@ def compare_layers(config: Config, threads: int) -> dict[str, Times | dict[str, 
     for batch in config.batches:
         x = torch.randn(batch, 197, rivals.DIM)
         title = f"layer, batch {batch}, threads {threads}"
-        results[title] = compare({name: lambda m=m, x=x: m(x) for name, m in layers.items()}, config.seconds)
+        results[title] = compare({name: partial(layer, x) for name, layer in layers.items()}, config.seconds)
         show(title, results[title])
     for size in config.image_size:
         tokens = (size // 16) ** 2 + 1
         x = torch.randn(1, tokens, rivals.DIM)
-        calls = {name: lambda m=layers[name], x=x: m(x) for name in ("attention", "FAR fused", *speed.KEEP)}
+        calls = {name: partial(layers[name], x) for name in ("attention", "FAR fused", *speed.KEEP)}
         times = compare(calls, config.seconds / 2)
         for name, call in calls.items():
             curve.setdefault(name, []).append({"tokens": tokens, "peak_bytes": peak_bytes(call), **times[name]})
@@ -183,7 +183,7 @@ def benchmark(argv: list[str] | None = None) -> int:
         where = ", ".join(map(str, config.runs))
         print(f"\nno trained models in {where}: run `make demo` first for accuracy against latency")
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.output_dir / "benchmark.json", lambda f: f.write(json.dumps(out, indent=2).encode()))
+    write_json(config.output_dir / "benchmark.json", out)
     for name, figure in figures.items():
         save_figure(figure, config.output_dir / name)
     print(f"\nwritten to {config.output_dir}: benchmark.json, {', '.join(figures)}")

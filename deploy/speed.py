@@ -123,7 +123,7 @@ def accuracy_and_latency(folders: list[Path], seconds: float) -> list[dict]:
                 fused = fuse(model, precision)
                 size = {"parameters": count_parameters(model), "macs": count_macs(model)}
                 rows.setdefault(label, {"name": label, **size})
-                calls.setdefault(label, lambda fused=fused, image=image: fused(image))
+                calls.setdefault(label, partial(fused, image))
                 right = sum(int((fused(images).argmax(1) == labels).sum()) for images, labels in loader)
                 accuracy.setdefault(label, []).append(100 * right / len(loader.dataset))
     times = compare(calls, seconds, rounds=10)
