@@ -52,7 +52,7 @@ void check_sums(const char* from, int64_t bytes, uint64_t (&sums)[2]) {
 // The parts of a file, as they stand in it.
 struct File {
   Header header;
-  far_engine::Numbers<char> content;
+  std::unique_ptr<char[]> content;
 
   explicit File(std::FILE* file) {
     if (!file) refuse("is no file that can be opened");
@@ -68,30 +68,22 @@ struct File {
       length += padded(bytes);
     }
     if (header.config > int64_t{1} << 24) refuse("is damaged: its configuration is too long");
-    read(file, length);
+    // No memory is taken before the file is known to be as long as it says.
+    std::fseek(file, 0, SEEK_END);
+    const int64_t rest = int64_t(std::ftell(file)) - int64_t(sizeof header);
+    if (rest > length) refuse("is damaged: it is longer than its parts");
+    content.reset(rest < length ? nullptr : new char[length]);
+    std::fseek(file, sizeof header, SEEK_SET);
+    if (!content || int64_t(std::fread(content.get(), 1, length, file)) != length) refuse("is cut short");
     uint64_t sums[2];
-    check_sums(content.data(), length, sums);
+    check_sums(content.get(), length, sums);
     if (std::memcmp(sums, header.checksum, sizeof sums)) refuse("is damaged: its checksum is another");
   }
 
-  const char* config() const { return content.data(); }
+  const char* config() const { return content.get(); }
   const char* plan() const { return config() + padded(header.config); }
   const char* vectors() const { return plan() + padded(header.plan); }
   const char* products() const { return vectors() + padded(header.vectors); }
-
- private:
-  // As much as there is, piece by piece: a file that claims to be large takes no memory that it does not fill.
-  void read(std::FILE* file, int64_t length) {
-    constexpr int64_t PIECE = 1 << 24;
-    for (int64_t at = 0; at < length;) {
-      const int64_t here = std::min(PIECE, length - at);
-      if (at + here > int64_t(content.capacity())) content.reserve(std::min(length, 2 * (at + here)));
-      content.resize(at + here);
-      if (int64_t(std::fread(content.data() + at, 1, here, file)) != here) refuse("is cut short");
-      at += here;
-    }
-    if (std::fgetc(file) != EOF) refuse("is damaged: it is longer than its parts");
-  }
 };
 
 }  // namespace
