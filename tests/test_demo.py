@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import benchmark
 import demo
 import visualization
 from datasets.loading import Data
+from deploy import rivals, timing
 from deploy.timing import ROUNDS
 from engine.evaluate import evaluate
 from models.replace import load_model
@@ -23,6 +25,7 @@ def test_the_demo_writes_its_summary_page_and_figures(few_digits, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "one_image", partial(demo.one_image, seconds=0.05))
     monkeypatch.setattr(demo, "visualize", lambda config: pictures.visualize(replace(config, count=1)))
+    monkeypatch.setattr(pictures, "EXACT_UP_TO", 0)  # influence is sampled
     assert demo.demo(["--epochs", "1", "--train-subset", "0.5"]) == 0
     said, run = capsys.readouterr().out, tmp_path / "runs/demo"
     summary = json.loads((run / "summary.json").read_text())
@@ -63,11 +66,20 @@ def test_epochs_are_cut_but_for_stages_left_out(tmp_path, monkeypatch):
     ]
 
 
+def timed_once(call, seconds: float) -> list[float]:
+    start = time.perf_counter()
+    call()
+    return [1e3 * (time.perf_counter() - start)]
+
+
 def test_benchmark_compares_and_writes(few_digits, tmp_path, monkeypatch, teacher, far):
     for name, weights in (("teacher", teacher), ("far", far / "best.pth"), ("sweep/keep-0.5", far / "best.pth")):
         (tmp_path / "run" / name).mkdir(parents=True)
         shutil.copy(weights, tmp_path / "run" / name / "best.pth")
     monkeypatch.chdir(tmp_path)
+    few = {name: rivals.VARIANTS[name] for name in (rivals.BASE, "FAR", "FAR 0.25")}
+    monkeypatch.setattr(rivals, "VARIANTS", few)
+    monkeypatch.setattr(timing, "measure", timed_once)  # of layers; whole models have processes of their own
     flags = "--quick --seconds 0.01 --batches 1 --image-size 32 224 --runs run --runtimes".split()
     assert benchmark.benchmark([*flags, "timm eager"]) == 0
     out = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())

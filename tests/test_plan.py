@@ -31,7 +31,7 @@ def test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing(mode, teacher,
     assert not list(tmp_path.iterdir())
     assert "DIGITS: " in said and "10 classes (0, 1, 2, ...)" in said and f"runs/{mode}-<time>" in said
     if mode == "train":
-        assert main.main([*line, "--output-dir", "run"]) == 0
+        assert main.main([*line, "--epochs", "1", "--block-ft-epochs", "1", "--output-dir", "run"]) == 0
         ran = capsys.readouterr().out
         for name, epochs in (("attn", 2), ("block", 3)):
             (count,) = re.findall(rf"stage {name}: ([0-9,]+) parameters", ran)

@@ -40,6 +40,7 @@ def test_rows_are_trained_measured_and_drawn(tmp_path, teacher, monkeypatch, cap
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.chdir(tmp_path)
     drawn = []
+    monkeypatch.setattr(real, "COMMON", [*real.COMMON, "--num-workers", "0"])
     monkeypatch.setattr(real, "one_image", partial(one_image, seconds=0.05))
     monkeypatch.setattr(real, "in_engine", partial(in_engine, seconds=0.05))
     monkeypatch.setattr(real, "SWAPPED", {"FAR": real.PRESERVE, real.HYBRID: [*real.PRESERVE, "--replace", "auto:3"]})

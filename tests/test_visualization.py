@@ -20,6 +20,7 @@ from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.features import attention_weights
 from models.replace import FarConfig, build, pack, swap_attention
+from plots import pictures
 from plots.explain import influence, integrated_gradients, rank_correlation, z_of
 from plots.figures import plain, training_curves
 from plots.map_figures import Row, importance_maps, signed, token_matrices
@@ -98,7 +99,8 @@ def links(page: str) -> list[str]:
     return [unquote(link) for link in re.findall(r'(?:src|href)="([^"]+)"', page)]
 
 
-def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
+def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "EXACT_UP_TO", 0)  # the influence of 64 of the 65 tokens is sampled
     out = tmp_path / "out"
     argv = ["--base-weight", str(teacher), "--far-weight", str(far / "best.pth"), "--count", "2"]
     assert visualization.main([*argv, "--block", "2", "--output-dir", str(out)]) == 0
@@ -107,7 +109,7 @@ def test_figures_of_a_teacher_and_a_far_model(teacher, far, tmp_path, capsys):
     made = sorted([f"{n}.png" for n in names] + [f"{n}.npz" for n in names] + ["index.html"])
     assert sorted(p.name for p in out.iterdir()) == made
     arrays = np.load(out / "influence.npz")
-    assert arrays["FAR ‖∂z/∂x‖ block 2"].shape == (65, 65) and "attention weights block 2" in arrays
+    assert arrays["FAR ‖∂z/∂x‖ block 2"].shape == (64, 65) and "attention weights block 2" in arrays
     found = [np.load(out / f"{name}.npz") for name in maps]
     rho = signed(np.mean([spearmanr(m["FAR"].ravel(), m["teacher"].ravel()).statistic for m in found]))
     said, page = capsys.readouterr().out, (out / "index.html").read_text()
@@ -209,7 +211,8 @@ def test_curves_are_a_line_a_stage_and_loss():
     assert [t.get_text() for t in accuracy.child_axes[0].get_xticklabels()] == ["attn", "block", "head"]
 
 
-def test_other_formats_and_images_of_ones_own(far, tmp_path):
+def test_other_formats_and_images_of_ones_own(far, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "EXACT_UP_TO", 0)
     root, out = image_folder(tmp_path / "images", classes=1, count=2) / "val/class0", tmp_path / "out"
     argv = ["--far-weight", far / "best.pth", "--images", root, "--block", "0", "--format", "pdf", "--output-dir", out]
     assert visualization.main(list(map(str, argv))) == 0
