@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import main
 import prune
-from engine import pruning
+from deploy.fuse import fuse
+from engine import modes, pruning
 from engine.fidelity import fidelity, summary
 from engine.pruning import table
 from models.deit import create_teacher
@@ -131,7 +132,9 @@ def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
         assert two[key] == pytest.approx(one[key], rel=1e-5), key
 
 
-def test_training_and_eval_report_the_same_of_the_same_weights(far, teacher, tmp_path, capsys):
+def test_training_and_eval_report_the_same_of_the_same_weights_fused_too(far, teacher, tmp_path, capsys, monkeypatch):
+    precisions = []
+    monkeypatch.setattr(modes, "fuse", lambda model, dtype: precisions.append(dtype) or fuse(model, dtype))
     trained = json.loads((far / "result.json").read_text())
     weights = ["--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
     argv = ["--mode", "eval", *EVAL, "--holdout", "0.04", *weights]
@@ -143,6 +146,9 @@ def test_training_and_eval_report_the_same_of_the_same_weights(far, teacher, tmp
     for key in KEYS:
         assert trained[key] == pytest.approx(plain[key], rel=1e-5), key
     assert fused["kl"] == pytest.approx(plain["kl"], abs=1e-3) and "z_similarity" not in fused
+    assert precisions == [torch.float32] and fused["parameters"] == plain["parameters"]
+    assert abs(fused["loss"] - plain["loss"]) < 1e-3
+    assert abs(fused["acc1"] - plain["acc1"]) < 4  # two of 57 images: barely trained, ties tip over
 
 
 def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tmp_path, capsys, monkeypatch):

@@ -20,8 +20,6 @@ from torchvision.transforms import InterpolationMode
 import main
 from datasets import loading
 from datasets.registry import build_split
-from deploy.fuse import fuse as fuse_model
-from engine import modes
 from engine.stages import select_trainable
 from engine.train import Trainer
 from models import kernels
@@ -307,19 +305,6 @@ def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far):
     argv = ["--mode", "eval", *EVAL, "--holdout", "0.02", "--far-weight", str(far / "best.pth")]
     assert main.main([*argv, "--lstm-backend", backend]) == 0
     assert calls == {backend}
-
-
-def test_eval_fuses_and_keeps_the_accuracy(far, monkeypatch, tmp_path):
-    fused, results = [], []
-    monkeypatch.setattr(modes, "fuse", lambda model, dtype: fused.append(dtype) or fuse_model(model, dtype))
-    for flags in ([], ["--fuse", "float32"]):
-        argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), *flags]
-        assert main.main([*argv, "--output-dir", str(tmp_path / str(len(flags)))]) == 0
-        results.append(json.loads((tmp_path / str(len(flags)) / "result.json").read_text()))
-    plain, result = results
-    assert fused == [torch.float32] and result["parameters"] == plain["parameters"]
-    assert abs(result["loss"] - plain["loss"]) < 1e-3
-    assert abs(result["acc1"] - plain["acc1"]) < 2  # barely trained: ties tip over
 
 
 def test_a_device_or_kernel_that_is_not_there_is_refused_before_the_run_begins(failure, monkeypatch, tmp_path):

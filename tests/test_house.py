@@ -4,25 +4,8 @@ import ast
 
 from tests.conftest import ROOT
 
-PARTS = (
-    "main.py",
-    "convert.py",
-    "hubconf.py",
-    "prune.py",
-    "visualization.py",
-    "export.py",
-    "estimate.py",
-    "demo.py",
-    "study.py",
-    "benchmark.py",
-    "models",
-    "engine",
-    "deploy",
-    "plots",
-    "datasets",
-    "utils",
-    "docs",
-)
+PARTS = "main.py convert.py hubconf.py prune.py visualization.py export.py estimate.py demo.py study.py benchmark.py"
+PARTS = [*PARTS.split(), *"models engine deploy plots datasets utils docs".split()]
 SOURCES = [
     path for part in PARTS for path in ((ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part])
 ]
