@@ -19,6 +19,7 @@ from PIL import Image
 import main
 import models  # noqa: F401  (makes torchvision importable, which test files import first)
 from datasets import registry
+from deploy.engine_file import why_no_program
 from engine import modes, pruning
 from plots import figures
 from tests import child
@@ -32,6 +33,12 @@ DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.104", 
 BATCH, BLOCK_BATCH = ["--batch-size", "64"], ["--block-ft-batch-size", "64"]
 TEACH = ["--mode", "teacher", *DIGITS, *BATCH]
 TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
+
+
+def pytest_sessionstart() -> None:
+    """Of two test processes the first soon compiles the kernels: the second makes far-run rather than wait for them."""
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+        why_no_program()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
