@@ -43,19 +43,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, far):
     """Folder and address of the page beside a model in float32 and, as the pruned one, the same in int8."""
-    folder, copy = tmp_path_factory.mktemp("web"), ROOT / "web/build/test"
-    copy.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(copy / "lock"):  # two test processes share the checkout
-        for part in ("web", "runtime", "models/kernels/cpp"):
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("build"), dirs_exist_ok=True)
-        rules = (ROOT / "Makefile").read_text().replace("WEB_FLAGS = -std=c++20 -O3", "WEB_FLAGS = -std=c++20 -O1")
-        (copy / "Makefile").write_text(rules)  # beside -O3, half the time to compile
-        shutil.copystat(ROOT / "Makefile", copy / "Makefile")  # nothing is made again that is up to date
-        engines = ("web/build/far.js", "web/build/far-threads.js")
-        assert subprocess.run(["make", "-s", "-C", copy, *engines], check=False).returncode == 0
+    folder = tmp_path_factory.mktemp("web")
+    engines = ("web/build/far.js", "web/build/far-threads.js")
+    (ROOT / "web/build").mkdir(exist_ok=True)
+    with filelock.FileLock(ROOT / "web/build/lock"):  # two test processes share the checkout
+        assert subprocess.run(["make", "-s", "-C", ROOT, *engines], check=False).returncode == 0
     (folder / "build").mkdir()
     shutil.copy(ROOT / "web/index.html", folder)
-    for file in (copy / "web/build").glob("far*.[jw]*s*"):
+    for file in (ROOT / "web/build").glob("far*.[jw]*s*"):
         shutil.copy(file, folder / "build")
     model, config = load_model(far / "best.pth")
     facts = {"data": vars(config.preprocessing), "classes": CLASSES, "parameters": 1234}
