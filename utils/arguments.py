@@ -34,12 +34,6 @@ class Parser(argparse.ArgumentParser):
         tell(f"error: {one_line(message)}; see --help")
         self.exit(2)
 
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
-        """argparse's, which before Python 3.13 makes an empty list of `--flag=--`."""
-        if action.option_strings and arg_strings == ["--"]:
-            raise argparse.ArgumentError(action, "-- is no value; name one")
-        return super()._get_values(action, arg_strings)
-
     def group(self, title: str) -> argparse._ArgumentGroup:
         """The group of this title, made where there is none."""
         known = (group for group in self._action_groups if group.title == title)
@@ -89,7 +83,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{flag}: {reason}; leave it out")
 
 
-def flag(default: Any, help: str, group: str = "", **options) -> Any:
+def flag(help: str, default: Any = None, *, group: str = "", **options) -> Any:
     """A configuration's field that is the flag of its name, with dashes.
 
     Args:
@@ -117,12 +111,8 @@ def pick(config: type[Config], args: argparse.Namespace, prefix: str = "", **val
     return config(**values)
 
 
-MOST = 2**31 - 1
-
-
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False):
     """A converter for finite numbers in [low, high], or (low, high] with `open_low`."""
-    high = min(high, MOST) if kind is int else high
 
     def convert(text: str):
         try:
@@ -131,7 +121,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
         if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
             edge = "above" if open_low else "at least"
-            most = f" and at most {high:g}" if high not in (math.inf, MOST) else ""
+            most = f" and at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text:.40} must be a finite number {edge} {low:g}{most}")
         return value
 
@@ -154,9 +144,8 @@ def path(text: str) -> Path:
         file.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass  # told where it is known what should be there
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", str(error))
-        raise argparse.ArgumentTypeError(f"{text:.80}: {reason}; name another file or folder") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text:.80}: {error.strerror}; name another file or folder") from None
     return file
 
 

