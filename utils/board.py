@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,14 @@ class Board:
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:
-            for tag, value, step in self._steps(row) if "step" in row else self._epochs(row):
-                self.writer.add_scalar(tag, value, step)
+            if "step" in row:
+                for name in row.keys() - PLACE:
+                    tag = f"steps of stage {row['stage_index'] + 1}/{name}"
+                    self.writer.add_scalar(tag, row[name], self.steps[tag])
+                    self.steps[tag] += 1
+                continue
+            run = {name: row[name] for name in ("lr", "images_per_s", "data_seconds", "peak_memory_mb")}
+            for part, values in (("train", row["train"]), ("val", row["val"]), ("run", run)):
+                for name, value in values.items():
+                    self.writer.add_scalar(f"{row['stage']}/{part}/{name}", value, row["epoch"])
         self.writer.flush()
-
-    def _epochs(self, row: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-        parts = {part: row[part] for part in ("train", "val")}
-        parts["run"] = {name: row[name] for name in ("lr", "images_per_s", "data_seconds", "peak_memory_mb")}
-        for part, values in parts.items():
-            for name, value in values.items():
-                yield f"{row['stage']}/{part}/{name}", value, row["epoch"]
-
-    def _steps(self, row: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-        for name in row.keys() - PLACE:
-            tag = f"steps of stage {row['stage_index'] + 1}/{name}"
-            yield tag, row[name], self.steps[tag]
-            self.steps[tag] += 1

@@ -19,7 +19,7 @@ from utils.configs import RunConfig
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.files import check_writable, fingerprint
-from utils.records import read_lines, read_object, read_record
+from utils.records import read_lines, read_record
 
 LEFT_OVER = re.compile(r"\..+\.(pth|jsonl?|png)\.\d+\.tmp")  # as checkpoint.write_atomic names them
 # Flags that change where or how fast a run goes, not what it computes: a resumed run may change them.
@@ -64,8 +64,8 @@ class RunFolder:
 
     def __init__(self, path: Path, context: Context, resumed: bool, shows: bool = False):
         self.path, self.context, self.resumed, self.shows = path, context, resumed, shows
-        self.board: Board | None = None  # from the first row of either log on
-        self.whole: set[str] = set()  # logs that this process has written: they end with a whole line
+        self.board: Board | None = None
+        self.begun: set[str] = set()  # logs that this process has written to
 
     def child(self, name: str) -> "RunFolder":
         """A folder inside, for one of several trainings of a run."""
@@ -91,38 +91,34 @@ class RunFolder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote, on every process. Raises FarError where it is damaged."""
-        return self.context.on_main(lambda: read_object(self.path / name))
+        return self.context.on_main(lambda: read_record(self.path / name, part=None))
 
     def rows(self, name: str = "log.jsonl") -> list[dict[str, Any]]:
         """A log's rows; a last line cut by a kill is dropped."""
-        return read_lines(self.path / name)[0] if (self.path / name).exists() else []
+        return read_lines(self.path / name)
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Adds lines to log.jsonl (epochs) or steps.jsonl (steps); what runs again after a kill replaces its own."""
         if not self.context.main or not rows:
             return
-        if name in self.whole:
-            checkpoint.append(self.path / name, as_lines(rows))
-        else:
-            self._append_first(name, rows)
-            if self.board:  # which may hold rows that these replace
-                self.board.writer.close()
-                self.board = None
-        if self.board:
-            self.board.add(rows)
-        elif self.shows:
-            self.board = Board(self.path)
-            self.board.add([*self.rows("log.jsonl"), *self.rows("steps.jsonl")])
-
-    def _append_first(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """This process's first lines of a log."""
 
         def place(row: dict[str, Any]) -> tuple[int, int, int]:
             return row["stage_index"], row["epoch"], row.get("step", 0)
 
-        kept = [r for r in self.rows(name) if place(r) < place(rows[0])]
-        checkpoint.write_atomic(self.path / name, lambda file: file.write(as_lines([*kept, *rows])))
-        self.whole.add(name)
+        first = name not in self.begun
+        if first:
+            kept = [row for row in self.rows(name) if place(row) < place(rows[0])]
+            checkpoint.write_atomic(self.path / name, lambda file: file.write(as_lines([*kept, *rows])))
+            self.begun.add(name)
+        else:
+            checkpoint.append(self.path / name, as_lines(rows))
+        if self.shows and first:  # the board may hold rows that these replace
+            if self.board:
+                self.board.writer.close()
+            self.board = Board(self.path)
+            self.board.add([*self.rows("log.jsonl"), *self.rows("steps.jsonl")])
+        elif self.shows:
+            self.board.add(rows)
 
 
 def plain(flags: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +141,7 @@ def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None
     lock: list[filelock.BaseFileLock] = []
     record, defaults = (plain({**flags, "processes": context.world}) for flags in config.record)
 
-    def claim() -> list:
+    def claim() -> tuple[str, bool]:
         path = config.output_dir or _new_folder(config.mode)
         if config.resume == "must" and not (path / "args.json").is_file():
             raise FarError(f"--resume: no run in {path}; name its folder with --output-dir, or use --resume auto")
@@ -157,15 +153,12 @@ def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None
         if resumed:
             _check_same(path, record, defaults, held)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
-            raise FarError(
-                f"--output-dir {path}: already holds a run; continue it by its own command with "
-                f"--resume, or name another"
-            )
+            raise FarError(f"--output-dir {path}: already holds a run; continue it with --resume, or name another")
         _tidy(path, resumed)
-        run = RunFolder(path, context, resumed)
         if not resumed:
-            run.write_json("args.json", {"args": record, "versions": versions(), "contents": held})
-        return [str(path), resumed]
+            args = {"args": record, "versions": versions(), "contents": held}
+            RunFolder(path, context, resumed).write_json("args.json", args)
+        return str(path), resumed
 
     try:
         path, resumed = context.on_main(claim)
@@ -179,21 +172,24 @@ def _new_folder(mode: str) -> Path:
     """runs/<mode>-<time>, made here so that two runs of one second get two folders."""
     name = Path("runs") / f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_writable(name)
-    for k in range(1000):
-        path = name.with_name(f"{name.name}-{k + 1}" if k else name.name)
-        with contextlib.suppress(FileExistsError):
+    path, number = name, 1
+    while True:
+        try:
             path.mkdir(parents=True)
             return path
-    raise FarError(f"--output-dir: {name} and its neighbours are taken; name a folder")
+        except FileExistsError:
+            number += 1
+            path = name.with_name(f"{name.name}-{number}")
 
 
 def _tidy(path: Path, resumed: bool) -> None:
     """Removes what a kill within a write left, and the logs of a run that never got to its first checkpoint."""
-    began = (path / "args.json").is_file()
-    for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")) if began else path.glob(".args.json.*.tmp"):
+    if not (path / "args.json").is_file():  # no run of ours
+        return
+    for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
         if LEFT_OVER.fullmatch(file.name):
             file.unlink()
-    if began and not resumed:
+    if not resumed:
         for name in ("log.jsonl", "steps.jsonl"):
             (path / name).unlink(missing_ok=True)
 
@@ -204,9 +200,7 @@ def _own(path: Path) -> filelock.BaseFileLock:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise FarError(
-            f"--output-dir {path}: another run is writing there; wait for its end or name another"
-        ) from error
+        raise FarError(f"--output-dir {path}: another run is writing there; wait or name another") from error
     except OSError as error:  # network disks may know no locks
         raise FarError(f"--output-dir {path}: cannot be locked ({error.strerror}); name another") from error
     return lock
