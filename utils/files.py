@@ -16,22 +16,12 @@ def expanded(path: str | Path) -> Path:
 def check_writable(path: Path, flag: str = "--output-dir") -> None:
     """Raises FarError where a folder `path` could not be made or written to; makes nothing."""
     try:
-        (path / ("x" * 20)).stat()  # a name of the length that is written there
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = (
-            "a file is in its place"
-            if isinstance(error, NotADirectoryError)
-            else getattr(error, "strerror", str(error))
-        )
-        raise FarError(f"{flag} {path}: cannot be a folder ({reason}); name another") from error
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise FarError(f"{flag} {path}: cannot be written ({error.strerror}); name another") from error
+        reason = "a file is in its place" if isinstance(error, NotADirectoryError) else error.strerror
+        raise FarError(f"{flag} {path}: cannot be written ({reason}); name another") from error
 
 
 def fingerprint(path: Path, flag: str) -> str:

@@ -1,8 +1,7 @@
 """How a picture becomes a model's input: plain data, in timm's terms, that travels with the weights."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -48,18 +47,16 @@ class Preprocessing:
     @classmethod
     def read(cls, stored: Any) -> "Preprocessing":
         """From a file's plain data. Raises ValueError where it is none."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(stored, Mapping) or not set(stored) <= known:
-            raise ValueError(f"preprocessing must be a dictionary of {', '.join(sorted(known))}")
-        read = cls(**stored)
         try:
-            mean, std = (tuple(map(float, values)) for values in (read.mean, read.std))
-        except TypeError as error:
-            raise ValueError(f"preprocessing: mean and std must be three numbers each ({error})") from error
-        if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
-            raise ValueError("preprocessing: mean and std must be three numbers each, those of std above 0")
-        if type(read.crop_pct) not in (int, float) or not 0.1 <= read.crop_pct <= 1:
-            raise ValueError("preprocessing: crop_pct must be a number from 0.1 to 1")
-        if read.crop_mode not in CROPS or read.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"preprocessing: crop_mode is one of {CROPS}, interpolation of {INTERPOLATIONS}")
+            read = cls(**stored)
+            mean, std = tuple(map(float, read.mean)), tuple(map(float, read.std))
+            right = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+            right = right and 0.1 <= read.crop_pct <= 1
+        except TypeError:  # other keys, or values of other types
+            right = False
+        if not right or read.crop_mode not in CROPS or read.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                "preprocessing: mean and std must be three numbers each, those of std above 0, crop_pct from 0.1 to 1, "
+                f"crop_mode {' or '.join(CROPS)}, interpolation {' or '.join(INTERPOLATIONS)}"
+            )
         return replace(read, mean=mean, std=std)

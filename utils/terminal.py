@@ -18,10 +18,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 class Stream:
-    """A stream whose failure to write `failed` decides on; else as it is."""
+    """A stream that survives being closed or full: what it cannot take is lost.
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    Where `needed`, the failure to write ends the script: FarError, or BrokenPipeError where the reader has gone.
+    """
+
+    def __init__(self, stream: TextIO, needed: bool):
+        self.stream, self.needed = stream, needed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names may hold what an encoding lacks
 
@@ -32,7 +35,8 @@ class Stream:
         try:
             return self.stream.write(text)
         except OSError as error:
-            return self.failed(error) or len(text)
+            self.failed(error)
+            return len(text)
 
     def flush(self) -> None:
         try:
@@ -41,24 +45,17 @@ class Stream:
             self.failed(error)
 
     def failed(self, error: OSError) -> None:
-        """What is still to be written goes nowhere, so that Python does not try again at its end."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # Python does not try to write it again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-class Output(Stream):
-    """stdout: what cannot be written ends the script, with FarError, or BrokenPipeError where the reader has gone."""
-
-    def failed(self, error: OSError) -> None:
-        super().failed(error)
-        if isinstance(error, BrokenPipeError):
+        if self.needed and isinstance(error, BrokenPipeError):
             raise error
-        raise FarError(f"standard output: cannot be written ({error.strerror}); make room, or send it elsewhere")
+        if self.needed:
+            raise FarError(f"standard output: cannot be written ({error.strerror}); make room, or send it elsewhere")
 
 
 @contextlib.contextmanager
 def dependable() -> Iterator[None]:
-    """Inside, sys.stdout and sys.stderr are such streams. Remarks that stderr cannot take are lost, work goes on."""
+    """Inside, sys.stdout (needed) and sys.stderr are such streams."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -66,7 +63,7 @@ def dependable() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115  (as long as the streams)
-    sys.stdout, sys.stderr = Output(before[0] or nowhere), Stream(before[1] or nowhere)
+    sys.stdout, sys.stderr = Stream(before[0] or nowhere, True), Stream(before[1] or nowhere, False)
     try:
         yield
     finally:
