@@ -2,13 +2,13 @@
 
 import unicodedata
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from timm.data import ImageNetInfo
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.images import shown
 from utils.distributed import say
 from utils.errors import FarError
 
@@ -30,19 +30,16 @@ def match_classes(known: Sequence[str], names: Sequence[str]) -> list[int]:
     """
     if list(names) == list(known):
         return list(range(len(known)))  # ImageNet in words has two cranes
+    composed = partial(unicodedata.normalize, "NFC")
     folders = ImageNetInfo().label_names() if tuple(known) == imagenet_names() else []
     numbers: dict[str, int | None] = {}
     for listing in (known, folders):
-        for number, name in enumerate(map(_composed, listing)):
+        for number, name in enumerate(map(composed, listing)):
             numbers[name] = None if name in numbers else number
-    indices = [numbers.get(_composed(name)) for name in names]
+    indices = [numbers.get(composed(name)) for name in names]
     if None in indices:
         raise UnknownClass(names[indices.index(None)])
     return indices
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 class Relabelled(Dataset):
@@ -80,7 +77,7 @@ def check_classes(source: str, config, data, mend: str) -> None:
             data.relabel(config.classes)
         except UnknownClass as error:
             how = "and twice" if config.classes.count(str(error)) > 1 else "but not"
-            other = f"{how} {shown(error)!r}, one of the {count} that --dataset {dataset} has"
+            other = f"{how} {str(error)!r}, one of the {count} that --dataset {dataset} has"
             raise FarError(f"{source}: knows {known} classes, {other}; {mend}") from error
         if len(data.names) < known:
             say(data.context, f"--dataset {dataset}: has {len(data.names)} of the {known} classes that {source} knows")
@@ -117,10 +114,7 @@ def order_classes(model: nn.Module, known: Sequence[str], wanted: Sequence[str],
     try:
         numbers = match_classes(known, wanted)
     except UnknownClass as error:
-        raise FarError(
-            f"{source}: does not know the class {shown(error)!r}, which the other weights or the data have; give "
-            "weights of the same classes"
-        ) from error
+        raise FarError(f"{source}: does not know the class {str(error)!r} of the other weights or the data") from error
     heads = model.get_classifier()  # of a distilled DeiT a tuple of two
     for head in heads if isinstance(heads, tuple) else (heads,):
         head.weight.copy_(head.weight[numbers])

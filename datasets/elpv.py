@@ -4,15 +4,14 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset
 
-from datasets.images import read_image, shown
+from datasets.images import ImageFiles
 from utils.errors import FarError
 
 TYPES, STATES = ("mono", "poly"), ("intact", "defective")
 
 
-class SolarCells(Dataset):
+class SolarCells(ImageFiles):
     """2,624 grey photographs of solar cells (300 x 300) of 44 modules, as RGB: 1,968 train, 656 evaluate.
 
     labels.csv names an image, the probability that its cell is defective (an expert's judgement: 0, 1/3, 2/3 or 1)
@@ -40,17 +39,9 @@ class SolarCells(Dataset):
         try:
             split = train_test_split(np.arange(len(names)), test_size=0.25, stratify=strata, random_state=0)
         except ValueError as error:
-            where = f"--data-path {shown(root / 'labels.csv')}: too few images of a kind to be split"
-            raise FarError(f"{where} ({shown(error)}); complete it") from error
+            raise FarError(f"--data-path {root}: too few images of a kind in labels.csv; complete it") from error
         chosen = np.sort(split[0 if train else 1])
-        self.root, self.files = root, [root / names[i] for i in chosen]
-        self.targets = labels[chosen].tolist()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int):
-        return read_image(self.files[index]), self.targets[index]
+        super().__init__(root, [root / names[i] for i in chosen], labels[chosen].tolist())
 
 
 def read_labels(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -63,5 +54,5 @@ def read_labels(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
             raise ValueError("a probability outside 0 to 1")
         return rows["name"].tolist(), rows["probability"], np.array([TYPES.index(name) for name in rows["type"]])
     except ValueError as error:
-        where = f"--data-path {shown(path)}: not a line each of image, probability and type"
-        raise FarError(f"{where} ({shown(error)}); mend the line, or install the package again") from error
+        where = f"--data-path {path}: not a line each of image, probability and type"
+        raise FarError(f"{where} ({error}); mend the line, or install the package again") from error

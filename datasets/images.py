@@ -4,13 +4,14 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
 
-from utils.errors import FarError
+from utils.errors import FarError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +25,6 @@ LEFTOVERS = {
     *("lost+found", "__pycache__"),
 }
 WHITE = {"I": 65535.0, "F": 1.0}  # by PIL's mode before any ";": integers are 16-bit greys, floats 0 to 1
-
-
-def shown(name: object) -> str:
-    """A path or flag value for a message: odd bytes and line breaks escaped, all else as it is."""
-    return repr(str(name))[1:-1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -61,14 +57,27 @@ def read_image(path: str | Path) -> Image.Image:
             with Image.open(path) as image:
                 return to_rgb(image)
     except FileNotFoundError as error:
-        raise FarError(f"{shown(path)}: no such file, though one is expected there; put it back") from error
+        raise FarError(f"{path}: no such file, though one is expected there; put it back") from error
     except UnidentifiedImageError:  # whose text is the path again
         reason = "of no known format"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except (OSError, SyntaxError, TypeError, ValueError) as error:  # what PIL's decoders raise on broken bytes
-        reason = shown(getattr(error, "strerror", None) or error)
-    raise FarError(f"{shown(path)}: not a readable image ({reason}); mend or remove the file")
+        reason = getattr(error, "strerror", None) or error
+    raise FarError(f"{path}: not a readable image ({reason}); mend or remove the file")
+
+
+class ImageFiles(Dataset):
+    """Image files in or below `root`, and their labels: 0 for each where there are none."""
+
+    def __init__(self, root: Path, files: Sequence[str | Path], targets: list[int] | None = None):
+        self.root, self.files, self.targets = root, files, targets
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.files[index]), self.targets[index] if self.targets else 0
 
 
 def is_leftover(name: str) -> bool:
@@ -94,7 +103,7 @@ def walk(root: str | Path, skipped: list[str]) -> Iterator[str]:
         for name in folders:
             link = Path(folder, name).absolute()
             if link.is_symlink() and link.resolve() in {above.resolve() for above in link.parents}:
-                raise FarError(f"--data-path {shown(link)}: a link back to a folder above it; remove the link")
+                raise FarError(f"--data-path {link}: a link back to a folder above it; remove the link")
         left = [name for name in folders if is_leftover(name)] + [name for name in files if not is_picture(name)]
         skipped += [os.path.join(folder, name) for name in left]  # noqa: PTH118  (pathlib is slow, a million times)
         folders[:] = [name for name in folders if not is_leftover(name)]
@@ -103,7 +112,7 @@ def walk(root: str | Path, skipped: list[str]) -> Iterator[str]:
 
 def skipping(where: str, skipped: list[str]) -> str:
     """What was left out, in one line."""
-    return f"{where}: skipped what is no picture there, {len(skipped)} in all, such as {shown(min(skipped))}"
+    return one_line(f"{where}: skipped what is no picture there, {len(skipped)} in all, such as {min(skipped)}")
 
 
 def find_files(path: Path) -> list[Path]:
@@ -113,8 +122,8 @@ def find_files(path: Path) -> list[Path]:
     entries = sorted(path.iterdir()) if path.is_dir() else []
     files = [entry for entry in entries if is_picture(entry.name) and not entry.is_dir()]
     if not files:
-        raise FarError(f"--images {shown(path)}: no such file, or a folder without images ({', '.join(SUFFIXES)})")
+        raise FarError(f"--images {path}: no such file, or a folder without images ({', '.join(SUFFIXES)})")
     skipped = [str(e) for e in entries if is_leftover(e.name) or not (is_picture(e.name) or e.is_dir())]
     if skipped:
-        log.warning("%s", skipping(f"--images {shown(path)}", skipped))
+        log.warning("%s", skipping(f"--images {path}", skipped))
     return files

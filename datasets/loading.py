@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchvision import transforms
 
 from datasets.classes import Relabelled, UnknownClass, match_classes
-from datasets.images import shown, skipping
+from datasets.images import skipping
 from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
 from utils.configs import DataConfig
 from utils.distributed import Context, cores
@@ -63,17 +63,11 @@ class Augmented(Transformed):
             return super().__getitem__(index)
 
 
-class Answered(Dataset):
+class Answered(Relabelled):
     """A split whose labels are a model's predictions, {index: class}."""
 
-    def __init__(self, data: Dataset, answers: dict[int, int]):
-        self.data, self.answers = data, answers
-
-    def __len__(self) -> int:
-        return len(self.data)
-
     def __getitem__(self, index: int):
-        return self.data[index][0], self.answers[index]
+        return self.data[index][0], self.labels[index]
 
 
 class Batches(BatchSampler):
@@ -117,12 +111,7 @@ class Loader(DataLoader):
 
     def __iter__(self):
         with naming_dead_workers(self.num_workers):
-            try:
-                batches = super().__iter__()
-            except OSError as error:  # its queues need shared memory too
-                where = f"--num-workers {self.num_workers}: loader processes cannot start ({error.strerror})"
-                raise FarError(f"{where}; use --num-workers 0, or give the machine shared memory (/dev/shm)") from error
-            yield from batches
+            yield from super().__iter__()
 
 
 def preprocessing(config: DataConfig, source: Source, model: Preprocessing | None = None) -> Preprocessing:
@@ -149,7 +138,7 @@ def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
     family, *parts = config.aa.split("-")
     for part in parts:  # timm passes over what it cannot split into a name and a number, and a typo would go unnoticed
         if not re.fullmatch(r"t.*" if family == "rand" and part.startswith("t") else r"\D+\d.*", part):
-            raise FarError(f"--aa {shown(config.aa)}: part {shown(part)!r} is unknown; see timm's auto_augment.py")
+            raise FarError(f"--aa {config.aa}: part {part!r} is unknown; see timm's auto_augment.py")
     try:
         transform = create_transform(
             input_size=size,
@@ -168,7 +157,7 @@ def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
         with seeded(0):
             transform(Image.new("RGB", (size, size)))
     except (AssertionError, ArithmeticError, MemoryError, ValueError) as error:
-        where = f"--aa {shown(config.aa)}: timm cannot run it ({shown(error) or 'unknown policy'})"
+        where = f"--aa {config.aa}: timm cannot run it ({str(error) or 'unknown policy'})"
         raise FarError(f"{where}; see timm's auto_augment.py, or use none") from error
     if size <= 32:
         mode = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
@@ -206,15 +195,14 @@ def fingerprint(split: Dataset) -> str:
             try:
                 digest.update(Path(files[k]).read_bytes())
             except OSError as error:
-                raise FarError(f"{shown(files[k])}: cannot be read ({error.strerror}); mend this first") from error
+                raise FarError(f"{files[k]}: cannot be read ({error.strerror}); mend this first") from error
     return digest.hexdigest()
 
 
 def resolve_num_classes(config: DataConfig, counted: int | None) -> int | None:
     """--nb-classes, else the data set's count. Raises FarError where the flag leaves some of the data out."""
     if config.nb_classes and counted and counted > config.nb_classes:
-        where = f"--nb-classes {config.nb_classes}: --dataset {config.dataset} has {counted}"
-        raise FarError(f"{where}; give at least those")
+        raise FarError(f"--nb-classes {config.nb_classes}: --dataset {config.dataset} has {counted}; give as many")
     return config.nb_classes or counted
 
 
@@ -253,10 +241,10 @@ class Data:
                 match_classes(val_names, self.names)
                 val = Relabelled(val, match_classes(self.names, val_names))
             except UnknownClass as error:
-                where = f"--data-path {shown(root)}: class {shown(error)}"
+                where = f"--data-path {root}: class {error}"
                 raise FarError(f"{where} is in only one of train/ and val/; make the class folders agree") from error
         if context.main and (skipped := [path for split in self.splits for path in getattr(split, "skipped", ())]):
-            log.warning("%s", skipping(f"--data-path {shown(root)}", skipped))
+            log.warning("%s", skipping(f"--data-path {root}", skipped))
 
         if config.holdout:  # evaluate on a share of the training split, so that the evaluation split stays unseen
             val, train = apart(train, config.holdout, 0)
@@ -267,7 +255,7 @@ class Data:
             train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):
             if data is not None and not len(data):
-                where = f"--holdout {config.holdout:g}, --data-path {shown(root)}"
+                where = f"--holdout {config.holdout:g}, --data-path {root}"
                 raise FarError(f"{where}: no {split} images are left; hold out less or add images")
             if data is not None and len(data) < context.world:
                 where = f"--nproc_per_node: {context.world} processes but {len(data)} {split} images"

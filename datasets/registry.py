@@ -17,7 +17,7 @@ from torchvision import datasets as tv
 
 from datasets.classes import Relabelled, imagenet_names
 from datasets.elpv import SolarCells
-from datasets.images import is_leftover, read_image, shown, walk
+from datasets.images import ImageFiles, is_leftover, read_image, walk
 from utils.errors import FarError
 
 Build = Callable[[Path, bool, bool], Dataset]  # (root, train, download) -> data set of (PIL image, label)
@@ -67,52 +67,37 @@ def photographs() -> dict[str, Image.Image]:
     return {Path(name).stem: Image.fromarray(image) for name, image in zip(bunch.filenames, bunch.images, strict=True)}
 
 
-class Folder(tv.ImageFolder):
-    """torchvision's ImageFolder over `walk`, in its order of samples. skipped: paths of what is no picture."""
+class Folder(ImageFiles):
+    """A folder of images a class, at any depth, in torchvision's order. skipped: paths of what is no picture."""
 
     def __init__(self, root: Path):
         self.skipped: list[str] = []
-        super().__init__(root, loader=read_image)
-
-    @property
-    def files(self) -> list[str]:
-        return [file for file, _ in self.samples]
-
-    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        names = []
-        for path in Path(directory).iterdir():
+        self.classes: list[str] = []
+        for path in root.iterdir():
             if path.is_dir() and not is_leftover(path.name):
-                names.append(path.name)
+                self.classes.append(path.name)
             else:
                 self.skipped.append(str(path))
-        if not names:
-            raise FarError(f"--data-path {shown(directory)}: holds no class folders; make one folder of images a class")
-        return sorted(names), {name: k for k, name in enumerate(sorted(names))}
-
-    def make_dataset(self, directory: Path, class_to_idx: dict[str, int], **_) -> list[tuple[str, int]]:
-        samples = []
-        for name, label in class_to_idx.items():
-            folder = Path(directory) / name
-            files = sorted(walk(folder, self.skipped), key=os.path.split)
-            if not files:
-                raise FarError(f"--data-path {shown(folder)}: an empty class folder; add images or remove it")
-            samples += [(file, label) for file in files]
-        return samples
+        if not self.classes:
+            raise FarError(f"--data-path {root}: holds no class folders; make one folder of images a class")
+        self.classes.sort()
+        files, targets = [], []
+        for label, name in enumerate(self.classes):
+            inside = sorted(walk(root / name, self.skipped), key=os.path.split)
+            if not inside:
+                raise FarError(f"--data-path {root / name}: an empty class folder; add images or remove it")
+            files += inside
+            targets += [label] * len(inside)
+        super().__init__(root, files, targets)
 
 
-class UnlabelledImages(Dataset):
+class UnlabelledImages(ImageFiles):
     """Images without classes, in or below a folder. By name, every tenth evaluates and the others train."""
 
     def __init__(self, root: Path, train: bool):
-        self.root, self.skipped = root, []
+        self.skipped: list[str] = []
         files = sorted(map(Path, walk(root, self.skipped)))
-        self.files = [file for k, file in enumerate(files) if (k % 10 > 0) == train]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int):
-        return read_image(self.files[index]), 0  # where others have a label
+        super().__init__(root, [file for k, file in enumerate(files) if (k % 10 > 0) == train])
 
 
 def flowers(root: Path, train: bool, download: bool) -> Dataset:
@@ -136,13 +121,12 @@ def inaturalist(year: str, root: Path, train: bool, download: bool) -> Dataset:
         images = json.loads(listing.read_text(encoding="utf-8"))["images"]
         listed = {"/".join(Path(image["file_name"]).parts[-2:]) for image in images}  # <species>/<file>
     except (ValueError, KeyError, TypeError) as error:
-        where = f"--data-path {shown(listing)}: not a competition's list of images"
-        raise FarError(f"{where} ({type(error).__name__}: {shown(error)}); fetch it again") from error
+        where = f"--data-path {listing}: not a competition's list of images"
+        raise FarError(f"{where} ({type(error).__name__}: {error}); fetch it again") from error
     names = [f"{Path(data.all_categories[category]).name}/{file}" for category, file in data.index]
     split = Subset(data, [i for i, name in enumerate(names) if name in listed])
     if not len(split):
-        where = f"--data-path {shown(listing)}: names no image under {shown(folder)}"
-        raise FarError(f"{where}; unpack the images of {year} there")
+        raise FarError(f"--data-path {listing}: names no image under {folder}; unpack the images of {year} there")
     split.classes = data.all_categories
     return split
 
@@ -157,7 +141,7 @@ def by_category(name: str, root: Path, data: Dataset, category: str) -> Relabell
         groups = [known[int(Path(species).name)] for species in data.classes]
         classes = sorted(set(groups))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        where = f"{flag}: {shown(listing)} does not give every species' ({type(error).__name__}: {shown(error)})"
+        where = f"{flag}: {listing} does not give every species' ({type(error).__name__}: {error})"
         raise FarError(f"{where}; put the competition's categories.json of this year there") from error
     grouped = Relabelled(data, [classes.index(group) for group in groups])
     grouped.classes = classes
@@ -240,25 +224,22 @@ def build_split(name: str, root: Path, train: bool, download: bool = False, cate
 
     category: iNaturalist's classes, one of utils.names.INAT_CATEGORIES.
     """
-    if name not in SOURCES:
-        raise FarError(f"--dataset {name}: unknown; choose from {', '.join(SOURCES)}")
     source = SOURCES[name]
     if download and not source.can_download:
         raise FarError(f"--download: not possible for {name}; {source.get}")
     try:
         data = source.build(root, train, download)
     except (FileNotFoundError, RuntimeError, NotADirectoryError, KeyError, ValueError) as error:
-        where = f"--data-path {shown(root)}: {name} not found there"
+        where = f"--data-path {root}: {name} not found there"
         if "corrupted" in str(error) and (folder := root / source.layout.partition("/")[0]).exists():
-            where = f"--data-path {shown(folder)}: corrupted (a file's checksum is wrong); remove it"
+            where = f"--data-path {folder}: corrupted (a file's checksum is wrong); remove it"
         raise FarError(f"{where}; looked for {source.layout}; {source.get}") from error
     except OSError as error:
         flag = "--download" if download else "--data-path"
-        reason = shown(error.strerror or error)
-        raise FarError(f"{flag} {shown(error.filename or root)}: cannot be read ({reason}); mend this first") from error
+        raise FarError(f"{flag} {error.filename or root}: cannot be read ({error.strerror or error})") from error
     classes = getattr(data, "classes", None)  # absent where the source's own checksums vouch for the count
     if source.num_classes and classes is not None and len(classes) != source.num_classes:
-        where = f"--data-path {shown(root)}: {len(classes)} classes, but {name} has {source.num_classes}"
+        where = f"--data-path {root}: {len(classes)} classes, but {name} has {source.num_classes}"
         raise FarError(f"{where}; complete it, or name a subset or another set --dataset FOLDER")
     return data if category == "name" else by_category(name, root, data, category)
 

@@ -17,7 +17,7 @@ import torch
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datasets.images import shown, to_rgb
+from datasets.images import to_rgb
 from datasets.loading import Data, Loader, preprocessing, resolve_num_classes, train_transform
 from datasets.registry import SOURCES
 from utils import names
@@ -50,7 +50,7 @@ def open_split(config: DataConfig, name: str) -> Split:
         try:
             reader = create_dataset(config.dataset, root, split=name).reader
         except (OSError, ValueError, KeyError, AssertionError) as error:
-            where = f"--data-path {shown(root)}: no split {name} of {config.dataset} there ({shown(error)})"
+            where = f"--data-path {root}: no split {name} of {config.dataset} there ({error})"
             raise FarError(f"{where}; make it with the command tfds build") from error
         return Split(name, (1,) * reader.num_samples, len(reader.class_to_idx) or None)
     listing = root / "_info.json"
@@ -61,10 +61,10 @@ def open_split(config: DataConfig, name: str) -> Split:
         if len(tars) != len(lengths) or sum(lengths) != split["num_samples"]:
             raise ValueError("its filenames, shard_lengths and num_samples do not agree")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        where = f"--data-path {shown(listing)}: does not describe a split {name} ({type(error).__name__}: {error})"
+        where = f"--data-path {listing}: does not describe a split {name} ({type(error).__name__}: {error})"
         raise FarError(f"{where}; put the tars' _info.json there, as timm's data sets on the hub have it") from error
     if missing := [tar for tar in tars if not tar.is_file()]:
-        raise FarError(f"--data-path {shown(missing[0])}: not there, but {listing.name} names it; fetch it")
+        raise FarError(f"--data-path {missing[0]}: not there, but {listing.name} names it; fetch it")
     return Split(name, lengths, split.get("num_classes", info.get("num_classes")))
 
 
@@ -92,9 +92,8 @@ class Stream(IterableDataset):
     @property
     def workers(self) -> int:
         """Loader workers: not limited by this machine's cores, because what is read when depends on their number."""
-        return max(
-            int(self.is_tfds), min(self.config.num_workers, self.pieces)
-        )  # timm's tfds splits among workers only
+        fewest = int(self.is_tfds)  # timm's reader of tfds splits among workers only
+        return max(fewest, min(self.config.num_workers, self.pieces))
 
     def reader(self, is_training: bool, split: str):
         """timm's reader, new for each epoch, so that its shuffles have no state from earlier ones."""
@@ -112,7 +111,7 @@ class Stream(IterableDataset):
                     raise ValueError(f"a label {label}, not of 0 to {self.num_classes - 1}")
                 image = to_rgb(image)
             except ValueError as error:
-                where = f"--data-path {shown(self.config.root)}: split {self.split.name}: holds {error}"
+                where = f"--data-path {self.config.root}: split {self.split.name}: holds {error}"
                 raise FarError(f"{where}; mend it or --nb-classes") from error
             yield image, label
 
@@ -178,7 +177,7 @@ class Evaluation(Stream):
             count += 1
             yield self.transform(image), label
         if count != expected:
-            where = f"--data-path {shown(self.config.root)}: split {self.split.name}"
+            where = f"--data-path {self.config.root}: split {self.split.name}"
             raise FarError(f"{where}: holds {count} readable images of {expected}; fetch its files again")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.classes import UnknownClass, match_classes, order_classes
-from datasets.images import find_files, read_image, shown
+from datasets.images import find_files, read_image
 from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, photographs
 from models import kernels
@@ -28,7 +28,7 @@ from plots.page import Section, write_page
 from utils.checkpoint import write_atomic
 from utils.configs import DataConfig, PictureConfig
 from utils.distributed import Context, pick_device
-from utils.errors import FarError
+from utils.errors import FarError, one_line
 from utils.files import check_writable
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> li
 
 def short(name: str) -> str:
     """The first of a class's names, cut where it is long."""
-    name = shown(name).partition(",")[0]
+    name = one_line(name).partition(",")[0]
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
@@ -121,7 +121,7 @@ def find_images(args: PictureConfig, config: FarConfig) -> Images:
     data_config, source = DataConfig(name, args.data_path, size), SOURCES["DIGITS" if size <= 32 else "IMNET"]
     if args.images:
         files = find_files(args.images)
-        total, read = len(files), lambda i: (shown(files[i].name), read_image(files[i]))
+        total, read = len(files), lambda i: (one_line(files[i].name), read_image(files[i]))
     elif name == "PHOTOS":
         photos = list(photographs().items())
         total, read = len(photos), photos.__getitem__
@@ -131,7 +131,7 @@ def find_images(args: PictureConfig, config: FarConfig) -> Images:
         try:
             match_classes(classes or labels, data.names)
         except UnknownClass as error:
-            unknown = shown(error)
+            unknown = str(error)
             log.warning("--dataset %s: the models do not know its class %r; labels are as it has them", name, unknown)
         classes = classes or (labels if data.num_classes == config.num_classes else ())
 
