@@ -1,11 +1,12 @@
 """How a script begins and ends: one line for what the user can mend, for whatever else one before its traceback."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
-from utils import signals, terminal
+from utils import signals
 from utils.errors import FarError, LostContact, tell
 
 
@@ -14,23 +15,27 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
 
     0 done, 2 a FarError, 128 + n signal n (0 where SIGTERM found a training, which is then saved), 1 a fault of FAR.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names may hold what an encoding lacks
     try:
-        with terminal.dependable(), signals.ending_at_once():
+        with signals.ending_at_once():
             try:
                 code = main(argv)
-                sys.stdout.flush()
+                print(end="", flush=True)
                 return code
             except FarError as error:
                 if not error.told:
                     tell(f"error: {error}", late=error.code == LostContact.code)
                 return error.code
             except signals.Stopped as stopped:
-                with contextlib.suppress(FarError, BrokenPipeError):
+                with contextlib.suppress(OSError):
                     print(stopped, end="\n" if str(stopped) else "", flush=True)
                 return stopped.code
-            except BrokenPipeError:  # `... | head` has read enough
+            except BrokenPipeError:  # `... | head` has read enough; Python is not to try again at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 1
-            except Exception:  # noqa: BLE001  (the door: nothing foreseen is left, and the traceback is shown)
+            except Exception:  # noqa: BLE001  (the last resort; the traceback is shown)
                 request = "please report it with the command, its args.json if there is one, and the lines below"
                 tell(f"error: a fault of FAR, not of yours: {request}\n{traceback.format_exc().rstrip()}")
                 return 1
