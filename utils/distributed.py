@@ -18,10 +18,7 @@ from utils import signals
 from utils.errors import Echo, FarError, LostContact, one_line
 from utils.memory import keep_freed
 
-MINUTES = 30.0  # that processes wait for one another: a download on the first takes long
-
-
-# A gloo group of all processes, set by `start`: what they agree on and the files they share travel over it, from CPU
+# A gloo group of all processes, set by `joined`: what they agree on and the files they share travel over it, from CPU
 # memory to CPU memory. The default group is NCCL's on CUDA and would move them through the GPU and wait for its stream.
 control_group: dist.ProcessGroup | None = None
 
@@ -119,10 +116,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         if not torch.cuda.is_available():
             raise FarError("--device cuda: no CUDA device is visible here; use --device cpu or auto")
         if local_rank >= torch.cuda.device_count():
-            raise FarError(
-                f"--device cuda: local rank {local_rank} but {torch.cuda.device_count()} CUDA devices; "
-                "lower torchrun's --nproc_per_node or use --device cpu"
-            )
+            count = torch.cuda.device_count()
+            raise FarError(f"--device cuda: local rank {local_rank} but {count} CUDA devices; lower --nproc_per_node")
         return torch.device("cuda", local_rank)
     return torch.device(name)
 
@@ -135,37 +130,6 @@ def prepare(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
-
-
-def start(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> Context:
-    """Joins torchrun's process group (NCCL on CUDA, gloo on CPU), or stays alone. minutes: a wait for another process.
-
-    Raises:
-        FarError: `--distributed` outside torchrun, or torchrun without `--distributed`.
-        LostContact: another process did not come.
-    """
-    global control_group
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if distributed and not launched:
-        raise FarError("--distributed: not started by torchrun; use `torchrun --nproc_per_node=N ... --distributed`")
-    if not distributed:
-        if launched and int(os.environ["WORLD_SIZE"]) > 1:
-            raise FarError("torchrun started several processes but --distributed is missing; add --distributed")
-        return Context(device=prepare(pick_device(device)))
-    where = prepare(pick_device(device, int(os.environ.get("LOCAL_RANK", 0))))
-    backend = "nccl" if where.type == "cuda" else "gloo"
-    wait = timedelta(minutes=minutes)
-    try:
-        with signals.by_default():
-            store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-            store = fresh_store(store, rank, world, wait)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-            control_group = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else dist.group.WORLD
-    except dist.DistError as error:
-        raise LostContact(
-            f"the processes did not find one another within {wait} (--dist-timeout): {one_line(str(error))}"
-        ) from error
-    return Context(rank, world, where)
 
 
 def fresh_store(store: dist.Store, rank: int, world: int, wait: timedelta) -> dist.Store:
@@ -195,14 +159,40 @@ def fresh_store(store: dist.Store, rank: int, world: int, wait: timedelta) -> di
 
 
 @contextlib.contextmanager
-def joined(distributed: bool, device: str = "auto", minutes: float = MINUTES) -> Iterator[Context]:
-    """`start`, and leaving the group at the end.
+def joined(distributed: bool, device: str = "auto", minutes: float = 30.0) -> Iterator[Context]:
+    """Inside, this process belongs to torchrun's group (NCCL on CUDA, gloo on CPU), or is alone.
 
-    Raises LostContact where another process is gone, FarError where memory is, besides `start`'s errors.
+    Args:
+        minutes: how long processes wait for one another.
+
+    Raises:
+        FarError: `--distributed` outside torchrun, torchrun without `--distributed`, or no memory is left.
+        LostContact: another process did not come, or is gone.
     """
     global control_group
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0
+    if distributed and not processes:
+        raise FarError("--distributed: not started by torchrun; use `torchrun --nproc_per_node=N ... --distributed`")
+    if processes > 1 and not distributed:
+        raise FarError("torchrun started several processes but --distributed is missing; add --distributed")
     try:
-        yield start(distributed, device, minutes)
+        where = prepare(pick_device(device, int(os.environ.get("LOCAL_RANK", 0)) if distributed else 0))
+        rank, world, wait = 0, 1, timedelta(minutes=minutes)
+        if distributed:
+            backend = "nccl" if where.type == "cuda" else "gloo"
+            try:
+                with signals.by_default():
+                    store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+                    store = fresh_store(store, rank, world, wait)
+                    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+                    control_group = (
+                        dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=wait)
+                    )
+            except dist.DistError as error:
+                raise LostContact(
+                    f"the processes did not find one another within {wait} (--dist-timeout): {one_line(str(error))}"
+                ) from error
+        yield Context(rank, world, where)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # a GPU's, the CPU's
             mend = "lower the stage's batch size (--batch-size or its like) and raise its --accum-steps as much"

@@ -1,6 +1,5 @@
 """Errors that end a script: one line for what the user can mend, said once however many processes meet it."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -52,23 +51,18 @@ def tell(text: str, late: bool = False) -> None:
     report. late: a consequence of another error, and so never what the report calls the root cause.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with contextlib.suppress(OSError):  # the folder is that of a torchrun that has ended, or cannot be written
-        if file and _is_reported(Path(file), text, late):
+    if file:
+        told = Path(file).parent.parent / f"{hashlib.sha256(ascii(text).encode()).hexdigest()[:16]}.told"
+        try:
+            told.touch(exist_ok=False)
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT") == os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+                # The root cause is the earliest, in whole seconds, and one without a text is as of its end.
+                when = str(int(time.time()) + (LATER if late else -1))
+                content = {"message": {"message": text, "extraInfo": {"timestamp": when}}}
+                Path(file).write_text(json.dumps(content))
+                return
+        except FileExistsError:
             return
+        except OSError:
+            pass  # the folder is that of a torchrun that has ended, or cannot be written
     print(text, file=sys.stderr)
-
-
-def _is_reported(file: Path, text: str, late: bool) -> bool:
-    """Whether torchrun, or another process of the node, says it. Raises OSError where this cannot be arranged."""
-    told = file.parent.parent / f"{hashlib.sha256(ascii(text).encode()).hexdigest()[:16]}.told"
-    try:
-        told.touch(exist_ok=False)
-    except FileExistsError:
-        return True
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
-        return False
-    # The root cause is the earliest, in whole seconds, and what says nothing is as of when torchrun noticed it.
-    when = str(int(time.time()) + (LATER if late else -1))
-    content = {"message": {"message": text, "extraInfo": {"timestamp": when}}}
-    file.write_text(json.dumps(content))
-    return True

@@ -19,18 +19,9 @@ class Stopped(BaseException):
 
 
 class Request:
-    """Whether a signal came: `number` is 0 until one does."""
+    """Which signal came, and when; `number` is 0 until one does."""
 
-    def __init__(self):
-        self.number, self.at = 0, 0.0
-
-    def note(self, number: int) -> None:
-        """The first one is remembered; a second one ends the process at once."""
-        if self.number and time.monotonic() - self.at > SAME_REQUEST_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif not self.number:
-            self.number, self.at = number, time.monotonic()
+    number, at = 0, 0.0
 
 
 @contextlib.contextmanager
@@ -63,9 +54,20 @@ def by_default() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Request]:
-    """Inside, a signal is only noted, for a training to stop where it can be saved; children ignore it."""
+    """Inside, a first signal is only noted, for a training to stop where it can be saved; a second one ends at once.
+
+    Children ignore it.
+    """
     owner, request = os.getpid(), Request()
-    with _handled(lambda number, frame: request.note(number) if os.getpid() == owner else None):
+
+    def note(number: int, frame) -> None:
+        if os.getpid() == owner and not request.number:
+            request.number, request.at = number, time.monotonic()
+        elif os.getpid() == owner and time.monotonic() - request.at > SAME_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    with _handled(note):
         yield request
     if request.number:  # it came too late for the training to notice
         os.kill(os.getpid(), request.number)
