@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -71,10 +71,7 @@ def write_atomic(path: Path, write) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise FarError(
-            f"{path}: cannot be written ({error.strerror}); what was there before is kept; make "
-            f"room or name another folder"
-        ) from error
+        raise FarError(f"{path}: cannot be written ({error.strerror}); make room or name another folder") from error
 
 
 def append(path: Path, lines: bytes) -> None:
@@ -121,12 +118,27 @@ def parse(path: Path, source: str) -> dict[str, Any]:
         if path.exists() and not path.is_file():  # opening a FIFO would block
             raise FarError(f"{source}: not a file; name a checkpoint, such as a run's best.pth")
         file = path.open("rb")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FarError(f"{source}: {reason.lower()}; check the path") from error
+    except OSError as error:
+        raise FarError(f"{source}: {error.strerror.lower()}; check the path") from error
     try:
         with file:
-            content = _parse(file)
+            head = file.read(9)
+            file.seek(0)
+            if head[8:] == b"{":  # safetensors: the header's length in eight bytes, then JSON
+                with safetensors.safe_open(path, "pt") as opened:
+                    plain = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
+                tensors = safetensors.torch.load_file(path)
+                return {**plain, "model": tensors} if plain else tensors
+            if head.startswith(b"PK\x03\x04"):
+                # torch stores checksums and does not compare them, and of a record marked as a folder it reads nothing,
+                # leaving in the tensor whatever was in memory: a flipped bit would load. It does not compress.
+                with zipfile.ZipFile(file) as archive:
+                    odd = [r for r in archive.infolist() if r.compress_type or r.external_attr & FOLDER]
+                    if odd or archive.testzip():
+                        raise zipfile.BadZipFile
+                file.seek(0)
+            with torch.serialization.safe_globals([(ForeignObject, name) for name in BESIDE_WEIGHTS]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise FarError(
@@ -139,25 +151,6 @@ def parse(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FarError(f"{source}: holds a {type(content).__name__}, not a dictionary of weights; save a state_dict")
     return content
-
-
-def _parse(file: BinaryIO) -> Any:
-    head = file.read(9)
-    file.seek(0)
-    if head[8:] == b"{":  # safetensors: the header's length in eight bytes, then JSON
-        with safetensors.safe_open(file.name, "pt") as opened:
-            plain = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
-        tensors = safetensors.torch.load_file(file.name)
-        return {**plain, "model": tensors} if plain else tensors
-    if head.startswith(b"PK\x03\x04"):
-        # torch stores checksums and does not compare them, and of a record marked as a folder it reads nothing, leaving
-        # in the tensor whatever was in memory: a flipped bit would load. It does not compress.
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() or any(r.compress_type or r.external_attr & FOLDER for r in archive.infolist()):
-                raise zipfile.BadZipFile
-        file.seek(0)
-    with torch.serialization.safe_globals([(ForeignObject, name) for name in BESIDE_WEIGHTS]):
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def weights_of(content: dict[str, Any]) -> dict[str, Any]:

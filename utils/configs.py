@@ -180,9 +180,7 @@ class Settings:
 
     seed: int = run_flag("seed of every random draw", 42, type=SEED)
     amp: str = run_flag(
-        "mixed precision; auto: bf16 on a GPU that computes in it, else off. Gates and cell state stay float32",
-        "auto",
-        choices=names.AMP,
+        "mixed precision; auto: bf16 where the GPU has it. Gates and cell state stay float32", "auto", choices=names.AMP
     )
     lstm_backend: str = run_flag(**BACKEND)
     compile: bool = run_flag(
@@ -281,9 +279,7 @@ class DataConfig:
     )
     train_subset: float = augmentation_flag("share of the training images used", 1.0, type=PART)
     holdout: float = data_flag(
-        "share of the training split to evaluate on and not to train on: for tuning choices",
-        0.0,
-        type=number(float, 0, 0.9),
+        "share of the training split to evaluate on and not to train on: for tuning", 0.0, type=number(float, 0, 0.9)
     )
     hflip: float | None = augmentation_flag("mirror left and right: probability; default 0.5, DIGITS 0", type=SHARE)
     vflip: float = augmentation_flag("upside down: probability", 0.0, type=SHARE)
@@ -373,9 +369,7 @@ class Plan:
     )
     block_ft_mode: str = distillation_flag("what the block stage trains", "block", choices=("block", "FC", "FC+head"))
     train_mode: str = distillation_flag(
-        "all replaced blocks at once, or --step at a time, front to back",
-        "sequential",
-        choices=("parallel", "sequential"),
+        "all replaced blocks at once, or --step blocks, front to back", "sequential", choices=("parallel", "sequential")
     )
     step: int = distillation_flag("blocks a step of sequential training", 12, type=SIZE)
     skip_train_attn: bool = distillation_flag("go straight to the block stage", False)

@@ -138,34 +138,47 @@ def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None
         FarError: the folder holds a run and `resume` is None, or a run of other arguments or of another number of
             processes, or none to resume, or another run owns it now.
     """
-    lock: list[filelock.BaseFileLock] = []
-    record, defaults = (plain({**flags, "processes": context.world}) for flags in config.record)
+    flags = config.record.flags
+    record, defaults = (plain({**each, "processes": context.world}) for each in config.record)
 
     def claim() -> tuple[str, bool]:
         path = config.output_dir or _new_folder(config.mode)
-        if config.resume == "must" and not (path / "args.json").is_file():
+        began = (path / "args.json").is_file()
+        if config.resume == "must" and not began:
             raise FarError(f"--resume: no run in {path}; name its folder with --output-dir, or use --resume auto")
-        resumed = bool(config.resume) and (path / "args.json").is_file()
         check_writable(path)
         path.mkdir(parents=True, exist_ok=True)
-        lock.append(_own(path))
-        held = contents(config.record.flags, data)
+        lock = filelock.FileLock(path / ".lock", thread_local=False)
+        try:
+            owner.enter_context(lock.acquire(timeout=0))  # the system takes it back, however the process ends
+        except filelock.Timeout as error:
+            raise FarError(f"--output-dir {path}: another run is writing there; wait or name another") from error
+        except OSError as error:  # network disks may know no locks
+            raise FarError(f"--output-dir {path}: cannot be locked ({error.strerror}); name another") from error
+        # Fingerprints of what a run reads, by the flag that says where it lies.
+        held = {key: fingerprint(Path(flags[key]), _flag(key)) for key in WEIGHTS if flags.get(key)}
+        if data:
+            held["data_path"] = data()
+        resumed = bool(config.resume) and began
         if resumed:
             _check_same(path, record, defaults, held)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
             raise FarError(f"--output-dir {path}: already holds a run; continue it with --resume, or name another")
-        _tidy(path, resumed)
+        if began:
+            for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):  # left by a kill within a write
+                if LEFT_OVER.fullmatch(file.name):
+                    file.unlink()
+        if began and not resumed:  # that run never got to its first checkpoint
+            for name in ("log.jsonl", "steps.jsonl"):
+                (path / name).unlink(missing_ok=True)
         if not resumed:
             args = {"args": record, "versions": versions(), "contents": held}
             RunFolder(path, context, resumed).write_json("args.json", args)
         return str(path), resumed
 
-    try:
+    with contextlib.ExitStack() as owner:
         path, resumed = context.on_main(claim)
         yield RunFolder(Path(path), context, resumed, config.tensorboard)
-    finally:
-        for held in lock:
-            held.release()
 
 
 def _new_folder(mode: str) -> Path:
@@ -180,37 +193,6 @@ def _new_folder(mode: str) -> Path:
         except FileExistsError:
             number += 1
             path = name.with_name(f"{name.name}-{number}")
-
-
-def _tidy(path: Path, resumed: bool) -> None:
-    """Removes what a kill within a write left, and the logs of a run that never got to its first checkpoint."""
-    if not (path / "args.json").is_file():  # no run of ours
-        return
-    for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):
-        if LEFT_OVER.fullmatch(file.name):
-            file.unlink()
-    if not resumed:
-        for name in ("log.jsonl", "steps.jsonl"):
-            (path / name).unlink(missing_ok=True)
-
-
-def _own(path: Path) -> filelock.BaseFileLock:
-    """The folder's lock, which the system takes back when the process ends, however it ends."""
-    lock = filelock.FileLock(path / ".lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise FarError(f"--output-dir {path}: another run is writing there; wait or name another") from error
-    except OSError as error:  # network disks may know no locks
-        raise FarError(f"--output-dir {path}: cannot be locked ({error.strerror}); name another") from error
-    return lock
-
-
-def contents(flags: dict[str, Any], data: Callable[[], str] | None) -> dict[str, str]:
-    """Fingerprints of what a run reads, by the flag that says where it lies."""
-    files = {key: Path(flags[key]) for key in WEIGHTS if flags.get(key)}
-    hashes = {key: fingerprint(path, _flag(key)) for key, path in files.items()}
-    return {**hashes, "data_path": data()} if data else hashes
 
 
 def _flag(key: str) -> str:
