@@ -1,7 +1,9 @@
-"""stdout that knows only ASCII, or whose reader has gone."""
+"""stdout and stderr that know only ASCII or are closed, and a reader that has gone: the work is done, quietly."""
 
 import subprocess
 import sys
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -12,16 +14,17 @@ sys.exit(run_script(lambda argv: print("猫 50.0 %", "犬 50.0 %", sep="\\n") or
 """
 
 
-def run(command: str) -> subprocess.CompletedProcess:
-    call = ["bash", "-c", f"PYTHONIOENCODING=ascii {command}", sys.executable, PROGRAM]
-    return subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT)
-
-
-def test_a_stream_may_be_of_ascii():
-    done = run('exec "$0" -c "$1"')
-    assert done.returncode == 0 and done.stdout.count(" %") == 2 and "\\u732b" in done.stdout and done.stderr == ""
-
-
-def test_a_reader_may_have_read_enough():
-    done = run('"$0" -c "$1" | true; exit ${PIPESTATUS[0]}')
-    assert done.returncode in (0, 1) and done.stderr == ""
+@pytest.mark.parametrize(
+    ("command", "codes", "answers"),
+    [
+        ('"$0" -c "$1" 2>&-', {0}, 2),
+        ('"$0" -c "$1" >&-', {0}, 0),
+        ('"$0" -c "$1" | true; exit ${PIPESTATUS[0]}', {0, 1}, 0),
+    ],
+    ids=["ascii, no stderr", "no stdout", "no reader"],
+)
+def test_streams_may_be_of_ascii_or_closed(command, codes, answers):
+    call = ["bash", "-c", f"export PYTHONIOENCODING=ascii; {command}", sys.executable, PROGRAM]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode in codes and done.stdout.count(" %") == answers and done.stderr == "", done
+    assert ("\\u732b" in done.stdout) == bool(answers)

@@ -15,14 +15,16 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
 
     0 done, 2 a FarError, 128 + n signal n (0 where SIGTERM found a training, which is then saved), 1 a fault of FAR.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names may hold what an encoding lacks
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  (as long as the process)
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # names may hold what an encoding lacks
     try:
         with signals.ending_at_once():
             try:
                 code = main(argv)
-                print(end="", flush=True)
+                sys.stdout.flush()
                 return code
             except FarError as error:
                 if not error.told:
