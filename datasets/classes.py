@@ -114,7 +114,8 @@ def order_classes(model: nn.Module, known: Sequence[str], wanted: Sequence[str],
     try:
         numbers = match_classes(known, wanted)
     except UnknownClass as error:
-        raise FarError(f"{source}: does not know the class {str(error)!r} of the other weights or the data") from error
+        where = f"{source}: does not know the class {str(error)!r} of the other weights or the data"
+        raise FarError(f"{where}; give weights of the same classes") from error
     heads = model.get_classifier()  # of a distilled DeiT a tuple of two
     for head in heads if isinstance(heads, tuple) else (heads,):
         head.weight.copy_(head.weight[numbers])
