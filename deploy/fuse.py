@@ -5,11 +5,11 @@ import logging
 from collections.abc import Collection
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from deploy import packed
+from models.features import kl_divergence
 from models.merged import hooked, refuse_loading
 from models.replace import replacements
 from utils.errors import FarError
@@ -55,8 +55,8 @@ def tell_what_int8_loses(model: VisionTransformer, keep: Collection[str], images
 
     def compare(keep: Collection[str]) -> tuple[float, float]:
         logits = packed.PackedModel(model, torch.int8, keep)(images)
-        divergence = F.kl_div(logits.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
-        return (logits.argmax(1) == expected.argmax(1)).double().mean().item(), divergence.item()
+        agreement = (logits.argmax(1) == expected.argmax(1)).double().mean()
+        return agreement.item(), kl_divergence(logits, expected).item()
 
     expected = packed.PackedModel(model)(images)
     agreement, divergence = compare(keep)

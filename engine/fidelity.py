@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
 from engine.evaluate import ACCURACY, accuracy, batches, score, sums_of
-from models.features import Features, forward_features
+from models.features import Features, forward_features, kl_divergence
 from utils.distributed import Context
 
 
@@ -51,8 +51,7 @@ def fidelity(
             else:  # a fused student has no blocks to look into
                 ours, theirs = (Features(model(images), {}, {}, {}) for model in (student, teacher))
         scores += torch.stack([score(features.logits, targets) for features in (ours, theirs)])
-        log_ours, log_theirs = (features.logits.float().log_softmax(1) for features in (ours, theirs))
-        kl = F.kl_div(log_ours, log_theirs, reduction="sum", log_target=True)
+        kl = kl_divergence(ours.logits.float(), theirs.logits.float(), "sum")
         answer = theirs.logits.argmax(1)
         same, wrong = ours.logits.argmax(1) == answer, answer != targets
         sums = [same.sum(), kl, wrong.sum(), (same & wrong).sum()]

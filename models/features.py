@@ -6,8 +6,14 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, reduction: str = "batchmean") -> Tensor:
+    """KL(teacher || student) in nats of logits (B, classes), the mean over B or "sum": 0 is the same probabilities."""
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction=reduction, log_target=True)
 
 
 class Features(NamedTuple):
