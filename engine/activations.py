@@ -1,6 +1,7 @@
 """What hidden units carry on real images: a score that follows from it, and a closed form that makes up for removal."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 
 import torch
@@ -46,19 +47,15 @@ def unit_grams(
     grams: Grams = {}
     handles = []
 
-    def watch(places: tuple[Place, ...], seen: nn.Linear) -> None:
-        size = seen.in_features + 1
-        grams[places] = torch.zeros(size, size, dtype=torch.float64, device=context.device)
-
-        def add(_: nn.Module, args: tuple[Tensor]) -> None:
-            units = args[0].flatten(0, -2).double()  # (B N, u)
-            units = torch.cat([units, torch.ones_like(units[:, :1])], 1)
-            grams[places] += units.T @ units
-
-        handles.append(seen.register_forward_pre_hook(add))
+    def add(places: tuple[Place, ...], _: nn.Module, args: tuple[Tensor]) -> None:
+        units = args[0].flatten(0, -2).double()  # (B N, u)
+        units = torch.cat([units, torch.ones_like(units[:, :1])], 1)
+        grams[places] += units.T @ units
 
     for places, seen, _ in _consumers(parts):
-        watch(places, seen)
+        size = seen.in_features + 1
+        grams[places] = torch.zeros(size, size, dtype=torch.float64, device=context.device)
+        handles.append(seen.register_forward_pre_hook(partial(add, places)))
     training = model.training
     model.eval()
     for batch in images:
@@ -99,12 +96,8 @@ def refit(parts: Mapping[int, BlockPart], kept: Kept, grams: Grams) -> None:
         mean, covariance = _covariance(grams[places])
         for weight, bias, read in readers:
             index = torch.cat([starts[p] + torch.arange(sizes[p]) for p in read]).to(mean.device)
-            stays = torch.cat([_mask(kept.get(p, torch.arange(sizes[p])), sizes[p]) for p in read]).to(mean.device)
+            stays = torch.cat([torch.isin(torch.arange(sizes[p]), kept[p].cpu()) for p in read]).to(mean.device)
             _redirect(weight, bias, stays, mean[index], covariance[index][:, index])
-
-
-def _mask(index: Tensor, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.bool, device=index.device).index_fill(0, index, True)
 
 
 def _redirect(weight: Tensor, bias: Tensor, stays: Tensor, mean: Tensor, covariance: Tensor) -> None:

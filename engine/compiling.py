@@ -18,7 +18,7 @@ def check_compiler(device: torch.device) -> None:
     """Raises FarError where torch cannot compile for the device."""
     try:
         torch.compile(lambda x: x.sin() + 1, backend=COMPILER)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001  (a compiler, a driver, a disk: each fails in its blocks way)
+    except Exception as error:  # noqa: BLE001  (a compiler, a driver, a disk: each fails in its own way)
         raise FarError(
             f"--compile: torch cannot compile here ({first_line(error):.200}); leave it out, or install a C++ compiler"
         ) from error
