@@ -36,14 +36,10 @@ class Parts(NamedTuple):
     behind: bool = False
 
 
-def _of_blocks(pick: Callable[[nn.Module], Iterable[nn.Module]]):
-    return lambda model, blocks: [part for i in blocks for part in pick(model.blocks[i])]
-
-
 PARTS: dict[str, Parts] = {
-    "mixing": Parts(_of_blocks(lambda block: block.attn.mixing_parts())),
-    "block": Parts(_of_blocks(lambda block: [block])),
-    "FC": Parts(_of_blocks(lambda block: [block.mlp])),
+    "mixing": Parts(lambda model, blocks: [part for i in blocks for part in model.blocks[i].attn.mixing_parts()]),
+    "block": Parts(lambda model, blocks: [model.blocks[i] for i in blocks]),
+    "FC": Parts(lambda model, blocks: [model.blocks[i].mlp for i in blocks]),
     "FC+head": Parts(lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), *classifiers(model)], behind=True),
     "head": Parts(lambda model, blocks: classifiers(model), behind=True),
     "full": Parts(lambda model, blocks: [model], behind=True),
@@ -58,22 +54,17 @@ def select_trainable(model: VisionTransformer, stage: Stage) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def steps(blocks: tuple[int, ...], mode: str, step: int) -> list[tuple[int, ...]]:
-    """`parallel`: all at once; `sequential`: `step` blocks at a time, front to back."""
-    if mode == "parallel":
-        return [blocks]
-    return [blocks[i : i + step] for i in range(0, len(blocks), step)]
-
-
 def distillation(blocks: tuple[int, ...], plan: Plan, attn: Optim | None, block: Optim) -> list[Stage]:
     """The stages of section 3 of the paper's method: attention level, block level, then the classifier.
 
     Args:
-        blocks: those to replace. With the plan's weights all are from the start, else step by step.
+        blocks: those to replace, all at once or `plan.step` at a time, front to back. With the plan's weights all are
+            replaced from the start, else step by step.
         attn: of the attention stage; None skips it.
         block: of the block stage, and of the classifier's.
     """
-    groups = steps(blocks, plan.train_mode, plan.step)
+    step = len(blocks) if plan.train_mode == "parallel" else plan.step
+    groups = [blocks[i : i + step] for i in range(0, len(blocks), step)]
     stages: list[Stage] = []
 
     def add(kind: str, optim: Optim, parts: str, loss: str, target: str, all_swapped: bool) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.distill import Distillation, similarity
-from engine.stages import PARTS, Stage, distillation, select_trainable, steps
+from engine.stages import PARTS, Stage, distillation, select_trainable
 from models.deit import create_teacher
 from models.features import forward_features
 from models.replace import swap_attention
@@ -143,8 +143,8 @@ def test_only_the_named_parts_get_gradients_and_the_teacher_none(parts):
 
 
 def test_sequential_steps_go_front_to_back_and_swap_as_they_go():
-    assert steps((0, 1, 2, 3, 4), "sequential", 2) == [(0, 1), (2, 3), (4,)]
-    assert steps((0, 1), "parallel", 1) == [(0, 1)]
+    assert [s.blocks for s in distillation((0, 1, 2, 3, 4), Plan(step=2), None, OPTIM)] == [(0, 1), (2, 3), (4,)]
+    assert [s.blocks for s in distillation((0, 1), Plan(step=1, train_mode="parallel"), None, OPTIM)] == [(0, 1)]
     plan = distillation((0, 1, 2), Plan(step=2, finetune_head=True), OPTIM, OPTIM)
     assert [(s.name, s.swapped, s.blocks) for s in plan] == [
         ("attn 1/2", (0, 1), (0, 1)),
