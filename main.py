@@ -46,7 +46,7 @@ MODES = {
         _TRAINING | {"optimisation", "FAR model"},
         frozenset({"base_weight", "fuse"}),
     ),
-    "teacher": Mode("train the attention model itself", "teacher", _TRAINING | {"optimisation"}),
+    "teacher": Mode("train the attention model itself", "train_teacher", _TRAINING | {"optimisation"}),
     "eval": Mode(
         "evaluate a FAR model, against its teacher where --base-weight names one, or a teacher alone",
         "eval_mode",

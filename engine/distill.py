@@ -1,15 +1,14 @@
 """Teacher and student side by side: their features, and the losses between them (arXiv 2505.21535, section 3)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.stages import PARTS, Stage
-from models.features import forward_blocks, forward_features
-from utils.errors import FarError
+from engine.stages import Stage
+from models.features import forward_blocks, forward_features, kl_divergence
 from utils.names import loss_terms
 
 
@@ -22,12 +21,6 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean over B of |a - b|^2 / |b|^2, norms over N and C, for token maps (B, N, C): 0 is equal, in length too."""
     a, b = a.float().flatten(1), b.float().flatten(1)
     return ((a - b).square().sum(1) / b.square().sum(1).clamp_min(torch.finfo(b.dtype).tiny)).mean()
-
-
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over B of KL(teacher || student) in nats, for logits (B, classes): 0 is the same answer, as surely given."""
-    log_ours, log_theirs = student.float().log_softmax(1), teacher.float().log_softmax(1)
-    return F.kl_div(log_ours, log_theirs, reduction="batchmean", log_target=True)
 
 
 class View(NamedTuple):
@@ -61,9 +54,10 @@ def over_blocks(distance: Callable[[Tensor, Tensor], Tensor]) -> Callable[[View]
 TEMPERATURE = 4.0  # of soft_kl: it makes what the teacher thinks of the other classes count
 
 
-def soft_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """`divergence` at TEMPERATURE, times its square, so that gradients stay as large (Hinton et al., 2015)."""
-    return TEMPERATURE**2 * divergence(student / TEMPERATURE, teacher / TEMPERATURE)
+def divergence(view: View, temperature: float = 1.0) -> Tensor:
+    """Mean KL at a temperature, times its square, so that gradients stay as large (Hinton et al., 2015)."""
+    student, teacher = view.student_logits / temperature, view.teacher_logits / temperature
+    return temperature**2 * kl_divergence(student.float(), teacher.float())
 
 
 FEATURES = frozenset({"student_features", "teacher_features"})
@@ -71,8 +65,8 @@ LOGITS = frozenset({"student_logits", "teacher_logits"})
 TERMS = {
     "similarity": Term(over_blocks(similarity), FEATURES),
     "squared_error": Term(over_blocks(squared_error), FEATURES),
-    "kl": Term(lambda view: divergence(view.student_logits, view.teacher_logits), LOGITS),
-    "soft_kl": Term(lambda view: soft_divergence(view.student_logits, view.teacher_logits), LOGITS),
+    "kl": Term(divergence, LOGITS),
+    "soft_kl": Term(lambda view: divergence(view, TEMPERATURE), LOGITS),
     "classification": Term(
         lambda view: view.criterion(view.student_logits.float(), view.labels), frozenset({"student_logits", "labels"})
     ),
@@ -105,17 +99,6 @@ def find_loss(text: str) -> Loss:
     return LOSSES.get(text) or Loss(loss_terms(text))
 
 
-def check_reach(stages: Iterable[Stage]) -> None:
-    """Raises FarError where a stage would train what its loss does not reach."""
-    for stage in stages:
-        if PARTS[stage.parts].behind and "student_logits" not in find_loss(stage.loss).reads:
-            useful = " or ".join(name for name, loss in LOSSES.items() if "student_logits" in loss.reads)
-            raise FarError(
-                f"stage {stage.name}: trains {stage.parts}, but the loss {stage.loss} does not reach the classifier; "
-                f"take {useful} for it, or leave the classifier out (--block-ft-mode)"
-            )
-
-
 class Distillation(nn.Module):
     """Runs teacher and student and returns the stage's loss, so that DistributedDataParallel sees its own forward.
 
@@ -126,7 +109,8 @@ class Distillation(nn.Module):
         criterion: (logits, targets) to a scalar.
         distill_input: `teacher`: a student block reads the teacher's input to that block; `student`: the running state.
 
-    forward(images (B, 3, S, S), targets) returns (loss, its terms as detached scalars).
+    forward(images (B, 3, S, S), targets) returns (loss, its terms as detached scalars). It runs both models as far as
+    the loss reads: up to the stage's last block, or to the logits.
     """
 
     def __init__(self, student, teacher, stage: Stage, criterion: nn.Module, distill_input: str = "student"):
@@ -144,13 +128,6 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, images: Tensor, targets: Tensor, with_curves: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        view = self.view(images, targets)
-        parts = {name: TERMS[name].value(view) for name in self.loss.terms}
-        loss = sum(weight * parts[name] for name, weight in self.loss.terms.items())
-        return loss, {name: part.detach() for name, part in parts.items()}
-
-    def view(self, images: Tensor, targets: Tensor) -> View:
-        """Runs both models as far as the loss reads: up to the stage's last block, or to the logits."""
         reads, student, teacher, compared = self.loss.reads, None, None, None
         blocks = self.stage.blocks if "student_features" in reads else ()
         if "student_logits" in reads or self.distill_input == "student":
@@ -161,7 +138,7 @@ class Distillation(nn.Module):
             # What is compared: the blocks on the running state, or each block on the teacher's input to it.
             compared = student if self.distill_input == "student" else forward_blocks(self.student, teacher.inputs)
         field = self.loss.compares or self.stage.target
-        return View(
+        view = View(
             student_features=getattr(compared, field, None),
             teacher_features=getattr(teacher, field, None),
             student_logits=getattr(student, "logits", None),
@@ -169,3 +146,6 @@ class Distillation(nn.Module):
             labels=targets,
             criterion=self.criterion,
         )
+        terms = {name: TERMS[name].value(view) for name in self.loss.terms}
+        loss = sum(weight * terms[name] for name, weight in self.loss.terms.items())
+        return loss, {name: term.detach() for name, term in terms.items()}

@@ -1,46 +1,40 @@
 """The modes of main.py: each opens weights and data, lists its stages, trains and reports."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from datasets.classes import check_classes, keeps_classifier, order_classes
+from datasets.classes import check_classes, imagenet_names, keeps_classifier, order_classes
 from datasets.loading import Data
 from deploy.fuse import fuse
 from deploy.packed import PRECISIONS
 from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
-from engine.distill import Distillation, find_loss
+from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.ranking import ASIDE, FILE, Hybrids, as_record, loss_of_each_block, rank_blocks, read_ranking
+from engine.ranking import ASIDE, FILE, Hybrids, block_by_block, rank_blocks, read_ranking
 from engine.stages import Stage, distillation
 from engine.steps import (
-    answer_by,
-    check_backend,
+    check_labelled,
+    check_stages,
+    label_by_teacher,
     load_best,
     load_data,
     load_far,
-    load_labelled,
     load_teacher,
-    name_teacher,
-    planned,
-    read_teacher,
-    reading,
-    resumed,
+    train_stages,
+    with_data,
 )
-from engine.train import Trainer
 from models.choosing import choose_kernels
-from models.deit import check_size, create_teacher
+from models.deit import check_size, create_teacher, named_teacher
 from models.replace import (
+    REPLACEMENTS,
     FarConfig,
     count_parameters,
     load_model,
@@ -48,31 +42,66 @@ from models.replace import (
     replaced_blocks,
     reset_classifier,
     resize,
-    set_backend,
 )
-from models.weights import Weights, load_teacher_weights
-from plots.figures import cost_of_blocks, draw_curves, save_figure
-from utils.configs import ModeCommand, ModelConfig, Optim
+from models.weights import Weights, load_teacher_weights, read, teacher_config
+from plots.figures import cost_of_blocks, save_figure
+from utils.configs import ModeCommand, ModelConfig
 from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
 
 
-def start(
-    command: ModeCommand, context: Context, load=load_data, trains: bool = True
-) -> tuple[Data, FarConfig, Weights | None]:
-    """The data, the configuration of the teacher as its weights and the flags describe it, and --base-weight's file."""
+def train(command: ModeCommand, context: Context) -> None:
+    """--mode train and block-distill: the teacher's attention is replaced, then distilled into, stage by stage.
+
+    With --replace auto the attention stages train every block, and `choose_blocks` keeps the cheapest for the others.
+    """
+    plan = command.plan
+    if command.ranks:
+        command = prepare_ranking(command)
+    teacher, config, data = open_teacher(command, context)
+    REPLACEMENTS[config.rep_by].check_backend(command.settings.lstm_backend, context.device)
+    label_by_teacher(data, teacher, command.settings, context)
+    depth = len(teacher.blocks)
+    if command.keep and command.keep > depth:
+        raise FarError(f"--replace auto:{command.keep}: this model has {depth} blocks; give a smaller number")
+    blocks = parse_blocks("all" if command.ranks else command.replace, depth)
+    student, config = open_student(command, context, teacher, config, blocks)
+
+    block = command.scaled(command.block_ft_optim, context.world)
+    attn = None if plan.skip_train_attn else command.scaled(command.optim, context.world)
+    stages = distillation(blocks, plan, attn, block)
+    if command.ranks:
+        attn_stages = [block_by_block(stage) for stage in stages if stage.parts == "mixing"]
+        stages = [*attn_stages, *distillation(blocks[: command.keep], plan, None, block)]
+    result = run_stages(command, context, student, config, stages, data, teacher)
+    if result:
+        say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
+
+
+def open_weights(command: ModeCommand, context: Context, trains: bool = True) -> tuple[Weights | None, FarConfig, Data]:
+    """--base-weight's file (None: timm's weights), the teacher's configuration by file and flags, and the data."""
     torch.manual_seed(command.settings.seed)
-    flags = command.model
-    weights = read_teacher(flags)
-    config = name_teacher(flags, weights)
+    flags, weights = command.model, None
+    if flags.base_weight:
+        weights = read(flags.base_weight, "--base-weight")
+        config = teacher_config(weights, flags)
+    else:
+        known = named_teacher(flags)
+        classes = imagenet_names() if known.published and known.classes == 1000 else ()
+        config = FarConfig(
+            flags.name, known.classes, known.input_size, preprocessing=known.preprocessing, classes=classes
+        )
     config = replace(config, rep_by=flags.rep_by, img_size=flags.input_size or config.img_size)
     check_size(config.base_model, config.img_size)
-    return load(command.data, config, context, trains), config, weights
+    return weights, config, load_data(command.data, config, context, trains)
 
 
-def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
-    """The configuration of a teacher that is to answer for a data set's classes."""
+def open_teacher(
+    command: ModeCommand, context: Context, trains: bool = True
+) -> tuple[VisionTransformer, FarConfig, Data]:
+    """The teacher, which must know the data's classes, its configuration, and the data."""
+    weights, config, data = open_weights(command, context, trains)
     where = f"--base-weight {command.model.base_weight or f'(published {config.base_model})'}"
     if config.classes and data.names:
         check_classes(where, config, data, "train a teacher on this data first with --mode teacher")
@@ -80,12 +109,50 @@ def taught(command: ModeCommand, config: FarConfig, data: Data) -> FarConfig:
         raise FarError(f"{where}: holds no classifier; give a teacher's weights with one")
     elif data.labelled and config.num_classes != data.num_classes:
         config = replace(config, num_classes=data.num_classes, classes=())
-    return reading(config, data)
+    config = with_data(config, data)
+    return load_teacher(weights, config), config, data
 
 
-def fresh(model_config: ModelConfig, config: FarConfig) -> VisionTransformer:
-    drop, drop_path = model_config.drop, model_config.drop_path
-    return create_teacher(config.base_model, config.num_classes, config.img_size, drop, drop_path)
+def open_student(
+    command: ModeCommand, context: Context, teacher: VisionTransformer, config: FarConfig, blocks: tuple[int, ...]
+) -> tuple[VisionTransformer, FarConfig]:
+    """What distillation starts from: --attn-weight's model, else a copy of the teacher, which the stages swap.
+
+    Raises FarError where --attn-weight is not what the other flags describe.
+    """
+    flags, weight = command.model, command.plan.attn_weight
+    if not weight:
+        if command.plan.skip_train_attn:
+            say(context, "no --attn-weight: the block stage starts from fresh modules")
+        return copy_of(teacher, flags, config), config
+    source = f"--attn-weight {weight}"
+    model, stored = load_model(weight, "--attn-weight", flags.drop, flags.drop_path)
+    if stored.num_classes == config.num_classes:
+        order_classes(model, stored.classes, config.classes, source)
+    held = replaced_blocks(model)
+    if command.ranks and held != blocks:
+        numbers = ", ".join(map(str, held))
+        raise FarError(f"{source}: has blocks {numbers} replaced, --replace auto ranks all; name them")
+    for flag, wanted, found in (
+        ("--base-model", config.base_model, stored.base_model),
+        ("--dataset", f"{config.num_classes} classes", f"{stored.num_classes} classes"),
+        ("--rep-by", config.rep_by, stored.rep_by),
+        ("--replace", list(blocks), list(held)),
+    ):
+        if wanted != found:
+            raise FarError(f"{source}: has {flag} {found}, the flags say {wanted}; make them agree")
+    stored = replace(stored, preprocessing=config.preprocessing, classes=config.classes or stored.classes)
+    if stored.img_size != config.img_size:
+        say(context, f"{source}: its positions go from {stored.img_size} to {config.img_size} px")
+        stored = resize(model, stored, config.img_size, source)
+    return model, stored
+
+
+def copy_of(teacher: VisionTransformer, flags: ModelConfig, config: FarConfig) -> VisionTransformer:
+    """The teacher's weights in a model with the student's dropout and stochastic depth."""
+    model = create_teacher(config.base_model, config.num_classes, config.img_size, flags.drop, flags.drop_path)
+    model.load_state_dict(teacher.state_dict())
+    return model
 
 
 def run_stages(
@@ -95,33 +162,30 @@ def run_stages(
     config: FarConfig,
     stages: list[Stage],
     data: Data,
-    reference: VisionTransformer | None = None,
-    choose: Callable[[RunFolder, VisionTransformer], tuple[VisionTransformer, list[Stage]]] | None = None,
+    teacher: VisionTransformer | None = None,
 ) -> dict[str, Any] | None:
     """Trains the stages in the run's folder and reports on the model that they hand on; --dry-run only says what would.
 
-    reference: the teacher, where the stages distil from one; the report then tells how close the model is to it.
-    choose: what makes model and stages from the model, in the run's folder; `stages` is then what it will be like.
-    Returns the report.
+    teacher: where stages distil from one; the report then says how close the model is to it. Returns the report.
     """
 
-    def make_task(model: VisionTransformer, stage: Stage, criterion: nn.Module) -> nn.Module:
-        return Distillation(model, reference, stage, criterion, command.distill_input)
+    def make_task(model: VisionTransformer, stage: Stage, criterion: torch.nn.Module) -> Distillation:
+        return Distillation(model, teacher, stage, criterion, command.distill_input)
 
-    settings = command.settings
-    stages = planned(stages, data, settings)
+    stages = [stage for stage in stages if stage.optim.epochs]
+    if not stages:
+        raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
+    check_stages(stages, data, command.settings)
     if command.run.dry_run:
-        more = f", {FILE}, ranking.png, attn/" if choose else ""
-        show_plan(model, config, stages, make_task, data, command.run, context, settings, more)
+        more = f", {FILE}, ranking.png, attn/" if command.ranks else ""
+        show_plan(command, model, config, stages, make_task, data, more)
         return None
     with open_run(command.run, context, data.fingerprint) as run:
-        if reference is not None:
-            reference.to(context.device)
-        if choose:
-            model, stages = choose(run, model)
-        model, last = resumed(run, model, config, command.model)
-        result = Trainer(model, config, stages, make_task, data, run, context, settings, last, reference).fit()
-        draw_curves(run)
+        if teacher is not None:
+            teacher.to(context.device)
+        if command.ranks:
+            model, stages = choose_blocks(run, command, model, config, stages, data, teacher)
+        model, result = train_stages(run, command, model, config, stages, make_task, data, teacher)
         run.write_json("result.json", {**result, "parameters": count_parameters(model)})
     say(
         context,
@@ -131,14 +195,73 @@ def run_stages(
     return result
 
 
-def teacher(command: ModeCommand, context: Context) -> None:
+def prepare_ranking(command: ModeCommand) -> ModeCommand:
+    """The command with images kept aside to rank blocks on. Raises FarError where no trained replacements would be."""
+    plan = command.plan
+    if not plan.attn_weight and (plan.skip_train_attn or not command.optim.epochs):
+        raise FarError("--replace auto: ranks trained replacements; name them with --attn-weight, or train stage attn")
+    if not command.block_ft_optim.epochs:
+        raise FarError("--block-ft-epochs 0: --replace auto ends with stage block; set it above 0")
+    return replace(command, data=replace(command.data, aside=ASIDE))
+
+
+def choose_blocks(
+    run: RunFolder,
+    command: ModeCommand,
+    model: VisionTransformer,
+    config: FarConfig,
+    stages: list[Stage],
+    data: Data,
+    teacher: VisionTransformer,
+) -> tuple[VisionTransformer, list[Stage]]:
+    """--replace auto: the teacher with its cheapest blocks replaced, and the stages that are left for these.
+
+    The attention stages train in the run's folder attn/, unless an earlier call did; there are none where --attn-weight
+    brings all replacements.
+    """
+
+    def make_task(model: VisionTransformer, stage: Stage, criterion: torch.nn.Module) -> Distillation:
+        return Distillation(model, teacher, stage, criterion, "teacher")  # so that each block is right on its own
+
+    context, block = run.context, stages[-1].optim
+    attn_stages = [stage for stage in stages if stage.parts == "mixing"]
+    if attn_stages:
+        folder = run.child("attn")
+        if folder.resumed and folder.has("result.json"):
+            model = load_best(folder, command)
+        else:
+            model, result = train_stages(folder, command, model, config, attn_stages, make_task, data, teacher)
+            folder.write_json("result.json", result)
+    model.to(context.device)
+    if run.resumed and run.has(FILE):
+        ranking = context.on_main(lambda: read_ranking(run.path / FILE))
+    else:
+        choose_kernels(model, command.settings.lstm_backend, block.batch_size, context, needs_grad=False)
+        images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size)]
+        hybrids = Hybrids(teacher, model, images, context, command.settings.autocast(context.device))
+        ranking = rank_blocks(command.rank or "greedy", hybrids)
+        run.write_json(FILE, {"ranking": asdict(ranking)})
+    chosen = context.on_main(lambda: ranking.choose(command.keep, command.min_agreement))
+    if context.main:
+        save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
+    cost = ranking.path[len(chosen) - 1]
+    kept = f"{cost.agreement:.2f} % of the teacher's answers stay, KL {cost.kl:.4f}"
+    say(context, f"--replace auto keeps blocks {', '.join(map(str, chosen))}, cheapest by {ranking.rank}: {kept}")
+    hybrid = copy_of(teacher, command.model, config)
+    for i in chosen:
+        hybrid.blocks[i] = model.blocks[i]
+    return hybrid, distillation(chosen, command.plan, None, block)
+
+
+def train_teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
-    data, known, weights = start(command, context, load_labelled)
-    keeps = bool(weights) and keeps_classifier(weights.source, known, data)
+    weights, config, data = open_weights(command, context)
+    check_labelled(data)
+    keeps = bool(weights) and keeps_classifier(weights.source, config, data)
     if not keeps:
-        known = replace(known, num_classes=data.num_classes, classes=())
-    config = reading(known, data)
-    model = fresh(command.model, config)
+        config = replace(config, num_classes=data.num_classes, classes=())
+    config, flags = with_data(config, data), command.model
+    model = create_teacher(config.base_model, config.num_classes, config.img_size, flags.drop, flags.drop_path)
     if weights:
         load_teacher_weights(model, weights, keep_head=keeps)
     optim = command.scaled(command.optim, context.world)
@@ -146,140 +269,26 @@ def teacher(command: ModeCommand, context: Context) -> None:
     run_stages(command, context, model, config, [stage], data)
 
 
-def train(command: ModeCommand, context: Context) -> None:
-    """--mode train and block-distill: swap, then the stages of distillation."""
-    if command.ranks:
-        command = ranked_command(command)
-    data, known, weights = start(command, context)
-    config = taught(command, known, data)
-    check_backend(config, command.settings, context)
-    reference = load_teacher(weights, config)
-    answer_by(reference, data, command.settings, context)
-    depth = len(reference.blocks)
-    blocks = parse_blocks("all" if command.ranks else command.replace, depth)
-    if command.keep and command.keep > depth:
-        raise FarError(f"--replace auto:{command.keep}: this model has {depth} blocks; give a smaller number")
-    model, config = student(command, context, reference, config, blocks)
-    block = command.scaled(command.block_ft_optim, context.world)
-    attn = None if command.plan.skip_train_attn else command.scaled(command.optim, context.world)
-    stages, choose = distillation(blocks, command.plan, attn, block), None
-    if command.ranks:
-        first = [of_each_block(stage) for stage in stages if stage.parts == "mixing"]
-        stages = [*first, *distillation(blocks[: command.keep], command.plan, None, block)]
-        choose = partial(choose_blocks, command, context, config, data, reference, first, block)
-    result = run_stages(command, context, model, config, stages, data, reference, choose)
-    if result:
-        say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
+def downstream(command: ModeCommand, context: Context) -> None:
+    """--mode downstream: a FAR model on another label set, with a fresh classifier where the classes differ."""
+    torch.manual_seed(command.settings.seed)
+    path, model, config = load_replaced(command, context)
+    data = load_data(command.data, config, context)
+    check_labelled(data)
+    if not keeps_classifier(f"--far-weight {path}", config, data):
+        reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
+        config = replace(config, num_classes=data.num_classes, classes=())
+        if command.ds_mode == "FC":
+            say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
+    optim = command.scaled(command.optim, context.world)
+    blocks = tuple(range(len(model.blocks)))
+    stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
+    run_stages(command, context, model, with_data(config, data), [stage], data)
 
 
-def ranked_command(command: ModeCommand) -> ModeCommand:
-    """What --replace auto makes of the other flags. Raises FarError where there would be nothing to rank."""
-    plan = command.plan
-    if not plan.attn_weight and (plan.skip_train_attn or not command.optim.epochs):
-        raise FarError("--replace auto: ranks trained replacements; name them with --attn-weight, or train stage attn")
-    if not plan.skip_train_attn:
-        loss_of_each_block(plan.train_loss)
-    if not command.block_ft_optim.epochs:
-        raise FarError("--block-ft-epochs 0: --replace auto ends with stage block; set it above 0")
-    return replace(command, data=replace(command.data, aside=ASIDE))
-
-
-def of_each_block(stage: Stage) -> Stage:
-    """The stage with a loss by which no block depends on another."""
-    loss, target = loss_of_each_block(stage.loss), find_loss(stage.loss).compares or stage.target
-    return replace(stage, loss=loss, target=target, select="last")
-
-
-def choose_blocks(
-    command: ModeCommand,
-    context: Context,
-    config: FarConfig,
-    data: Data,
-    teacher: VisionTransformer,
-    first: list[Stage],
-    block: Optim,
-    run: RunFolder,
-    model: VisionTransformer,
-) -> tuple[VisionTransformer, list[Stage]]:
-    """--replace auto: the model with the best blocks replaced and the teacher's others, and their block stages.
-
-    first: the stages attn of all blocks, trained in the run's folder attn/ unless an earlier call has; none where
-    --attn-weight brings them.
-    """
-    settings, folder = command.settings, run.child("attn") if first else run
-
-    def make_task(model: VisionTransformer, stage: Stage, criterion: nn.Module) -> nn.Module:
-        return Distillation(model, teacher, stage, criterion, "teacher")
-
-    if first and folder.resumed and folder.has("result.json"):
-        model = load_best(folder, command.model, "--resume")
-    elif first:
-        model, last = resumed(folder, model, config, command.model)
-        result = Trainer(model, config, first, make_task, data, folder, context, settings, last, teacher).fit()
-        draw_curves(folder)
-        folder.write_json("result.json", result)
-    model.to(context.device)
-    if run.resumed and run.has(FILE):
-        ranking = context.on_main(lambda: read_ranking(run.path / FILE, len(model.blocks)))
-    else:
-        choose_kernels(model, settings.lstm_backend, block.batch_size, context, needs_grad=False)
-        images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size)]
-        hybrids = Hybrids(teacher, model, images, context, settings.autocast(context.device))
-        ranking = rank_blocks(command.rank or "greedy", hybrids)
-        run.write_json(FILE, as_record(ranking))
-    chosen = context.on_main(lambda: ranking.choose(command.keep, command.min_agreement))
-    if context.main:
-        save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
-    cost = ranking.path[len(chosen) - 1]
-    kept = f"{cost.agreement:.2f} % of the teacher's answers stay, KL {cost.kl:.4f}"
-    say(context, f"--replace auto keeps blocks {', '.join(map(str, chosen))}, cheapest by {ranking.rank}: {kept}")
-    hybrid = fresh(command.model, config)
-    hybrid.load_state_dict(teacher.state_dict())
-    for i in chosen:
-        hybrid.blocks[i] = model.blocks[i]
-    return hybrid, distillation(chosen, command.plan, None, block)
-
-
-def student(
-    command: ModeCommand, context: Context, reference: VisionTransformer, config: FarConfig, blocks: tuple[int, ...]
-) -> tuple[VisionTransformer, FarConfig]:
-    """The model that distillation starts from: --attn-weight, else the teacher's weights, to be swapped."""
-    model_config, weight = command.model, command.plan.attn_weight
-    if weight:
-        model, stored = load_model(weight, "--attn-weight", model_config.drop, model_config.drop_path)
-        if stored.num_classes == config.num_classes:
-            order_classes(model, stored.classes, config.classes, f"--attn-weight {weight}")
-        if command.ranks and replaced_blocks(model) != blocks:
-            held = ", ".join(map(str, replaced_blocks(model)))
-            raise FarError(f"--attn-weight {weight}: has blocks {held} replaced, --replace auto ranks all; name them")
-        stored = replace(stored, preprocessing=config.preprocessing, classes=config.classes or stored.classes)
-        check_same(weight, replace(config, replaced=blocks), replace(stored, replaced=replaced_blocks(model)))
-        if stored.img_size != config.img_size:
-            say(context, f"--attn-weight {weight}: its positions go from {stored.img_size} to {config.img_size} px")
-            stored = resize(model, stored, config.img_size, f"--attn-weight {weight}")
-        return model, stored
-    model = fresh(model_config, config)
-    model.load_state_dict(reference.state_dict())
-    if command.plan.skip_train_attn:
-        say(context, "no --attn-weight: the block stage starts from fresh modules")
-    return model, config
-
-
-def check_same(weight: Path, wanted: FarConfig, stored: FarConfig) -> None:
-    """--attn-weight must be what the other flags describe."""
-    for flag, ours, theirs in (
-        ("--base-model", wanted.base_model, stored.base_model),
-        ("--dataset", f"{wanted.num_classes} classes", f"{stored.num_classes} classes"),
-        ("--rep-by", wanted.rep_by, stored.rep_by),
-        ("--replace", list(wanted.replaced), list(stored.replaced)),
-    ):
-        if ours != theirs:
-            raise FarError(f"--attn-weight {weight}: has {flag} {theirs}, the flags say {ours}; make them agree")
-
-
-def load_start(command: ModeCommand, context: Context) -> tuple[Path, VisionTransformer, FarConfig]:
-    """The FAR model that downstream and eval start from."""
-    path, model, config = load_far(command.far, command.model)
+def load_replaced(command: ModeCommand, context: Context) -> tuple[Path, VisionTransformer, FarConfig]:
+    """The FAR model that downstream and eval start from. Raises FarError unless it is one, pruned for --ds-pruned."""
+    path, model, config = load_far(command, context)
     if not config.replaced:
         raise FarError(
             f"--far-weight {path}: holds a teacher, no block of it is replaced; evaluate it as --base-weight, or "
@@ -287,54 +296,35 @@ def load_start(command: ModeCommand, context: Context) -> tuple[Path, VisionTran
         )
     if command.ds_pruned and not config.pruned:
         raise FarError(f"--ds-pruned: {path} holds an unpruned model; leave the flag out or name a pruned checkpoint")
-    check_backend(config, command.settings, context)
     return path, model, config
-
-
-def downstream(command: ModeCommand, context: Context) -> None:
-    """--mode downstream: a FAR model on another label set, with a fresh classifier where the classes differ."""
-    torch.manual_seed(command.settings.seed)
-    path, model, config = load_start(command, context)
-    data = load_labelled(command.data, config, context)
-    if not keeps_classifier(f"--far-weight {path}", config, data):
-        reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
-        config = replace(config, num_classes=data.num_classes, classes=())
-        if command.ds_mode == "FC":
-            say(context, "--ds-mode FC: the classifier is fresh and does not train; FC+head would train it")
-    config, blocks = reading(config, data), tuple(range(len(model.blocks)))
-    optim = command.scaled(command.optim, context.world)
-    stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
-    run_stages(command, context, model, config, [stage], data)
-
-
-def load_evaluated(command: ModeCommand, context: Context):
-    """What eval reads: (the weights' file, the model, the teacher that it is compared with or None, the data)."""
-    weight = command.model.base_weight
-    if not (command.far.path or command.ds_pruned) and weight:
-        data, config, weights = start(command, context, load_labelled, trains=False)
-        return weight, load_teacher(weights, taught(command, config, data)), None, data
-    path, model, config = load_start(command, context)
-    data = load_data(command.data, config, context, trains=False)
-    check_classes(f"--far-weight {path}", config, data, "move it there with --mode downstream")
-    return path, model, load_teacher(read_teacher(command.model), config) if weight else None, data
 
 
 def eval_mode(command: ModeCommand, context: Context) -> None:
     """--mode eval: a FAR checkpoint, compared with the teacher where --base-weight names one; or a teacher alone."""
-    path, model, reference, data = load_evaluated(command, context)
-    answer_by(reference, data, command.settings, context)
-    parameters = count_parameters(model)
+    weight, reference, settings = command.model.base_weight, None, command.settings
+    if weight and not (command.far.path or command.ds_pruned):
+        model, _, data = open_teacher(command, context, trains=False)
+        path = weight
+        check_labelled(data)
+    else:
+        path, model, config = load_replaced(command, context)
+        data = load_data(command.data, config, context, trains=False)
+        check_classes(f"--far-weight {path}", config, data, "move it there with --mode downstream")
+        if weight:
+            reference = load_teacher(read(weight, "--base-weight"), config).to(context.device)
+        label_by_teacher(data, reference, settings, context)
+    parameters, batch_size = count_parameters(model), command.optim.batch_size
     model.to(context.device)
-    choose_kernels(model, command.settings.lstm_backend, command.optim.batch_size, context, needs_grad=False)
+    choose_kernels(model, settings.lstm_backend, batch_size, context, needs_grad=False)
     if command.fuse:
         model = fuse(model, PRECISIONS[command.fuse])
-    loader, autocast = data.val_loader(command.optim.batch_size), command.settings.autocast(context.device)
+    loader, autocast = data.val_loader(batch_size), settings.autocast(context.device)
     with open_run(command.run, context) if command.run.output_dir else nullcontext() as run:
         if reference is None:
             result = evaluate(model, loader, context, autocast)
         else:
-            inside = () if command.fuse else None
-            result = fidelity(model, reference.to(context.device), loader, context, autocast, inside)
+            blocks = () if command.fuse else None
+            result = fidelity(model, reference, loader, context, autocast, blocks)
         result["parameters"] = parameters
         if run:
             run.write_json("result.json", result)
@@ -350,9 +340,7 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
 def predict(command: ModeCommand, context: Context) -> None:
     """--mode predict: the likeliest classes of pictures, by any checkpoint of ours."""
     prediction, files = command.prediction, find_pictures(command.prediction)
-    _, model, config = load_far(command.far, command.model)
-    check_backend(config, command.settings, context)
-    set_backend(model, command.settings.lstm_backend)
+    _, model, config = load_far(command, context)
     model.to(context.device)
     if command.fuse:
         model = fuse(model, PRECISIONS[command.fuse])

@@ -12,8 +12,7 @@ from torch import nn
 from datasets.loading import Data
 from engine.stages import Stage, select_trainable
 from models.replace import FarConfig, count_parameters, describe, replacements, set_backend, swap_attention
-from utils.configs import RunConfig, Settings
-from utils.distributed import Context
+from utils.configs import Command, Settings
 
 IMAGES = 2  # on which the activations are weighed
 STATES = 2  # of Adam and its kin, each as large as the weights
@@ -49,44 +48,33 @@ def weigh(task: nn.Module, data: Data, settings: Settings) -> tuple[int, int]:
     return fixed + (1 + STATES) * trained, sum(kept.values()) // count
 
 
-def rate(data: Data, seconds: float = 1.0) -> float:
-    """Training images a second that one process reads and augments."""
-    started, pictures, count, spent = time.perf_counter(), data.pictures(), 0, 0.0
-    while spent < seconds:
-        next(pictures)
-        count, spent = count + 1, time.perf_counter() - started
-    return count / spent
-
-
-def describe_data(data: Data) -> str:
-    config, names = data.config, data.class_names
-    classes = f"{data.num_classes} classes" if data.labelled else "no labels"
-    shown = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-    where = "" if data.config.dataset == "DIGITS" else f" in {config.root}"
-    aside = f", {len(data.aside):,} to rank blocks on" if data.aside else ""
-    return (
-        f"{config.dataset}{where}: {len(data.train):,} training{aside}, {len(data.val):,} evaluation images, "
-        f"{classes}{shown}"
-    )
-
-
 def show_plan(
+    command: Command,
     model: nn.Module,
     config: FarConfig,
     stages: list[Stage],
     make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module],
     data: Data,
-    run: RunConfig,
-    context: Context,
-    settings: Settings,
     more: str = "",
 ) -> None:
     """Prints data, model, stages, memory and files; the model is swapped as the stages would. more: files besides."""
+    context, settings, run = data.context, command.settings, command.run
     if not context.main:
         return
-    lines = [("data", describe_data(data))]
-    lines.append(("", f"{rate(data):,.0f} images a second and loader process, {data.workers} of them"))
-    lines.append(("model", f"{config.base_model}, {config.img_size} px: {count_parameters(model):,} parameters"))
+    where = "" if data.config.dataset == "DIGITS" else f" in {data.config.root}"
+    aside = f", {len(data.aside):,} to rank blocks on" if data.aside else ""
+    names, classes = data.class_names, f"{data.num_classes} classes" if data.labelled else "no labels"
+    shown = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    counts = f"{len(data.train):,} training{aside}, {len(data.val):,} evaluation images, {classes}{shown}"
+    started, images, count, seconds = time.perf_counter(), data.pictures(), 0, 0.0
+    while seconds < 1:
+        next(images)
+        count, seconds = count + 1, time.perf_counter() - started
+    lines = [
+        ("data", f"{data.config.dataset}{where}: {counts}"),
+        ("", f"{count / seconds:,.0f} images a second and loader process, {data.workers} of them"),
+        ("model", f"{config.base_model}, {config.img_size} px: {count_parameters(model):,} parameters"),
+    ]
     start = copy.deepcopy(model)
     for stage in stages:
         if set(replacements(model)) - set(stage.swapped):  # behind --replace auto, fewer
@@ -95,17 +83,16 @@ def show_plan(
         set_backend(model, settings.lstm_backend)
         model.to(context.device)
         trained, optim = select_trainable(model, stage), stage.optim
-        steps = len(data.train_loader(optim.batch_size))
-        updates = math.ceil(steps / optim.accum_steps)
-        lines.append((f"stage {stage.name}", f"{trained:,} of {count_parameters(model):,} parameters on {stage.loss}"))
+        updates = math.ceil(len(data.train_loader(optim.batch_size)) / optim.accum_steps)
         batch = f"{optim.batch_size} images a process" + f" x {context.world}" * (context.world > 1)
-        lines.append(("", f"{optim.epochs} epochs of {updates:,} updates, {batch}, {optim.opt}, rate {optim.lr:.3g}"))
-        task = make_task(model, stage, settings.criterion()).to(context.device)
-        fixed, image = weigh(task, data, settings)
+        fixed, image = weigh(make_task(model, stage, settings.criterion()).to(context.device), data, settings)
         total = fixed + image * min(optim.batch_size, len(data.train))
-        lines.append(
-            ("", f"about {total / 1e9:.2f} GB a process: {fixed / 1e6:.0f} MB and {image / 1e6:.1f} MB an image")
-        )
+        memory = f"about {total / 1e9:.2f} GB a process: {fixed / 1e6:.0f} MB and {image / 1e6:.1f} MB an image"
+        lines += [
+            (f"stage {stage.name}", f"{trained:,} of {count_parameters(model):,} parameters on {stage.loss}"),
+            ("", f"{optim.epochs} epochs of {updates:,} updates, {batch}, {optim.opt}, rate {optim.lr:.3g}"),
+            ("", memory),
+        ]
     left = describe(model, config)
     lines.append(("leaves", f"{len(left.replaced)} of {len(model.blocks)} blocks replaced by {config.rep_by}"))
     lines.append(("files", f"{run.output_dir or f'runs/{run.mode}-<time>'}: {WRITTEN}{more}"))

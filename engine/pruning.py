@@ -16,25 +16,23 @@ from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, relative, shrink
 from engine.stages import Stage
 from engine.steps import (
-    answer_by,
-    check_backend,
+    check_stages,
+    label_by_teacher,
     load_best,
     load_data,
     load_far,
     load_teacher,
-    planned,
-    read_teacher,
-    reading,
-    resumed,
+    train_stages,
+    with_data,
 )
-from engine.train import Trainer
 from models.count import count_all
 from models.parts import BlockPart, Place
-from models.replace import describe, mlps, pack, replacements, set_backend
-from plots.figures import draw_curves, fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
+from models.replace import describe, mlps, pack, replacements
+from models.weights import read
+from plots.figures import fidelity_by_block, kept_units, pruning_curves, save_figure, sweep_curve
 from utils import names, terminal
 from utils.arguments import Latency
-from utils.configs import Optim, PruneCommand
+from utils.configs import PruneCommand
 from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
@@ -82,43 +80,38 @@ class Pruning:
     """One command: the model, its data and teacher, and its two trainings. Raises FarError where they do not fit."""
 
     def __init__(self, command: PruneCommand, context: Context):
-        torch.manual_seed(command.settings.seed)
         self.command, self.context, self.settings = command, context, command.settings
-        self.path, self.model, self.config = load_far(command.far, command.model)
+        torch.manual_seed(command.settings.seed)
+        self.path, self.model, config = load_far(command, context)
         if not unit_norms(replacements(self.model)):
             raise FarError(f"--model-path {self.path}: has no units to prune; name a FAR model with recurrent cells")
         if command.prune_mlp and not mlps(self.model):
             kind = type(self.model.blocks[0].mlp).__name__
-            raise FarError(f"--prune-mlp: a {self.config.base_model} has {kind}, not fc1, GELU, fc2; leave it out")
-        check_backend(self.config, self.settings, context)
-        self.data = load_data(command.data, self.config, context)
+            raise FarError(f"--prune-mlp: a {config.base_model} has {kind}, not fc1, GELU, fc2; leave it out")
+        self.data = load_data(command.data, config, context)
         mend = "move it there first with main.py --mode downstream"
-        check_classes(f"--model-path {self.path}", self.config, self.data, mend)
-        self.config = reading(self.config, self.data)
+        check_classes(f"--model-path {self.path}", config, self.data, mend)
+        self.config = with_data(config, self.data)
         self.teacher = None
-        if command.model.base_weight:
-            self.teacher = load_teacher(read_teacher(command.model), self.config).to(context.device)
-        answer_by(self.teacher, self.data, command.settings, context)
+        if weight := command.model.base_weight:
+            self.teacher = load_teacher(read(weight, "--base-weight"), self.config).to(context.device)
+        label_by_teacher(self.data, self.teacher, command.settings, context)
 
+        blocks, loss = tuple(range(len(self.model.blocks))), "classification"
+        if self.teacher is not None and command.distill is not False:
+            blocks, loss = tuple(config.replaced), command.distill_loss
+        common = (), blocks, "full", loss, "output"
         # While regularizing, the epoch with the best top-1 is the least regularized: the last one goes on.
-        self.regularize = self.stage("regularize", command.scaled(command.optim, context.world), select="last")
-        self.fine_tune = self.stage("fine-tune", command.scaled(command.ft_optim, context.world))
+        self.regularize = Stage("regularize", *common, command.scaled(command.optim, context.world), "last")
+        self.fine_tune = Stage("fine-tune", *common, command.scaled(command.ft_optim, context.world))
         self.trained = [stage for stage in (self.regularize, self.fine_tune) if stage.optim.epochs]
-        if self.trained:
-            planned(self.trained, self.data, self.settings)
+        check_stages(self.trained, self.data, self.settings)
         self.table = None
         if command.target_latency:
             how = command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp, command.precision
             self.table = context.on_main(lambda: latency.obtain(*how))
         for ratio in command.sweep or [command.keep_ratio]:
             self.select(self.model, ratio, unit_norms)  # what cannot be met is told before hours of training
-
-    def stage(self, name: str, optim: Optim, select: str = "") -> Stage:
-        if self.teacher is None or self.command.distill is False:
-            blocks, loss = tuple(range(len(self.model.blocks))), "classification"
-        else:
-            blocks, loss = tuple(self.config.replaced), self.command.distill_loss
-        return Stage(name, (), blocks, "full", loss, "output", optim, select)
 
     def task(self, model, stage: Stage, criterion) -> torch.nn.Module:
         task, command = Distillation(model, self.teacher, stage, criterion), self.command
@@ -134,7 +127,7 @@ class Pruning:
         """
         command, context, config = self.command, self.context, self.config
         if command.run.dry_run:
-            show_plan(self.model, config, self.trained, self.task, self.data, command.run, context, self.settings)
+            show_plan(command, self.model, config, self.trained, self.task, self.data)
             return {}
         with open_run(command.run, context, self.data.fingerprint) as run:
             if self.table:
@@ -153,7 +146,7 @@ class Pruning:
             if command.sweep:
                 report["sweep"] = []
                 for ratio in command.sweep:
-                    model = load_best(folder, command.model, "--output-dir").to(context.device)
+                    model = load_best(folder, command)
                     _, (pruned, tuned) = self.prune(run.child(f"keep-{ratio:g}"), model, ratio)
                     report["sweep"].append({"keep_ratio": ratio, "pruned_acc1": pruned["acc1"], **tuned})
                 if context.main:
@@ -175,18 +168,13 @@ class Pruning:
 
         before: what was measured of the model, which holds where nothing trains.
         """
-        settings, context = self.settings, self.context
+        command = self.command
         if run.resumed and run.has("result.json"):
-            model = load_best(run, self.command.model, "--resume").to(context.device)
-            set_backend(model, settings.lstm_backend)
-            return model, run.read_json("result.json")
-        model, last = resumed(run, model, self.config, self.command.model)
-        set_backend(model, settings.lstm_backend)
+            return load_best(run, command), run.read_json("result.json")
         measured = before
         if stage.optim.epochs:
-            how = self.data, run, context, settings, last, self.teacher
-            measured = self.sized(model, Trainer(model, self.config, [stage], self.task, *how).fit())
-            draw_curves(run)
+            model, result = train_stages(run, command, model, self.config, [stage], self.task, self.data, self.teacher)
+            measured = self.sized(model, result)
         else:
             run.save("best.pth", pack(model, self.config))
         row = {**measured, "when": AFTER[stage.name]}
@@ -216,10 +204,9 @@ class Pruning:
             say(context, latency.summary(timed["latency"]))
         model, tuned = self.train(run, model, self.fine_tune, pruned)
         if context.main:
-            original = replacements(self.model)
-            sizes = {**{str(i): part.sizes for i, part in original.items()}, **describe(model, self.config).units}
-            most = max(max(pair) for part in original.values() for pair in part.full_sizes)
-            save_figure(kept_units(sizes, most), run.path / "units.png")
+            parts = replacements(model)
+            most = max(max(pair) for part in parts.values() for pair in part.full_sizes)
+            save_figure(kept_units({str(i): part.sizes for i, part in parts.items()}, most), run.path / "units.png")
         return model, [{**pruned, **timed}, tuned]
 
     def select(self, model, ratio: float | None, scores: Callable[[Parts], Norms]) -> tuple[Kept, Kept]:

@@ -5,18 +5,17 @@ teacher with the student's blocks in some places.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.distill import FEATURES, TERMS, find_loss
-from models.features import attention_inputs, attention_weights, embed
+from engine.stages import Stage
+from models.features import attention_inputs, attention_weights, embed, kl_divergence
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.records import read_record
@@ -33,27 +32,22 @@ class Cost:
     agreement: float
 
 
+@dataclass(eq=False)
 class Hybrids:
     """Measures hybrids of teacher and student, on one device, on this process's batches of images (B, 3, S, S)."""
 
-    def __init__(
-        self,
-        teacher: VisionTransformer,
-        student: VisionTransformer,
-        images: Sequence[Tensor],
-        context: Context,
-        autocast: Callable,
-    ):
-        self.teacher, self.student, self.images = teacher.eval(), student.eval(), images
-        self.context, self.autocast = context, autocast
-        self.depth = len(teacher.blocks)
-        self.known: dict[frozenset[int], Cost] = {}  # by the blocks replaced
-        with torch.no_grad(), autocast():
-            self.answers = [self._log_probabilities(teacher(batch)) for batch in images]
+    teacher: VisionTransformer
+    student: VisionTransformer
+    images: Sequence[Tensor]
+    context: Context
+    autocast: Callable
 
-    @staticmethod
-    def _log_probabilities(logits: Tensor) -> Tensor:
-        return logits.double().log_softmax(1)
+    def __post_init__(self):
+        self.teacher.eval(), self.student.eval()
+        self.depth = len(self.teacher.blocks)
+        self.known: dict[frozenset[int], Cost] = {}  # by the blocks replaced
+        with torch.no_grad(), self.autocast():
+            self.teacher_logits = [self.teacher(batch).double() for batch in self.images]
 
     def _blocks(self, replaced: Iterable[int]) -> list[nn.Module]:
         return [(self.student if i in replaced else self.teacher).blocks[i] for i in range(self.depth)]
@@ -62,21 +56,21 @@ class Hybrids:
     def toggled(self, replaced: Iterable[int], blocks: Sequence[int], desc: str = "ranking") -> dict[int, Cost]:
         """By each of `blocks`: the cost of the hybrid with `replaced` blocks, but that one on the other side."""
         replaced, model = frozenset(replaced), self.teacher
-        given, hidden = self._blocks(replaced), None if self.context.main else True
+        hidden = None if self.context.main else True
         new = [b for b in blocks if replaced ^ {b} not in self.known]
         sums = torch.zeros(len(new), 3, dtype=torch.float64, device=self.context.device)
-        batches = list(zip(self.images, self.answers, strict=True)) if new else []
+        batches = list(zip(self.images, self.teacher_logits, strict=True)) if new else []
         for images, theirs in tqdm(batches, desc=desc, unit="batch", leave=False, disable=hidden):
             with self.autocast():
                 inputs = [embed(model, images)]
-                for block in given[:-1]:
+                for block in self._blocks(replaced)[:-1]:
                     inputs.append(block(inputs[-1]))
                 for row, b in enumerate(new):
                     x = inputs[b]
                     for block in self._blocks(replaced ^ {b})[b:]:
                         x = block(x)
-                    ours = self._log_probabilities(model.forward_head(model.norm(x)))
-                    kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+                    ours = model.forward_head(model.norm(x)).double()
+                    kl = kl_divergence(ours, theirs, "sum")
                     same = (ours.argmax(1) == theirs.argmax(1)).sum()
                     sums[row] += torch.tensor([kl, same, len(images)], dtype=torch.float64, device=sums.device)
         rows = self.context.sum(sums).tolist() if new else []
@@ -171,32 +165,23 @@ def rank_blocks(name: str, hybrids: Hybrids) -> Ranking:
     return Ranking(name, scores, order, tuple(path))
 
 
-def as_record(ranking: Ranking) -> dict[str, Any]:
-    return {"ranking": asdict(ranking)}
+def read_ranking(path: Path) -> Ranking:
+    """The ranking that a run keeps in FILE, as {"ranking": its fields}. Raises FarError where the file is damaged."""
+    record = read_record(path, "ranking")["ranking"]
+    scores = {int(block): score for block, score in record["scores"].items()}
+    costs = tuple(Cost(**cost) for cost in record["path"])
+    return Ranking(record["rank"], scores, tuple(record["order"]), costs)
 
 
-def read_ranking(path: Path, depth: int) -> Ranking:
-    """What `as_record` holds of a model with so many blocks, from a file. Raises FarError where that is damaged."""
-    try:
-        record = read_record(path, "ranking")["ranking"]
-        scores = {int(i): float(score) for i, score in record["scores"].items()}
-        path_of_costs = tuple(Cost(float(cost["kl"]), float(cost["agreement"])) for cost in record["path"])
-        ranking = Ranking(str(record["rank"]), scores, tuple(map(int, record["order"])), path_of_costs)
-        if not list(range(depth)) == sorted(ranking.order) == sorted(scores) or len(ranking.path) != depth:
-            raise ValueError("other blocks")
-    except (AttributeError, KeyError, TypeError, ValueError, FarError) as error:
-        raise FarError(f"{path}: damaged; remove it, and the blocks are ranked again") from error
-    return ranking
+def block_by_block(stage: Stage) -> Stage:
+    """The stage on those terms of its loss that compare blocks: by the logits, blocks would depend on one another.
 
-
-def loss_of_each_block(loss: str) -> str:
-    """The terms of a loss that compare block by block. Raises FarError where there is none.
-
-    The others look at the whole model's answers, by which blocks would depend on one another.
+    Raises FarError where there is no such term.
     """
-    terms = {name: weight for name, weight in find_loss(loss).terms.items() if TERMS[name].reads <= FEATURES}
+    loss = find_loss(stage.loss)
+    terms = {name: weight for name, weight in loss.terms.items() if TERMS[name].reads <= FEATURES}
     if not terms:
-        raise FarError(
-            f"--train-loss {loss}: compares no block with its teacher's, as --replace auto needs it; add similarity"
-        )
-    return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in terms.items())
+        where = f"--train-loss {stage.loss}: compares no block with its teacher's"
+        raise FarError(f"{where}, as --replace auto needs it; add similarity")
+    text = "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in terms.items())
+    return replace(stage, loss=text, target=loss.compares or stage.target, select="last")

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from models.choosing import choose_kernels
 from models.replace import FarConfig, pack, replacements, swap_attention
 from utils import checkpoint, signals
 from utils.configs import Optim, Settings
-from utils.distributed import Context
+from utils.distributed import Context, say
 from utils.errors import FarError, first_line
 from utils.run_folder import RunFolder
 from utils.seeding import seed_all
@@ -90,49 +91,36 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@dataclass(eq=False)
 class Trainer:
-    """Runs stages on one model.
+    """Runs stages, in order, on one model, from the content of last.pth on where the run is `resumed`.
 
-    Args:
-        model: the student; its blocks are swapped as the stages say.
-        config: stored with every checkpoint.
-        stages: in order.
-        make_task: from the model, a stage and a criterion to a module whose forward(images, targets, with_curves) gives
-            the loss and its parts.
-        data: the data set.
-        run: the folder that it writes to.
-        context: this process among the others.
-        settings: what all stages share.
-        resumed: the content of last.pth, where the run goes on.
-        teacher: what the student is compared with after the last epoch, if anything.
+    make_task(model, stage, criterion) is a module whose forward(images, targets, with_curves) gives the loss and its
+    parts.
     """
 
-    def __init__(
-        self,
-        model: VisionTransformer,
-        config: FarConfig,
-        stages: list[Stage],
-        make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module],
-        data: Data,
-        run: RunFolder,
-        context: Context,
-        settings: Settings,
-        resumed: dict[str, Any] | None = None,
-        teacher: VisionTransformer | None = None,
-    ):
-        self.model, self.config, self.stages, self.make_task = model, config, stages, make_task
-        self.data, self.run, self.context, self.settings, self.resumed = data, run, context, settings, resumed
-        self.teacher = teacher
-        device = context.device
-        self.fingerprint = fingerprint(config, stages, context.world)
-        self.at = read_position(resumed, self.fingerprint, run.path / "last.pth") if resumed else Position()
-        if not context.main:  # a stopped epoch's totals are stored once, for all processes
+    model: VisionTransformer  # the student; its blocks are swapped as the stages say
+    config: FarConfig  # stored with every checkpoint
+    stages: list[Stage]
+    make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module]
+    data: Data
+    run: RunFolder  # that it writes to
+    context: Context
+    settings: Settings  # what all stages share
+    resumed: dict[str, Any] | None = None
+    teacher: VisionTransformer | None = None  # what the student is compared with after the last epoch, if anything
+
+    def __post_init__(self):
+        device, last = self.context.device, self.run.path / "last.pth"
+        self.fingerprint = fingerprint(self.config, self.stages, self.context.world)
+        self.at = read_position(self.resumed, self.fingerprint, last) if self.resumed else Position()
+        if not self.context.main:  # a stopped epoch's totals are stored once, for all processes
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)
         self.curves: list[dict[str, float]] = []  # this process's losses by step, not yet written
-        self.handed_on: tuple[int, dict[str, Any]] | None = None  # (batch size, evaluation) of what best.pth holds
-        self.autocast = settings.autocast(device)
-        self.mixup = settings.mixer(data.num_classes)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision(device) == "fp16")
+        self.handed_on: tuple[int, dict[str, Any]] = 0, {}  # batch size and evaluation of what best.pth holds, if known
+        self.autocast = self.settings.autocast(device)
+        self.mixup = self.settings.mixer(self.data.num_classes)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.precision(device) == "fp16")
 
     def fit(self) -> dict[str, Any]:
         """Trains every stage; the model then has the weights handed on. Raises signals.Stopped, FarError.
@@ -141,13 +129,13 @@ class Trainer:
         """
         device = self.context.device
         if device.type == "cuda":
-            self.say(f"{torch.cuda.get_device_name(device)}: {self.settings.products(device)}")
+            say(self.context, f"{torch.cuda.get_device_name(device)}: {self.settings.products(device)}")
         self.place(self.stages[min(self.at.stage, len(self.stages) - 1)])
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
                 self.train_stage(self.stages[self.at.stage])
         last = self.stages[-1].optim.batch_size
-        batch_size, val = self.handed_on or (0, {})
+        batch_size, val = self.handed_on
         if batch_size == last and (self.teacher is None or "agreement" in val):
             return val
         return self.evaluate(self.model, self.data.val_loader(last), compare=True)  # an epoch before it was the best
@@ -165,7 +153,7 @@ class Trainer:
         with compiled(task) if settings.compile else contextlib.nullcontext():
             if at.epoch == 0 and at.step == 0:
                 self.save_last()  # before best.pth changes: a kill in between must find weights of one stage
-                batch_size, val = self.handed_on or (0, {})
+                batch_size, val = self.handed_on
                 if batch_size != optim.batch_size:  # else the stage before has evaluated it, in the same batches
                     val = self.evaluate(self.evaluated, val_loader, check=stop_if_asked)
                 self.report(stage, {}, val)
@@ -201,14 +189,12 @@ class Trainer:
             # where the run was resumed in between.
             seed_all(self.settings.seed, self.at.stage)
         if set(stage.swapped) - set(replacements(self.model)):
-            self.handed_on = None
+            self.handed_on = 0, {}
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
         self.place(stage)
         count = select_trainable(self.model, stage)
-        self.say(
-            f"stage {stage.name}: {count:,} parameters of {stage.parts} train on {stage.loss}, "
-            f"{stage.optim.epochs} epochs"
-        )
+        trained = f"{count:,} parameters of {stage.parts} train on {stage.loss}"
+        say(self.context, f"stage {stage.name}: {trained}, {stage.optim.epochs} epochs")
         self.updates = math.ceil(steps / stage.optim.accum_steps)  # an epoch
         self.optimizer, self.scheduler = make_optimizer(self.model, stage.optim, self.updates)
         decay = self.settings.model_ema
@@ -397,8 +383,4 @@ class Trainer:
         losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())
         when = f"epoch {self.at.epoch}/{stage.optim.epochs}" if train else "before training"
         accuracy = f"top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} " if val else ""
-        self.say(f"  {when}: {accuracy}{losses}".rstrip())
-
-    def say(self, text: str) -> None:
-        if self.context.main:
-            tqdm.write(text)
+        say(self.context, f"  {when}: {accuracy}{losses}".rstrip())

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 import main
 from datasets.loading import Data
 from engine import modes, ranking
-from engine.ranking import RANKINGS, Cost, Hybrids, Ranking, as_record, rank_blocks, read_ranking
+from engine.ranking import RANKINGS, Cost, Hybrids, Ranking, rank_blocks, read_ranking
 from models.deit import create_teacher
 from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, image_folder, run_ranks
 from utils.checkpoint import load
@@ -171,13 +171,10 @@ def test_images_are_kept_aside_from_all_of_a_sorted_folder_and_never_trained_on(
     assert sorted(i for share in shares for i in share) == list(range(12))
 
 
-def test_a_ranking_is_read_back_and_a_damaged_one_told(tmp_path):
+def test_a_ranking_is_read_back(tmp_path):
     file = tmp_path / "ranking.json"
-    file.write_text(json.dumps(as_record(RANKED)))
-    assert read_ranking(file, 4) == RANKED
-    file.write_text('{"ranking": {"scores": {"0": 1}}}')
-    with pytest.raises(FarError, match="damaged; remove it, and the blocks are ranked again"):
-        read_ranking(file, 4)
+    file.write_text(json.dumps({"ranking": asdict(RANKED)}))
+    assert read_ranking(file) == RANKED
 
 
 def test_a_dry_run_says_what_is_left_and_written(teacher, capsys):
