@@ -54,12 +54,6 @@ def test_a_cpu_with_other_instructions_gets_its_own_build(build):
     assert build("#define __AVX512F__ 1") == (one, 0)
 
 
-def test_a_damaged_build_is_made_again(build, tmp_path):
-    library, _ = build()
-    library.write_text("ma")
-    assert build() == (library, STEPS) and library.read_text() == "made" and len(list(tmp_path.iterdir())) == 1
-
-
 def test_without_a_working_compiler_torch_serves_and_one_line_says_why(monkeypatch, tmp_path, caplog):
     compiler = tmp_path / "broken-compiler"
     compiler.write_text(

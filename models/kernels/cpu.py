@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -35,47 +34,22 @@ def cache_folders() -> list[Path]:
     return [*folders, Path(tempfile.gettempdir()) / f"torch_extensions_{user}"]
 
 
-def _openmp_library() -> list[str]:
-    """Link flags for the OpenMP library torch runs on: a second one would bring a second pool of spinning threads."""
-    libraries = sorted((TORCH / "lib").glob("libgomp*.so*"))
-    return [str(libraries[0]), f"-Wl,-rpath,{libraries[0].parent}"] if libraries else ["-fopenmp"]
-
-
 def _call(command: Sequence[str], text: str = "") -> str:
     """Runs the compiler, `text` being its standard input. Raises OSError with its first line that names an error."""
-    done = subprocess.run(
-        command,
-        input=text,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, input=text, capture_output=True, errors="replace", env=environment)
     if done.returncode:
         said = done.stderr.splitlines() or [f"{command[0]} ended with {done.returncode}"]
         raise OSError(next((line for line in said if "error" in line.lower()), said[0]))
     return done.stdout
 
 
-def _digest(library: Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()
-
-
-def _intact(library: Path) -> bool:
-    """True if the cached library's checksum matches: a truncated .so crashes the process."""
-    try:
-        return _digest(library) == library.with_name("sha256").read_text()
-    except OSError:
-        return False
-
-
-def _new_folder(name: str) -> Path:
-    """A new temporary folder in the first cache folder that can be written."""
+def _new_folder() -> tempfile.TemporaryDirectory:
+    """A temporary folder in the first cache folder that can be written."""
     for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+            return tempfile.TemporaryDirectory(prefix=".far_lstm-", dir=folder, ignore_cleanup_errors=True)
         except OSError as error:
             denied = error
     raise denied
@@ -84,67 +58,53 @@ def _new_folder(name: str) -> Path:
 def _build(flags: Sequence[str], openmp: bool, namespace: str) -> Path:
     """The library for these sources, torch, compiler and CPU, out of a cache folder or compiled.
 
-    The compiler's own macros are the key: they say what -march=native means here, and which compiler it is. Compiled
-    in a folder of its own and moved into place: concurrent builds do not collide.
+    The compiler's own macros are part of the key: they say what -march=native means here, and which compiler it is.
+    The library is compiled in a temporary folder and moved into place whole, so that concurrent builds do not collide.
     """
-    compiler = [
-        *shlex.split(os.environ.get("CXX") or "c++"),
-        "-std=c++20",
-        "-O3",
-        "-fPIC",
-        "-fvisibility=hidden",  # several builds may be loaded at once
-        *flags,
-        *["-fopenmp"][:openmp],
-    ]
+    cxx = shlex.split(os.environ.get("CXX") or "c++")
+    # Symbols are hidden because several builds may be loaded at once.
+    linker = [*cxx, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *flags]
+    compiler = [*linker, "-fopenmp"] if openmp else linker
     macros = _call([*compiler, "-dM", "-E", "-x", "c++", "-"], "#include <omp.h>" if openmp else "")
     texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
     parts = [*texts, torch.__version__, namespace, *compiler, macros]
     name = f"far_lstm_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
     for folder in cache_folders():
-        if _intact(library := folder / name / "lstm.so"):
+        if os.access(library := folder / name / "lstm.so", os.R_OK):
             return library
-    work = _new_folder(name)
-    try:
-        _compile(work, compiler, openmp, namespace)
-        (work / "sha256").write_text(_digest(work / "lstm.so"))
-        final = work.with_name(name)
-        if not _intact(final / "lstm.so"):
-            shutil.rmtree(final, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                work.rename(final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return final / "lstm.so"
-
-
-def _compile(work: Path, compiler: list[str], openmp: bool, namespace: str) -> None:
-    """Makes lstm.so in a folder, each source by a compiler of its own."""
-    includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    units = {path: work / f"{path.stem}.o" for path in sorted(SOURCES.glob("*.cpp"))}
-    with ThreadPoolExecutor() as pool:
+    with _new_folder() as work:
+        includes = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         unit = [*compiler, abi, f"-DFAR_NAMESPACE={namespace}", *includes, "-c"]
-        list(pool.map(_call, [[*unit, str(source), "-o", str(made)] for source, made in units.items()]))
-    libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *(_openmp_library() if openmp else [])]
-    objects = [str(made) for made in units.values()]
-    _call([*compiler[: -openmp or None], "-shared", *objects, *libraries, "-o", str(work / "lstm.so")])
-    for made in units.values():
-        made.unlink()
+        objects = {str(source): f"{work}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_call, [[*unit, source, "-o", made] for source, made in objects.items()]))
+        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        if openmp:  # torch's own library: a second one would bring a second pool of spinning threads
+            torchs = sorted((TORCH / "lib").glob("libgomp*.so*"))
+            libraries += [str(torchs[0]), f"-Wl,-rpath,{torchs[0].parent}"] if torchs else ["-fopenmp"]
+        built = Path(work, "lstm.so")
+        _call([*linker, "-shared", *objects.values(), *libraries, "-o", str(built)])
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # a library cut off by a power failure would crash the process that loads it
+        library = built.parent.with_name(name) / "lstm.so"
+        library.parent.mkdir(exist_ok=True)
+        return built.replace(library)
 
 
 @functools.cache
 def load(flags: tuple[str, ...]):
     """The compiled operators, or None where they cannot be built (one log line). TUNED ones are `torch.ops.far`.
 
-    Where the compiler knows no -fopenmp or no -march=native, or lies about this CPU, it goes on without them.
+    Where the compiler knows no -fopenmp or no -march=native, or builds for another CPU, they are left out.
     """
-    namespace = "far" if flags == TUNED else f"far_{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:12]}"
+    namespace = "far" if flags == TUNED else "far_portable"
     for attempt in dict.fromkeys((f, openmp) for f in (flags, PORTABLE) for openmp in (True, False)):
         try:
             torch.ops.load_library(_build(*attempt, namespace))
             operators = getattr(torch.ops, namespace)
             if not hasattr(operators, "forward"):
-                raise OSError(f"{' '.join(attempt[0])} made it for another CPU")
+                raise OSError(f"{' '.join(attempt[0])} builds for another CPU")
             _register(namespace, operators.vector_width())
             return operators
         except (OSError, RuntimeError) as error:
@@ -172,9 +132,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _no_second(ctx, *grads):
-    raise RuntimeError(
-        "the CPU kernel has first derivatives only; take --lstm-backend torch or reference for the second"
-    )
+    raise RuntimeError("the CPU kernel has first derivatives only; the second need --lstm-backend torch or reference")
 
 
 def _backward(operators):
@@ -198,14 +156,11 @@ def _backward(operators):
 def _register(namespace: str, v: int) -> None:
     """Tells torch.compile and torch.export the operators' shapes, autograd their gradients. v: floats in a vector."""
 
-    def width(units: int) -> int:
-        return -(-units // v) * v
-
     def forward(x, weights):
         return x.new_empty(*x.shape[:2], sum(w.shape[1] for w in weights[1::4]))
 
     def train(x, weights):
-        widths = [width(w.shape[1]) for w in weights[1::4]]
+        widths = [-(-w.shape[1] // v) * v for w in weights[1::4]]  # units, up to whole vectors
         gates, states = ([x.new_empty(*x.shape[:2], times * u) for u in widths] for times in (4, 1))
         return forward(x, weights), gates, states
 
