@@ -1,47 +1,14 @@
 """What a model costs: parameters, multiply-accumulates, bytes."""
 
 import io
-from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from models.merged import MergedBiRNN
-from models.parts import count_sizes
 from models.replace import FarConfig, count_parameters, pack, replacements
-
-
-def _linear(module: nn.Linear, args, output) -> int:
-    return output.numel() * module.in_features
-
-
-def _conv(module: nn.Conv2d, args, output) -> int:
-    return output.numel() * module.weight[0].numel()
-
-
-def _attention(module: Attention, args, output) -> int:
-    b, n, dim = args[0].shape
-    return 2 * b * n * n * dim  # queries by keys, weights by values; its projections are Linear
-
-
-def _merged(module: MergedBiRNN, args, output) -> int:
-    b, n, _ = args[0].shape
-    return b * sum(operation.macs for operation in module.operations(n, output.shape[1]))
-
-
-OTHERS = {nn.Linear: _linear, nn.Conv2d: _conv, Attention: _attention, MergedBiRNN: _merged}
-
-
-def counters(module: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """The outermost modules that answer for their MACs (`BlockPart.macs`), and others around them."""
-    if answer := getattr(module, "macs", None):
-        yield module, lambda _, args, output: answer(args[0].shape)
-        return
-    yield from ((module, counter) for kind, counter in OTHERS.items() if isinstance(module, kind))
-    for child in module.children():
-        yield from counters(child)
 
 
 @torch.no_grad()
@@ -50,26 +17,44 @@ def count_macs(model: VisionTransformer) -> int:
 
     Activations and other elementwise work are not counted.
     """
-    total: list[int] = []
-    handles = [
-        module.register_forward_hook(lambda m, args, out, counter=counter: total.append(counter(m, args, out)))
-        for module, counter in counters(model)
-    ]
+    total, handles = 0, []
+
+    def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+        elif isinstance(module, nn.Conv2d):
+            total += output.numel() * module.weight[0].numel()
+        elif isinstance(module, Attention):  # queries by keys, weights by values; its projections are Linear
+            _, n, dim = args[0].shape
+            total += 2 * n * n * dim
+        elif isinstance(module, MergedBiRNN):
+            total += sum(operation.macs for operation in module.operations(args[0].shape[1], output.shape[1]))
+        else:
+            total += sum(operation.macs for operation in module.operations(args[0].shape[1]))
+
+    def watch(module: nn.Module) -> None:
+        answers = hasattr(module, "operations")  # for its children too
+        if answers or isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+            handles.append(module.register_forward_hook(add))
+        if not answers:
+            for child in module.children():
+                watch(child)
+
+    watch(model)
     training, weight = model.training, model.patch_embed.proj.weight
     try:
-        model.eval()(
-            torch.zeros(1, weight.shape[1], *model.patch_embed.img_size, dtype=weight.dtype, device=weight.device)
-        )
+        model.eval()(weight.new_zeros(1, weight.shape[1], *model.patch_embed.img_size))
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return sum(total)
+    return total
 
 
 def count_all(model: VisionTransformer, config: FarConfig) -> dict[str, int]:
     """Parameters, MACs an image, checkpoint bytes, and the hidden units of what replaces attention."""
     buffer = io.BytesIO()
     torch.save(pack(model, config), buffer)
-    units = sum(count_sizes(attn.sizes) for attn in replacements(model).values())
+    units = sum(int(torch.tensor(attn.sizes).sum()) for attn in replacements(model).values())
     return {"parameters": count_parameters(model), "macs": count_macs(model), "bytes": buffer.tell(), "units": units}
