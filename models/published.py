@@ -1,4 +1,4 @@
-"""State dicts of the published code (arXiv 2505.21535), to FAR models and back; `models.bilstm` draws their layouts."""
+"""State dicts of the published code (arXiv 2505.21535), to FAR models and back; `models.bilstm` has their layouts."""
 
 from dataclasses import replace
 
@@ -56,14 +56,20 @@ def from_published(
         raise FarError(
             f"{source}: is a FAR checkpoint already; give it as --far-weight to take it to the published form"
         )
-    config, per_head = infer_published(weights, base_model, rep_by)
+    config, blocks = infer(state, source, base_model), blocks_of(state)
+    replaced = [i for i, parts in blocks.items() if "qkv.weight" not in parts]
+    if not replaced:
+        raise FarError(f"{source}: no block of it is replaced; a teacher's weights go to --base-weight as they are")
+    units = {str(i): sizes for i in replaced if (sizes := units_of(blocks[i]))}
+    config = replace(config, rep_by=rep_by, replaced=tuple(replaced), units=units)
+    per_head = any(name.startswith("lstms.") for i in replaced for name in blocks[i])
     model = build_on_meta(config, source)
     check_state(to_published(model, per_head), state, source)
     model.to_empty(device="cpu")
     for name, value in model.state_dict().items():
         if name in state:
             value.copy_(state[name])
-    blocks, largest, place = blocks_of(state), 0.0, ""
+    largest, place = 0.0, ""
     for i, attn in replacements(model).items():
         for name, dropped in attn.take_published(blocks[i], per_head).items():
             sizes = dropped.abs()
@@ -76,16 +82,3 @@ def from_published(
             "are joined; read it as one head, --rep-by lstm, or drop it by a higher tolerance"
         )
     return model.eval(), config, largest
-
-
-def infer_published(weights: Weights, base_model: str | None, rep_by: str) -> tuple[FarConfig, bool]:
-    """The configuration that the shapes of published weights tell, and whether they are laid out per head."""
-    config = infer(weights.state, weights.source, base_model)
-    blocks = {i: parts for i, parts in blocks_of(weights.state).items() if "qkv.weight" not in parts}
-    if not blocks:
-        raise FarError(
-            f"{weights.source}: no block of it is replaced; a teacher's weights go to --base-weight as they are"
-        )
-    units = {str(i): sizes for i, parts in blocks.items() if (sizes := units_of(parts))}
-    config = replace(config, rep_by=rep_by, replaced=tuple(blocks), units=units)
-    return config, any(name.startswith("lstms.") for parts in blocks.values() for name in parts)

@@ -106,14 +106,11 @@ recurrence.register_autograd(_backward, setup_context=_setup)
 def _launch(inputs: Tensor) -> tuple[tuple[int, int], dict]:
     """Grid and constants for gates' inputs (H, B, N, 2, 4, U)."""
     heads, batch, *_, u = inputs.shape
-    rows = rows_for(batch, 2 * heads, processors(inputs.device))
+    on_gpu = inputs.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(inputs.device).multi_processor_count if on_gpu else 1
+    rows = rows_for(batch, 2 * heads, processors)
     precision = precision_on(inputs.device)
     return (2 * heads, -(-batch // rows)), {"U": u, "BT": rows, "PRECISION": precision, **launch_options(u)}
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU, each of which runs one program at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def rows_for(batch: int, cells: int, processors: int) -> int:
