@@ -29,11 +29,7 @@ class DirectionGRU(Direction):
     """One head's GRU in one direction."""
 
     kind = GRU
-
-    @torch.no_grad()
-    def remember_up_to(self, tokens: int) -> None:
-        """z, the share of the old state that stays, starts as an LSTM's forget gate does: bias log U(1, tokens - 1)."""
-        self.by_gate(self.bias_ih)[1] = self.spread(tokens)
+    memory = {1: 1}  # z, the share of the old state that stays
 
 
 class MultiHeadBiGRU(MultiHeadBiRNN):

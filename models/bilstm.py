@@ -9,13 +9,13 @@ from models import kernels
 from models.birnn import Direction, MultiHeadBiRNN
 
 SUFFIXES = ("", "_reverse")  # of the directions in nn.LSTM's names
-Layout = list[tuple[str, str, Sequence[int], int]]  # LSTMs: name, its projection's, heads, units a head and direction
 
 
 class DirectionLSTM(Direction):
     """One head's LSTM in one direction, gates in the order i, f, g, o."""
 
     kind = kernels.LSTM
+    memory = {1: 1, 0: -1}  # the forget gate, the input gate
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -23,19 +23,13 @@ class DirectionLSTM(Direction):
         super().reset_parameters()
         self.by_gate(self.bias_ih)[1] = 1.0
 
-    @torch.no_grad()
-    def remember_up_to(self, tokens: int) -> None:
-        """Forget bias log U(1, tokens - 1), input bias its negative."""
-        forget = self.spread(tokens)
-        gates = self.by_gate(self.bias_ih)
-        gates[1], gates[0] = forget, -forget
-
 
 class MultiHeadBiLSTM(MultiHeadBiRNN):
     """H bidirectional LSTMs, one a head."""
 
     direction = DirectionLSTM
 
+    @torch.no_grad()
     def published(self, per_head: bool = False) -> dict[str, Tensor]:
         """The heads as the published code stores them, removed units as zeros.
 
@@ -43,52 +37,46 @@ class MultiHeadBiLSTM(MultiHeadBiRNN):
         gate * D + head * d + unit), and `head_proj` (D, 2 D), columns all forward units, then all backward ones. Per
         head: `lstms.{h}`, of the head's larger direction, and `head_projs.{h}`: the same with one head each.
         """
-        return self._filled(self._layout(per_head))
+        tensors = self._zeros(per_head)
+        for weight, block in self._blocks(per_head, tensors):
+            block.copy_(weight)
+        return tensors
 
     @torch.no_grad()
     def take_published(self, tensors: Mapping[str, Tensor], per_head: bool) -> dict[str, Tensor]:
         """Weights out of that layout; returns what is left of its tensors, zero but where no head has a weight."""
-        layout = self._layout(per_head)
-        left = {name: zeros.copy_(tensors[name]) for name, zeros in self._zeros(layout).items()}
-        for weight, block in self._blocks(layout, left):
+        left = {name: zeros.copy_(tensors[name]) for name, zeros in self._zeros(per_head).items()}
+        for weight, block in self._blocks(per_head, left):
             weight.copy_(block)
             block.zero_()
         return left
 
     def to_dense(self) -> nn.LSTM:
-        """The dense nn.LSTM alone, as narrow as the largest head and direction allow. Gives (B, N, 2 H u)."""
-        width, like = max(map(max, self.sizes)), self.pre_proj.weight
-        dense = nn.LSTM(self.dim, self.num_heads * width, batch_first=True, bidirectional=True)
-        dense = dense.to(device=like.device, dtype=like.dtype)
-        filled = self._filled([("", "head_proj", range(self.num_heads), width)])
-        dense.load_state_dict({name: filled[f".{name}"] for name in dense.state_dict()})
+        """The dense nn.LSTM alone, of D units a direction. Gives (B, N, 2 D)."""
+        dense = nn.LSTM(self.dim, self.dim, batch_first=True, bidirectional=True).to(self.post_proj.weight)
+        tensors = self.published()
+        dense.load_state_dict({name: tensors[f"lstm.{name}"] for name in dense.state_dict()})
         return dense
 
-    def _layout(self, per_head: bool) -> Layout:
+    def _layout(self, per_head: bool) -> list[tuple[str, str, Sequence[int], int]]:
+        """The published LSTMs: name, name of the projection, heads, units a head and direction."""
         if per_head:
             return [(f"lstms.{h}", f"head_projs.{h}", [h], max(pair)) for h, pair in enumerate(self.sizes)]
         return [("lstm", "head_proj", range(self.num_heads), self.width)]
 
-    def _zeros(self, layout: Layout) -> dict[str, Tensor]:
+    def _zeros(self, per_head: bool) -> dict[str, Tensor]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for lstm, proj, heads, width in layout:
+        for lstm, proj, heads, width in self._layout(per_head):
             units, channels = len(heads) * width, len(heads) * self.width
             cell = kernels.Cell((4 * units, channels), (4 * units, units), (4 * units,), (4 * units,))
             shapes |= {f"{lstm}.{kind}_l0{suffix}": s for suffix in SUFFIXES for kind, s in cell._asdict().items()}
             shapes |= {f"{proj}.weight": (channels, 2 * units), f"{proj}.bias": (channels,)}
         return {name: self.post_proj.weight.new_zeros(shape) for name, shape in shapes.items()}
 
-    @torch.no_grad()
-    def _filled(self, layout: Layout) -> dict[str, Tensor]:
-        tensors = self._zeros(layout)
-        for weight, block in self._blocks(layout, tensors):
-            block.copy_(weight)
-        return tensors
-
-    def _blocks(self, layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _blocks(self, per_head: bool, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each weight of the heads and its block in a layout's tensors, of one shape: views, to copy either way."""
         readouts = {place: readout for place, _, readout in self._places()}
-        for lstm, proj, heads, width in layout:
+        for lstm, proj, heads, width in self._layout(per_head):
             columns = tensors[f"{proj}.weight"].unflatten(1, (2, len(heads), width))
             for k, h in enumerate(heads):
                 channels = slice(k * self.width, (k + 1) * self.width)

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from models import kernels
-from models.merged import Merged, MergedBiRNN, merge, plain
+from models.merged import Merged, merge, plain
 from models.operations import Operation, linear, recurrence, side_by_side
 from models.parts import Consumers, Place, Replacement, safe_root, shrunk
 
 
 class Direction(nn.Module):
-    """Weights of one head in one direction, named and shaped as in torch, with G gates: u units reading d channels."""
+    """Weights of one head in one direction, named and shaped as in torch, with G gates: u units reading d channels.
+
+    memory: the gates by which states last, and the sign with which each does.
+    """
 
     kind: ClassVar[kernels.CellKind]
+    memory: ClassVar[dict[int, int]]
 
     def __init__(self, input_size: int, units: int):
         super().__init__()
@@ -28,7 +32,7 @@ class Direction(nn.Module):
     def units(self) -> int:
         return len(self.bias_ih) // self.kind.gates
 
-    def cell(self) -> kernels.Cell:
+    def cell(self) -> kernels.AnyCell:
         return self.kind.cell(*(getattr(self, name) for name in self.kind.cell._fields))
 
     def by_gate(self, weight: Tensor) -> Tensor:
@@ -43,13 +47,12 @@ class Direction(nn.Module):
             for rows in weight.chunk(self.kind.gates):
                 starts.get(name, nn.init.zeros_)(rows)
 
+    @torch.no_grad()
     def remember_up_to(self, tokens: int) -> None:
-        """Chrono initialisation of the biases: time constants spread between 1 and `tokens` - 1."""
-        raise NotImplementedError
-
-    def spread(self, tokens: int) -> Tensor:
-        """log U(1, N - 1) a unit: gate biases by which states last for so many tokens (arXiv 1804.11188)."""
-        return torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
+        """Chrono initialisation (arXiv 1804.11188): biases log U(1, N - 1), so that states last for 1 to N tokens."""
+        bias = torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
+        for gate, sign in self.memory.items():
+            self.by_gate(self.bias_ih)[gate] = sign * bias
 
     def dead_units(self) -> Tensor:
         """Mask (u,) of units whose rows of all gates are zero, biases too: they stay at the initial state's zero."""
@@ -75,7 +78,7 @@ class MultiHeadBiRNN(Replacement):
         super().__init__(dim, num_heads, num_tokens, units)
         units = units or self.full_sizes
         self.pre_proj = nn.Linear(dim, dim)
-        # Its name in every checkpoint, whichever the cells are.
+        # Named so in checkpoints whatever the kind of cell.
         self.lstm = nn.ModuleList(nn.ModuleList(self.direction(self.width, u) for u in pair) for pair in units)
         self.head_proj = nn.ModuleList(nn.Linear(sum(pair), self.width) for pair in units)
 
@@ -106,7 +109,7 @@ class MultiHeadBiRNN(Replacement):
         weight = self.post_proj.weight
         return kernels.Task(self.direction.kind, weight.device, weight.dtype, max(map(max, self.sizes)))
 
-    def cells(self) -> list[kernels.Cell]:
+    def cells(self) -> list[kernels.AnyCell]:
         """In the kernels' order."""
         return [direction.cell() for head in self.lstm for direction in head]
 
@@ -114,16 +117,14 @@ class MultiHeadBiRNN(Replacement):
         b, n, _ = x.shape
         p = self.pre_proj(x).view(b, n, self.num_heads, self.width)  # (B, N, H, d)
         hidden, units = self.hidden(p), [sum(pair) for pair in self.sizes]
-        if len(set(units)) == 1 and plain(*self.head_proj) and all(proj.bias is not None for proj in self.head_proj):
-            return self._read_at_once(hidden)
-        return torch.cat([proj(h) for proj, h in zip(self.head_proj, hidden.split(units, dim=2), strict=True)], dim=2)
-
-    def _read_at_once(self, hidden: Tensor) -> Tensor:
-        """All heads' projections, of one shape, as one product: a GPU pays for each by its launch."""
+        if len(set(units)) > 1 or not plain(*self.head_proj):
+            parts = hidden.split(units, dim=2)
+            return torch.cat([proj(part) for proj, part in zip(self.head_proj, parts, strict=True)], dim=2)
+        # Projections of one shape are one product: a GPU pays for each by its launch.
         weight = torch.stack([proj.weight.t() for proj in self.head_proj])  # (H, u, d)
         bias = torch.stack([proj.bias for proj in self.head_proj])[:, None]
         by_head = hidden.flatten(0, 1).unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (H, B N, u)
-        return torch.baddbmm(bias, by_head, weight).transpose(0, 1).reshape(*hidden.shape[:2], self.dim)
+        return torch.baddbmm(bias, by_head, weight).transpose(0, 1).reshape(b, n, self.dim)
 
     def hidden(self, p: Tensor) -> Tensor:
         """Hidden states (B, N, sum u) of head inputs p (B, N, H, d), by the kernel that `backend` names."""
@@ -212,10 +213,6 @@ class MultiHeadBiRNN(Replacement):
             return self.direction.kind.gates * units * row + self.width * units
 
         return sum(held(self.sizes[h][r]) - held(len(index)) for (h, r), index in kept.items())
-
-    def merged(self) -> nn.Module:
-        maps = self.maps()
-        return MergedBiRNN(maps) if maps else self
 
     def maps(self) -> Merged | None:
         """None where one of its projections is no plain linear map (an adapter, a hook)."""

@@ -30,7 +30,7 @@ class Merged:
     backend: str
     num_heads: int
     pre: Map | None
-    cells: list[kernels.Cell]
+    cells: list[kernels.AnyCell]
     heads: list[Map]
     out: Map
 
@@ -49,32 +49,23 @@ def plain(*modules: nn.Module) -> bool:
 @torch.no_grad()
 def merge(attn: nn.Module) -> Merged:
     """The maps of a MultiHeadBiRNN, in its own precision, autocast or not."""
-    device = attn.post_proj.weight.device.type
-    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
-        return _merge(attn)
-
-
-def _merge(attn: nn.Module) -> Merged:
     cells, kind, dim, width = attn.cells(), attn.direction.kind, attn.dim, attn.width
     pre, out = ((proj.weight, proj.bias) for proj in (attn.pre_proj, attn.post_proj))
     heads, total = [(proj.weight, proj.bias) for proj in attn.head_proj], sum(cell.units for cell in cells)
-    if dim * kind.gates * total < dim**2 + width * kind.gates * total:
-        cells, pre = [_behind(cell, k // 2 * width, width, *pre) for k, cell in enumerate(cells)], None
-    if dim * total <= PATIENCE * (width * total + dim**2):
-        heads, out = [], _joined(heads, *out)
+    device = out[0].device.type
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+        if dim * kind.gates * total < dim**2 + width * kind.gates * total:
+            weights, biases = (w.split(width) for w in pre)  # a head's rows of pre_proj
+            for k, cell in enumerate(cells):
+                bias = cell.bias_ih + cell.weight_ih @ biases[k // 2]
+                cells[k] = cell._replace(weight_ih=cell.weight_ih @ weights[k // 2], bias_ih=bias)
+            pre = None
+        if dim * total <= PATIENCE * (width * total + dim**2):
+            weight, bias = out
+            columns = zip(weight.split(width, dim=1), heads, strict=True)  # a head's columns of post_proj
+            joined = torch.cat([part @ w for part, (w, _) in columns], dim=1)
+            heads, out = [], (joined, bias + weight @ torch.cat([b for _, b in heads]))
     return Merged(kind, attn.backend, attn.num_heads, pre, cells, heads, out)
-
-
-def _behind(cell: kernels.Cell, first: int, width: int, weight: Tensor, bias: Tensor) -> kernels.Cell:
-    """A cell that reads what a projection reads, not `width` channels of what it gives."""
-    weight, bias = weight[first : first + width], bias[first : first + width]
-    return cell._replace(weight_ih=cell.weight_ih @ weight, bias_ih=cell.bias_ih + cell.weight_ih @ bias)
-
-
-def _joined(heads: Sequence[Map], weight: Tensor, bias: Tensor) -> Map:
-    """A projection of joined heads and the heads' own as one: (D, sum u) and (D,)."""
-    parts = zip(weight.chunk(len(heads), dim=1), heads, strict=True)
-    return torch.cat([part @ w for part, (w, _) in parts], dim=1), bias + weight @ torch.cat([b for _, b in heads])
 
 
 def frozen(*tensors: Tensor) -> nn.ParameterList:
@@ -100,14 +91,14 @@ class MergedBiRNN(nn.Module):
     def operations(self, tokens: int, wanted: int | None = None) -> list[Operation]:
         """See `models.parts.BlockPart`. wanted: how many of the first tokens go on behind the cells; None is all."""
 
-        def maps(name: str, layers: Sequence[nn.ParameterList], vectors: int) -> list[Operation]:
+        def maps(name: str, layers: Sequence[nn.ParameterList], vectors: int) -> Operation:
             biases = vectors * sum(len(bias) for _, bias in layers)
-            return [side_by_side(name, [weight for weight, _ in layers], vectors, biases)] * bool(layers)
+            return side_by_side(name, [weight for weight, _ in layers], vectors, biases)
 
         wanted, cells = tokens if wanted is None else wanted, [self.kind.cell(*cell) for cell in self.cells]
-        pre = maps("pre_proj", [self.pre] if self.pre else [], tokens)
-        mixing = [*pre, *recurrence(self.kind, cells, tokens)]
-        return [*mixing, *maps("head_proj", self.heads, wanted), *maps("post_proj", [self.out], wanted)]
+        pre = [maps("pre_proj", [self.pre], tokens)] if self.pre else []
+        heads = [maps("head_proj", self.heads, wanted)] if self.heads else []
+        return [*pre, *recurrence(self.kind, cells, tokens), *heads, maps("post_proj", [self.out], wanted)]
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None

@@ -7,7 +7,6 @@ weighted means of linear maps of the tokens, as attention's are. No matrix produ
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from models import kernels
 from models.birnn import Direction, MultiHeadBiRNN
-
-
-class MinGRUCell(NamedTuple):
-    """Weights of one head in one direction, two gates in the order z, n."""
-
-    weight_ih: Tensor  # (2 u, d)
-    bias_ih: Tensor  # (2 u,)
-
-    @property
-    def units(self) -> int:
-        return len(self.bias_ih) // 2
-
-    def recurrent(self, hidden: Tensor) -> Tensor:
-        return hidden.new_zeros(())
+from models.kernels.cells import MinGRUCell
 
 
 def scan(decay: Tensor, added: Tensor) -> Tensor:
@@ -106,11 +92,7 @@ class DirectionMinGRU(Direction):
     """One head's minGRU in one direction."""
 
     kind = MINGRU
-
-    @torch.no_grad()
-    def remember_up_to(self, tokens: int) -> None:
-        """1 - z, the share of the old state that stays, starts as an LSTM's forget gate does: bias log U(1, N - 1)."""
-        self.by_gate(self.bias_ih)[0] = -self.spread(tokens)
+    memory = {0: -1}  # z, of which 1 - z is the share of the old state that stays
 
 
 class MultiHeadBiMinGRU(MultiHeadBiRNN):

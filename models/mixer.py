@@ -1,17 +1,20 @@
 """Token mixing by an MLP (MLP-Mixer, arXiv 2105.01601), to compare with."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.operations import Operation, gelu, linear
-from models.parts import Replacement, Unprunable
+from models.parts import Consumers, Place, Replacement
 from utils.errors import FarError
 
 
-class TokenMixer(Unprunable, Replacement):
-    """An MLP across tokens with hidden width 2 N: z = fc2(gelu(fc1(x^T)))^T, fixed N."""
+class TokenMixer(Replacement):
+    """An MLP across tokens with hidden width 2 N: z = fc2(gelu(fc1(x^T)))^T, fixed N. It has no units to remove."""
+
+    sizes = full_sizes = ()
 
     def __init__(self, dim: int, num_heads: int, num_tokens: int, units: Any = None):
         super().__init__(dim, num_heads, num_tokens, units)
@@ -20,6 +23,7 @@ class TokenMixer(Unprunable, Replacement):
         self.fc2 = nn.Linear(2 * num_tokens, num_tokens)
 
     def mix(self, x: Tensor) -> Tensor:
+        self.check_tokens(x.shape[1])
         return self.fc2(self.act(self.fc1(x.transpose(1, 2)))).transpose(1, 2)  # (B, D, N) inside
 
     def operations(self, tokens: int) -> list[Operation]:
@@ -37,9 +41,20 @@ class TokenMixer(Unprunable, Replacement):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         """It has no recurrence that a kernel would compute."""
 
-    def merged(self) -> nn.Module:
-        """Itself: it has no neighbouring linear maps to merge."""
-        return self
-
     def maps(self) -> None:
-        return None
+        """It has no neighbouring linear maps to merge."""
+
+    def unit_norms(self) -> dict[Place, Tensor]:
+        return {}
+
+    def dead_units(self) -> dict[Place, Tensor]:
+        return {}
+
+    def shrink(self, kept: Mapping[Place, Tensor]) -> None:
+        pass
+
+    def consumers(self) -> list[Consumers]:
+        return []
+
+    def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
+        return 0

@@ -1,7 +1,7 @@
 """What a model computes for one image, operation by operation: exact counts that no hardware enters."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -88,20 +88,19 @@ def count(operations: Iterable[Operation]) -> Counts:
     )
 
 
-def linear(name: str, layer: nn.Linear, vectors: int, **more) -> Operation:
+def linear(name: str, layer: nn.Linear, vectors: int, elementwise: int = 0, **more) -> Operation:
     outputs, inputs = layer.weight.shape
-    biases = 0 if layer.bias is None else vectors * outputs
-    more["elementwise"] = more.get("elementwise", 0) + biases
-    return Operation(name, vectors, ((inputs, outputs),), writes=vectors * outputs, **more)
+    elementwise += 0 if layer.bias is None else vectors * outputs
+    return Operation(name, vectors, ((inputs, outputs),), elementwise=elementwise, writes=vectors * outputs, **more)
 
 
-def side_by_side(name: str, weights: Iterable[Tensor], vectors: int, biases: int) -> Operation:
+def side_by_side(name: str, weights: Iterable[Tensor], vectors: int, elementwise: int) -> Operation:
     """Products of several weights (outputs, inputs) and the same number of vectors each."""
     matrices = tuple((w.shape[1], w.shape[0]) for w in weights)
-    return Operation(name, vectors, matrices, elementwise=biases, writes=vectors * sum(w[1] for w in matrices))
+    return Operation(name, vectors, matrices, elementwise=elementwise, writes=vectors * sum(w[1] for w in matrices))
 
 
-def recurrence(kind: kernels.CellKind, cells: Iterable[Any], tokens: int) -> list[Operation]:
+def recurrence(kind: kernels.CellKind, cells: Iterable[kernels.AnyCell], tokens: int) -> list[Operation]:
     """Of recurrent cells: products with W_ih wait for nothing, those with W_hh for the token before."""
     cells = list(cells)
     units = tokens * sum(cell.units for cell in cells)

@@ -1,7 +1,7 @@
 """The interface of a block's parts: of whatever replaces attention, and of the MLP."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm.layers
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import kernels
-from models.merged import Merged
+from models.merged import Merged, MergedBiRNN
 from models.operations import Operation, gelu, linear
 from utils.errors import FarError
 
@@ -34,11 +34,6 @@ def shrunk(old: nn.Parameter, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.clone(), requires_grad=old.requires_grad)
 
 
-def count_sizes(sizes: Any) -> int:
-    """The units in a part's sizes."""
-    return sizes if isinstance(sizes, int) else sum(map(count_sizes, sizes))
-
-
 class BlockPart(abc.ABC):
     """A part of a block that knows its cost and its prunable hidden units.
 
@@ -59,10 +54,6 @@ class BlockPart(abc.ABC):
     @abc.abstractmethod
     def operations(self, tokens: int) -> list[Operation]:
         """What it computes for one image of so many tokens, in order."""
-
-    def macs(self, shape: Sequence[int]) -> int:
-        """Multiply-accumulates of all its matrix products on an input of this shape (B, N, D)."""
-        return shape[0] * sum(operation.macs for operation in self.operations(shape[1]))
 
     @abc.abstractmethod
     def unit_norms(self) -> dict[Place, Tensor]:
@@ -85,43 +76,14 @@ class BlockPart(abc.ABC):
         """The number of parameters that `shrink(kept)` removes."""
 
 
-class Unprunable(BlockPart):
-    """A part without units to remove."""
-
-    sizes = full_sizes = ()
-
-    def unit_norms(self) -> dict[Place, Tensor]:
-        return {}
-
-    def dead_units(self) -> dict[Place, Tensor]:
-        return {}
-
-    def shrink(self, kept: Mapping[Place, Tensor]) -> None:
-        if kept:
-            raise KeyError(next(iter(kept)))
-
-    def consumers(self) -> list[Consumers]:
-        return []
-
-    def params_removed(self, kept: Mapping[Place, Tensor]) -> int:
-        return 0
-
-
 class Mlp(timm.layers.Mlp, BlockPart):
     """timm's MLP; its hidden units can be pruned."""
 
-    @staticmethod
-    def adopt(mlp: timm.layers.Mlp) -> None:
-        """Makes timm's one of these, in place."""
-        mlp.__class__, mlp.unpruned = Mlp, mlp.fc1.out_features
+    full_sizes = 0  # `models.vit.adopt` sets it
 
     @property
     def sizes(self) -> int:
         return self.fc1.out_features
-
-    @property
-    def full_sizes(self) -> int:
-        return self.unpruned
 
     def operations(self, tokens: int) -> list[Operation]:
         hidden = linear("fc1", self.fc1, tokens, **gelu(tokens * self.fc1.out_features))
@@ -186,13 +148,14 @@ class Replacement(nn.Module, BlockPart):
     def check_backend(cls, backend: str, device: torch.device) -> None:
         """Raises FarError where a `--lstm-backend` cannot compute it on a device."""
 
-    @abc.abstractmethod
     def merged(self) -> nn.Module:
         """The same function for inference, called like this one, of its weights as they are now."""
+        maps = self.maps()
+        return MergedBiRNN(maps) if maps else self
 
     @abc.abstractmethod
     def maps(self) -> Merged | None:
-        """Its linear maps and cells, for the engine that computes whole models; None where it has others."""
+        """Its linear maps and cells, for inference; None where it has others, and is computed as it is."""
 
     def published(self, per_head: bool = False) -> dict[str, Tensor]:
         """Its weights between the two projections as the published code stores them. FarError where that has none."""

@@ -1,5 +1,6 @@
 """The swap, and a FAR model's configuration, which travels with its weights."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -171,10 +173,8 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
         raise FarError(
             f"{source}: not a FAR checkpoint (no configuration inside); give one that main.py wrote or convert.py made"
         )
-    if lacking := {"base_model", "num_classes", "img_size"} - stored.keys():
-        raise FarError(f"{source}: its configuration lacks {min(lacking)}; train or copy it again")
-    config = FarConfig(**stored)
     try:
+        config = FarConfig(**stored)
         find_teacher(config.base_model)
         preprocessing = None if config.preprocessing is None else Preprocessing.read(config.preprocessing)
         units = {block: [list(pair) for pair in heads] for block, heads in config.units.items()}
@@ -222,6 +222,14 @@ def load_model(
     return restore(config, content["model"], source, drop, drop_path), config
 
 
+def set_input_size(model: VisionTransformer, img_size: int | tuple[int, int]) -> None:
+    """timm's, which resizes position embeddings. Raises FarError where a replacement is tied to its token count."""
+    patches = [side // cut for side, cut in zip(to_2tuple(img_size), model.patch_embed.patch_size, strict=True)]
+    for attn in replacements(model).values():
+        attn.check_tokens(model.num_prefix_tokens + math.prod(patches))
+    model.set_input_size(img_size)
+
+
 def resize(model: VisionTransformer, config: FarConfig, img_size: int, source: str) -> FarConfig:
     """Resizes the model to another image side in place, positions interpolated by timm. Returns its configuration.
 
@@ -229,7 +237,7 @@ def resize(model: VisionTransformer, config: FarConfig, img_size: int, source: s
     """
     check_size(config.base_model, img_size)
     try:
-        model.set_input_size(img_size)
+        set_input_size(model, img_size)
     except FarError as error:
         raise FarError(f"--input-size {img_size}: {source}: {error}") from error
     return replace(config, img_size=img_size)

@@ -10,14 +10,14 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from models.deit import resize_positions
 from models.hub import data_config
 from models.infer import infer_far
-from models.replace import build, swap_attention
-from models.vit import ViT, adopt
+from models.replace import build_on_meta, set_input_size, swap_attention
+from models.vit import adopt
 from utils.errors import FarError
 
 log = logging.getLogger(__name__)
 
 
-class FarDeiT(ViT):
+class FarDeiT(VisionTransformer):
     """A DeiT whose attentions are multi-head BiLSTMs until it loads a FAR state dict.
 
     The first state dict it loads determines which blocks are replaced and by what, the units left, and those of
@@ -39,14 +39,14 @@ class FarDeiT(ViT):
         head = {f"head.{name}": value for name, value in self.head.state_dict().items()}
         state = {**head, **state}  # timm drops a classifier of another size
         config = infer_far(state, "checkpoint_path")
-        like, model = self.pos_embed, build(config)
+        like, model = self.pos_embed, build_on_meta(config, "checkpoint_path")  # whose weights the state dict has
         if (model.embed_dim, len(model.blocks)) != (self.embed_dim, len(self.blocks)):
             raise FarError(f"checkpoint_path: holds a {config.base_model}; create the far_deit model of that scale")
         for block, new in zip(self.blocks, model.blocks, strict=True):
             block.mlp.resize(new.mlp.sizes)
-            block.attn, block.mlp = new.attn.to(like), block.mlp.to(like)
+            block.attn, block.mlp = new.attn.to_empty(device=like.device).to(like.dtype), block.mlp.to(like)
         self.train(self.training)
-        self.set_input_size(config.img_size if "img_size" in adopts else self.patch_embed.img_size)
+        set_input_size(self, config.img_size if "img_size" in adopts else self.patch_embed.img_size)
         if "num_classes" in adopts:
             self.reset_classifier(config.num_classes)
         elif config.num_classes != self.num_classes:

@@ -2,14 +2,13 @@
 
 import difflib
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import timm.layers
 import torch
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models import create_model, get_deprecated_models, get_pretrained_cfg, is_model, list_models, model_entrypoint
 from timm.models.deit import VisionTransformerDistilled
@@ -23,32 +22,9 @@ from utils.preprocessing import Preprocessing
 NAME = re.compile(r"([a-z0-9_]{1,80})(\.[a-z0-9_]{1,80})?")  # an architecture, and a tag of its weights
 
 
-class Resizable:
-    """A VisionTransformer that checks with its blocks before it takes another image size."""
-
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """timm's, which resizes position embeddings. Raises FarError where a block is tied to its number of tokens."""
-        embed = self.patch_embed
-        size, patch = to_2tuple(img_size or embed.img_size), to_2tuple(patch_size or embed.patch_size)
-        tokens = self.num_prefix_tokens + math.prod(side // cut for side, cut in zip(size, patch, strict=True))
-        for block in self.blocks:
-            if check := getattr(block.attn, "check_tokens", None):
-                check(tokens)
-        super().set_input_size(img_size, patch_size)
-
-
-class ViT(Resizable, VisionTransformer):
-    """timm's VisionTransformer."""
-
-
-class DistilledViT(Resizable, VisionTransformerDistilled):
-    """timm's distilled DeiT: two prefix tokens, each with its own classifier; its logits are the mean of both.
-
-    In training too, unless `set_distilled_training` is called.
-    """
-
-
-KINDS = {VisionTransformer: ViT, VisionTransformerDistilled: DistilledViT}
+# A distilled DeiT has two prefix tokens with a classifier each; its logits are the mean of both, unless it trains with
+# `set_distilled_training`.
+KINDS = (VisionTransformer, VisionTransformerDistilled)
 
 
 class Teacher(NamedTuple):
@@ -127,12 +103,11 @@ def timm_teacher(name: str) -> Teacher:
 
 
 def adopt(model: VisionTransformer) -> VisionTransformer:
-    """Makes timm's model one of KINDS' in place, and its plain MLPs prunable."""
-    model.__class__ = KINDS.get(type(model), type(model))
+    """Makes the plain MLPs of timm's model prunable, in place."""
     for block in model.blocks:
         mlp = block.mlp
         if type(mlp) is timm.layers.Mlp and type(mlp.norm) is nn.Identity and mlp.fc1.bias is not None:
-            Mlp.adopt(mlp)
+            mlp.__class__, mlp.full_sizes = Mlp, mlp.fc1.out_features
     return model
 
 

@@ -22,7 +22,7 @@ def test_multi_head_equals_dense_lstm_with_blocks_on_its_diagonal(units):
     m = MultiHeadBiLSTM(192, 3, 197, units).double()
     torch.nn.init.normal_(m.lstm[1][1].bias_hh)
     x = torch.randn(2, 197, 192, dtype=torch.float64)
-    dense, width = m.to_dense(), max(max(pair) for pair in units)
+    dense, width = m.to_dense(), m.width
     out, _ = dense(m.pre_proj(x))  # (B, N, 2 H width)
     out = out.unflatten(2, (2, 3, width))
     z = [

@@ -69,7 +69,7 @@ def test_what_the_engine_lacks_is_refused_in_bfloat16():
 
 INTERFACE = (
     *("mix", "operations", "unit_norms", "dead_units", "consumers", "params_removed", "shrink", "sizes", "full_sizes"),
-    *("merged", "maps", "check_backend"),
+    *("maps", "check_backend"),
 )
 
 

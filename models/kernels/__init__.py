@@ -1,7 +1,7 @@
 """How the recurrent cells of one layer are computed: one interface, several ways.
 
     x       (B, N, H, d)   input chunks of the heads
-    cells   2 H `Cell`s in the order (head 0 forward, head 0 backward, head 1 forward, ...)
+    cells   2 H `Cell`s, or of another kind, in the order (head 0 forward, head 0 backward, head 1 forward, ...)
     hidden  (B, N, sum u)  hidden states, columns in the cells' order; backward ones at their own token's place
 
 Zero initial state, gates in torch's order; unit counts may differ from cell to cell. A new kernel is one entry of
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.kernels import cpu, gpu
-from models.kernels.cells import LSTM, Cell, CellKind, Task, by_head
+from models.kernels.cells import LSTM, AnyCell, Cell, CellKind, Task, by_head
 from models.kernels.reference import reference
 from utils.errors import FarError
 
@@ -27,21 +27,13 @@ class Kernel(NamedTuple):
     refusal: (task) to why it cannot do that, in words; empty where it can.
     """
 
-    run: Callable[[CellKind, Tensor, Sequence[Cell]], Tensor]
+    run: Callable[[CellKind, Tensor, Sequence[AnyCell]], Tensor]
     refusal: Callable[[Task], str]
 
 
-def _anything(task: Task) -> str:
-    return ""
-
-
-def _stock(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
-    return kind.stock(x, cells)
-
-
 KERNELS: dict[str, Kernel] = {
-    "reference": Kernel(reference, _anything),
-    "torch": Kernel(_stock, _anything),
+    "reference": Kernel(reference, lambda task: ""),
+    "torch": Kernel(lambda kind, x, cells: kind.stock(x, cells), lambda task: ""),
     "cpu": Kernel(cpu.fused, cpu.refusal),
     "triton": Kernel(gpu.fused, gpu.refusal),
 }
@@ -66,7 +58,7 @@ def check(backend: str, device: torch.device, kind: CellKind = LSTM) -> None:
         choose(backend, Task(kind, device, torch.float32, 1))
 
 
-def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+def compute(backend: str, kind: CellKind, x: Tensor, cells: Sequence[AnyCell]) -> Tensor:
     """Hidden states (B, N, sum u) by the kernel that a `--lstm-backend` names.
 
     In the weights' own precision whatever autocast says: the state sums over N tokens.

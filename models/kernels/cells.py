@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,30 @@ class Cell(NamedTuple):
     def units(self) -> int:
         return self.weight_hh.shape[1]
 
-    def recurrent(self, hidden: Tensor) -> Tensor:
-        """What the hidden state (B, u) adds to the gates, (B, G u)."""
-        return hidden @ self.weight_hh.T + self.bias_hh
+
+class MinGRUCell(NamedTuple):
+    """The same of a minGRU, whose two gates, in the order z, n, read the input alone."""
+
+    weight_ih: Tensor  # (2 u, d)
+    bias_ih: Tensor  # (2 u,)
+
+    @property
+    def units(self) -> int:
+        return len(self.bias_ih) // 2
+
+
+AnyCell = Cell | MinGRUCell
 
 
 @dataclass(frozen=True)
 class CellKind:
     """The equations of a recurrent cell whose hidden unit stays zero where its weights are.
 
-    gates: G, rows of the weights a unit; all are of torch's order.
+    gates: G, rows of a weight for each unit, in torch's order.
     states: tensors (B, u) that pass from token to token, the hidden state first.
-    elementwise, functions: additions and multiplications, and sigmoids and tanhs, of a step, a unit; the biases that
-        can be added before it are not among them.
-    added: gates whose recurrent product does nothing but add to that of the input.
+    elementwise: additions and multiplications of a unit in a step, without the biases that can be added before it.
+    functions: sigmoids and tanhs of a unit in a step.
+    added: gates in which the recurrent product is only added to that of the input.
     step: (from the input (B, G u), from the hidden state (B, G u), states) to the next states, differentiable.
     stock: by torch's own operators, (x, cells) to hidden as in `models.kernels`, differentiable.
     cell: the type of its weights.
@@ -52,23 +62,17 @@ class CellKind:
     functions: int
     added: int
     step: Callable[[Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor]]
-    stock: Callable[[Tensor, Sequence[Any]], Tensor]
-    cell: type = Cell
-
-
-def padded(tensor: Tensor, u: int, width: int, columns: bool) -> Tensor:
-    """(G u, m) -> (G width, m'), gate by gate; a padded unit has zero weights and so stays zero."""
-    if u == width:
-        return tensor
-    m = tensor.shape[1]
-    return F.pad(tensor.unflatten(0, (-1, u)), (0, width - m if columns else 0, 0, width - u)).flatten(0, 1)
+    stock: Callable[[Tensor, Sequence[AnyCell]], Tensor]
+    cell: type[AnyCell] = Cell
 
 
 def padded_cell(cell: Cell, width: int) -> Cell:
-    """The cell with units of zero weights up to `width`."""
-    u = cell.units
-    biases = (padded(bias[:, None], u, width, False).flatten() for bias in (cell.bias_ih, cell.bias_hh))
-    return Cell(padded(cell.weight_ih, u, width, False), padded(cell.weight_hh, u, width, True), *biases)
+    """The cell with units of zero weights, which stay zero, up to `width`."""
+    if not (more := width - cell.units):
+        return cell
+    pads = (0, 0, 0, more), (0, more, 0, more), (0, more), (0, more)  # of (G, u, ...), the last dimension first
+    padded = [F.pad(w.unflatten(0, (-1, cell.units)), pad) for w, pad in zip(cell, pads, strict=True)]
+    return Cell(*(w.flatten(0, 1) for w in padded))
 
 
 def unpad(hidden: Tensor, units: Sequence[int]) -> Tensor:
@@ -109,7 +113,7 @@ LSTM = CellKind("lstm", 4, 2, 8, 5, 4, _lstm_step, partial(by_head, _lstm_layer)
 
 
 class Task(NamedTuple):
-    """What a kernel is asked for; `units`: the most hidden units a cell."""
+    """What a kernel must compute; `units`: hidden units of the largest cell."""
 
     kind: CellKind
     device: torch.device

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.kernels.cells import Cell, CellKind
+from models.kernels.cells import AnyCell, Cell, CellKind
 
 
-def reference(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
+def reference(kind: CellKind, x: Tensor, cells: Sequence[AnyCell]) -> Tensor:
     """See `models.kernels`. One token at a time."""
     outputs = []
     for k, cell in enumerate(cells):
@@ -18,7 +18,8 @@ def reference(kind: CellKind, x: Tensor, cells: Sequence[Cell]) -> Tensor:
         order = range(x.shape[1]) if k % 2 == 0 else reversed(range(x.shape[1]))
         for t in order:
             inputs = tokens[:, t] @ cell.weight_ih.T + cell.bias_ih
-            states = kind.step(inputs, cell.recurrent(states[0]), states)
+            recurrent = states[0] @ cell.weight_hh.T + cell.bias_hh if kind.cell is Cell else x.new_zeros(())
+            states = kind.step(inputs, recurrent, states)
             hidden[t] = states[0]
         outputs.append(torch.stack(hidden, dim=1))
     return torch.cat(outputs, dim=2)
