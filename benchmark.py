@@ -31,34 +31,29 @@ from utils.recipe import write_json
 from utils.script import run_script
 from utils.terminal import table
 
-GROUP = "options"  # argparse's own
+option = partial(flag, group="options")  # argparse's own group
 
 
 @dataclass(frozen=True)
 class Config:
     """The flags."""
 
-    device: str = flag("cpu", "cuda: deploy/gpu_speed.py's measures", GROUP, choices=("cpu", "cuda"))
-    output_dir: Path = flag(Path("runs/benchmark"), "where benchmark.json and the plots go", GROUP, type=path)
-    seconds: float = flag(1.5, "measured for each group of things compared", GROUP, type=SECONDS)
-    batches: Sequence[int] = flag((1, 8, 32), "batch sizes", GROUP, type=SIZE, nargs="+")
-    image_size: Sequence[int] = flag(
-        (224, 384, 512, 1024), "sides in pixels, for cost against tokens", GROUP, type=SIZE, nargs="+"
+    device: str = option("cuda: deploy/gpu_speed.py's measures", "cpu", choices=("cpu", "cuda"))
+    output_dir: Path = option("where benchmark.json and the plots go", Path("runs/benchmark"), type=path)
+    seconds: float = option("measured for each group of things compared", 1.5, type=SECONDS)
+    batches: Sequence[int] = option("batch sizes", (1, 8, 32), type=SIZE, nargs="+")
+    image_size: Sequence[int] = option(
+        "sides in pixels, for cost against tokens", (224, 384, 512, 1024), type=SIZE, nargs="+"
     )
-    runtimes: Sequence[str] = flag(
-        tuple(rivals.RUNTIMES),
+    runtimes: Sequence[str] = option(
         "what whole models run in; one that is not installed is skipped",
-        GROUP,
+        tuple(rivals.RUNTIMES),
         nargs="+",
         choices=tuple(rivals.RUNTIMES),
     )
-    quick: bool = flag(False, "leave DeiT-Small and DeiT-Base out", GROUP)
-    runs: Sequence[Path] = flag(
-        (Path("runs/demo"),),
-        "folders of demo.py, a seed each, for accuracy against latency",
-        GROUP,
-        type=path,
-        nargs="+",
+    quick: bool = option("leave DeiT-Small and DeiT-Base out", False)
+    runs: Sequence[Path] = option(
+        "folders of demo.py, a seed each, for accuracy against latency", (Path("runs/demo"),), type=path, nargs="+"
     )
 
     def __post_init__(self):

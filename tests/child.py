@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from timm.layers import weight_init
 
 import main  # noqa: F401
 import prune  # noqa: F401
@@ -18,9 +17,6 @@ from models.replace import FarConfig, build
 from plots import figures
 from utils.script import run_script
 
-DRAW = weight_init._trunc_normal_
-# A checkpoint is read into a model on the meta device, where timm's drawing of its weights takes a third of a second.
-weight_init._trunc_normal_ = lambda tensor, *args: tensor if tensor.is_meta else DRAW(tensor, *args)
 with torch.device("meta"):  # what torch imports for the device, in seconds, a child then has
     build(FarConfig("DeiT-Micro", 10, 32, replaced=(0,), units={"0": [[3, 32], [32, 32]]}))
 
