@@ -236,7 +236,8 @@ def build_split(name: str, root: Path, train: bool, download: bool = False, cate
         raise FarError(f"{where}; looked for {source.layout}; {source.get}") from error
     except OSError as error:
         flag = "--download" if download else "--data-path"
-        raise FarError(f"{flag} {error.filename or root}: cannot be read ({error.strerror or error})") from error
+        where = f"{flag} {error.filename or root}: cannot be read ({error.strerror or error})"
+        raise FarError(f"{where}; mend this first") from error
     classes = getattr(data, "classes", None)  # absent where the source's own checksums vouch for the count
     if source.num_classes and classes is not None and len(classes) != source.num_classes:
         where = f"--data-path {root}: {len(classes)} classes, but {name} has {source.num_classes}"

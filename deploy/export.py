@@ -44,7 +44,6 @@ from utils.terminal import table
 BATCH, DIGITS = 32, 64  # images a batch, and of the digits
 TOLERANCE, ROUNDED = 1e-4, {"int8": 0.3, "bfloat16": 0.05}  # of the largest logit
 TIMED_S = 0.5
-OURS = "torch, this model"
 Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) to logits (B, classes)
 
 
@@ -198,7 +197,7 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
     if args.int8:
         del runtimes["openvino"]
         print("not checked in OpenVINO: int8 holds ONNX Runtime's own operators")
-    calls: dict[str, Call] = {OURS: model}
+    calls: dict[str, Call] = {"torch, this model": model}
     for runtime, start in runtimes.items():
         name, lacks = look_up(runtime)
         if lacks:
@@ -210,31 +209,30 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
         except Exception as error:  # noqa: BLE001  (each runtime raises its own types)
             raise FarError(f"--to {args.to}: {runtime} refuses the file ({first_line(error)[:200]})") from error
 
-    answers: dict[str, list[Tensor]] = {name: [] for name in calls}
-    first, labels = None, []
-    for images, truth in batches(args, config):
-        first = images[:1].contiguous() if first is None else first
-        labels += [] if truth is None else [truth]
+    gaps: dict[str, list[Tensor]] = {name: [] for name in calls}
+    same, right = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0)
+    count, largest, first, labelled = 0, 0.0, None, False
+    for images, labels in batches(args, config):
+        expected = model(images)
+        count, largest = count + len(images), max(largest, expected.abs().max().item())
+        first, labelled = images[:1].contiguous() if first is None else first, labels is not None
         for name, call in calls.items():
-            answers[name].append(call(images))
-    logits = {name: torch.cat(parts) for name, parts in answers.items()}
-    expected = logits[OURS]
-    largest, gaps = expected.abs().max().item(), {}
-    rows = [["", "difference", "same top-1 %", *["top-1 %"] * bool(labels), "ms, one image"]]
+            logits = call(images)
+            gaps[name].append((logits - expected).abs().max())
+            same[name] += logits.argmax(1).eq(expected.argmax(1)).sum().item()
+            right[name] += logits.argmax(1).eq(labels).sum().item() if labelled else 0
+    rows = [["", "difference", "same top-1 %", *["top-1 %"] * labelled, "ms, one image"]]
     for name, call in calls.items():
-        # One image may be computed in another way. torch.maximum keeps NaN, which max() does not.
-        alone = (call(first) - model(first)).abs().max()
-        gaps[name] = torch.maximum((logits[name] - expected).abs().max(), alone).item()
+        gaps[name].append((call(first) - model(first)).abs().max())  # one image may be computed in another way
         time.sleep(PAUSE_S)  # pools of threads that still spin would spoil the next one's times
         ms = statistics.median(measure(lambda: call(first), TIMED_S))  # noqa: B023  (called within the turn)
-        tops = [expected.argmax(1), *([torch.cat(labels)] if labels else [])]
-        shares = [f"{100 * logits[name].argmax(1).eq(top).sum().item() / len(top):.2f}" for top in tops]
-        rows.append([name, f"{gaps[name]:.1e}", *shares, f"{ms:.2f}"])
+        shares = [f"{100 * part[name] / count:.2f}" for part in (same, right)[: 1 + labelled]]
+        rows.append([name, f"{torch.stack(gaps[name]).max():.1e}", *shares, f"{ms:.2f}"])
     print(table(rows))
-    print(f"on {len(expected)} images, {torch.get_num_threads()} threads; the largest logit is {largest:.3g}")
+    print(f"on {count} images, {torch.get_num_threads()} threads; the largest logit is {largest:.3g}")
     allowed = ROUNDED.get("int8" if args.int8 else args.precision, TOLERANCE) * largest
-    for name, gap in gaps.items():
-        if not gap <= allowed:  # NaN, too
+    for name in calls:
+        if not (gap := torch.stack(gaps[name]).max().item()) <= allowed:  # NaN, too, which max() keeps
             raise FarError(
                 f"--to {args.to}: in {name} logits differ by {gap:.2g}, allowed are {allowed:.2g}; nothing is written; "
                 "try another --to, or weights that are not rounded (no --int8, --precision float32)"

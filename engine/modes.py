@@ -18,7 +18,7 @@ from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.ranking import ASIDE, FILE, Hybrids, block_by_block, rank_blocks, read_ranking
+from engine.ranking import ASIDE, FILE, Hybrids, block_by_block, rank_blocks, read_ranking, terms_of_blocks
 from engine.stages import Stage, distillation
 from engine.steps import (
     check_labelled,
@@ -200,6 +200,8 @@ def prepare_ranking(command: ModeCommand) -> ModeCommand:
     plan = command.plan
     if not plan.attn_weight and (plan.skip_train_attn or not command.optim.epochs):
         raise FarError("--replace auto: ranks trained replacements; name them with --attn-weight, or train stage attn")
+    if not plan.skip_train_attn:
+        terms_of_blocks(plan.train_loss)
     if not command.block_ft_optim.epochs:
         raise FarError("--block-ft-epochs 0: --replace auto ends with stage block; set it above 0")
     return replace(command, data=replace(command.data, aside=ASIDE))

@@ -173,15 +173,20 @@ def read_ranking(path: Path) -> Ranking:
     return Ranking(record["rank"], scores, tuple(record["order"]), costs)
 
 
-def block_by_block(stage: Stage) -> Stage:
-    """The stage on those terms of its loss that compare blocks: by the logits, blocks would depend on one another.
+def terms_of_blocks(loss: str) -> dict[str, float]:
+    """The terms of a loss, by name, that compare blocks: by the logits, blocks would depend on one another.
 
     Raises FarError where there is no such term.
     """
-    loss = find_loss(stage.loss)
-    terms = {name: weight for name, weight in loss.terms.items() if TERMS[name].reads <= FEATURES}
+    terms = {name: weight for name, weight in find_loss(loss).terms.items() if TERMS[name].reads <= FEATURES}
     if not terms:
-        where = f"--train-loss {stage.loss}: compares no block with its teacher's"
+        where = f"--train-loss {loss}: compares no block with its teacher's"
         raise FarError(f"{where}, as --replace auto needs it; add similarity")
-    text = "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in terms.items())
-    return replace(stage, loss=text, target=loss.compares or stage.target, select="last")
+    return terms
+
+
+def block_by_block(stage: Stage) -> Stage:
+    """The stage on the terms of its loss that compare blocks."""
+    terms = terms_of_blocks(stage.loss).items()
+    text = "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in terms)
+    return replace(stage, loss=text, target=find_loss(stage.loss).compares or stage.target, select="last")

@@ -173,6 +173,8 @@ def read_config(content: dict[str, Any], source: str) -> FarConfig:
         raise FarError(
             f"{source}: not a FAR checkpoint (no configuration inside); give one that main.py wrote or convert.py made"
         )
+    if lacking := {"base_model", "num_classes", "img_size"} - stored.keys():
+        raise FarError(f"{source}: its configuration lacks {min(lacking)}; train or copy it again")
     try:
         config = FarConfig(**stored)
         find_teacher(config.base_model)

@@ -119,9 +119,9 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
+        if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
             edge = "above" if open_low else "at least"
-            most = f" and at most {high:g}" if high < math.inf else ""
+            most = f" and at most {high:.10g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text:.40} must be a finite number {edge} {low:g}{most}")
         return value
 

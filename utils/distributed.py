@@ -170,7 +170,7 @@ def joined(distributed: bool, device: str = "auto", minutes: float = 30.0) -> It
         LostContact: another process did not come, or is gone.
     """
     global control_group
-    processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0
+    processes = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 0
     if distributed and not processes:
         raise FarError("--distributed: not started by torchrun; use `torchrun --nproc_per_node=N ... --distributed`")
     if processes > 1 and not distributed:

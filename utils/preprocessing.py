@@ -57,6 +57,6 @@ class Preprocessing:
         if not right or read.crop_mode not in CROPS or read.interpolation not in INTERPOLATIONS:
             raise ValueError(
                 "preprocessing: mean and std must be three numbers each, those of std above 0, crop_pct from 0.1 to 1, "
-                f"crop_mode {' or '.join(CROPS)}, interpolation {' or '.join(INTERPOLATIONS)}"
+                f"crop_mode {' or '.join(CROPS)}, interpolation {' or '.join(INTERPOLATIONS)}, and nothing else"
             )
         return replace(read, mean=mean, std=std)

@@ -164,8 +164,8 @@ def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None
             _check_same(path, record, defaults, held)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
             raise FarError(f"--output-dir {path}: already holds a run; continue it with --resume, or name another")
-        if began:
-            for file in (*path.glob(".*.tmp"), *path.glob("*/.*.tmp")):  # left by a kill within a write
+        for pattern in (".*.tmp", "*/.*.tmp") if began else (".args.json.*.tmp",):  # left by a kill within a write
+            for file in path.glob(pattern):
                 if LEFT_OVER.fullmatch(file.name):
                     file.unlink()
         if began and not resumed:  # that run never got to its first checkpoint

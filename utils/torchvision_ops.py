@@ -26,7 +26,8 @@ def compiled_ops_load() -> bool:
 def ensure_loadable() -> bool:
     """Declares the missing schemas; returns True where that was needed. Safe to call any number of times."""
     global _library
-    if _library is None and not compiled_ops_load():
+    declared = hasattr(torch.ops.torchvision, "nms")  # by others
+    if _library is None and not declared and not compiled_ops_load():
         _library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
