@@ -4,7 +4,11 @@
 
 #define EXPORTED extern "C" __attribute__((used, visibility("default")))
 
-EXPORTED int web_side(const far_model* model) { return int(far_describe(model).height); }
+// Of its square images in three channels; 0 where a model reads others.
+EXPORTED int web_side(const far_model* model) {
+  const far_shape shape = far_describe(model);
+  return shape.channels == 3 && shape.height == shape.width ? int(shape.height) : 0;
+}
 EXPORTED int web_classes(const far_model* model) { return int(far_describe(model).classes); }
 EXPORTED const char* web_config(const far_model* model) { return far_describe(model).config; }
 
