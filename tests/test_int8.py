@@ -77,7 +77,7 @@ bool quantized(float largest) {
 }
 
 int main() {
-  for (int64_t rows : {1, 2, 3, 9})
+  for (int64_t rows : {1, 2, 3, 9, 40})
     for (int64_t k : {1, 2, 31, 100, 770})
       for (int64_t n : {1, 25, 100})
         for (int kinds = 0; kinds < 9; ++kinds)
@@ -122,6 +122,18 @@ SIMDE = r"""
 #undef _mm512_madd_epi16
 inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) { return simde_mm512_madd_epi16(a, b); }
 inline __m512 _mm512_rcp14_ps(__m512 x) { return 1 / x; }
+template <class Line, class T>
+inline Line narrowed(__m512i x) {
+  int from[16];
+  T to[16];
+  Line line;
+  __builtin_memcpy(from, &x, sizeof from);
+  for (int i = 0; i < 16; ++i) to[i] = T(from[i]);
+  __builtin_memcpy(&line, to, sizeof line);
+  return line;
+}
+inline __m128i _mm512_cvtepi32_epi8(__m512i x) { return narrowed<__m128i, signed char>(x); }
+inline __m256i _mm512_cvtepi32_epi16(__m512i x) { return narrowed<__m256i, short>(x); }
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 """
 

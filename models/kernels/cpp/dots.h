@@ -62,11 +62,18 @@ inline vi add_dots(vi a, vi w, vi sum) {
 #endif
 
 // V numbers within -STEPS..STEPS, rounded, as products read a row. Adding 1.5 2^23 leaves the integer in the low bits,
-// of which a NaN's are just some others.
+// of which a NaN's are just some others. GCC narrows a vector number by number unless it goes by halves, or by name.
 inline void store(q8* p, vf x) {
+  const vi rounded = (vi)(x + (12582912.0f + SHIFT));
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)rounded));
+#elif defined(__AVX512BW__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+#else
+  typedef int16_t half __attribute__((vector_size(2 * V)));
   typedef std::underlying_type_t<q8> line __attribute__((vector_size(V * sizeof(q8)), aligned(1), may_alias));
-  const vf rounded = x + (12582912.0f + SHIFT);
-  *reinterpret_cast<line*>(p) = __builtin_convertvector((vi)rounded, line);
+  *reinterpret_cast<line*>(p) = __builtin_convertvector(__builtin_convertvector(rounded, half), line);
+#endif
 }
 
 }  // namespace

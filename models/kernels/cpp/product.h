@@ -17,7 +17,6 @@
 #include <utility>
 
 #include "amx.h"
-#include "dots.h"
 
 namespace {
 
@@ -178,18 +177,27 @@ struct Part {
 };
 
 #if FAR_AMX
-template <int J>
-void amx_tile(const Rows<bf16>& a, const Weights<bf16>& m, float* out, int64_t ldo, const char* ahead) {
-  amx::block<J, FETCH>(a.data, a.ld, m.w, P, m.depth, m.bias, m.ldb, out, ldo, ahead);
+template <int J, class X>
+void amx_tile(const Rows<X>& a, const Weights<X>& m, float* out, int64_t ldo, const char* ahead) {
+  if constexpr (is_q8<X>) {
+    amx::block<J, FETCH>(a.data, a.ld, m.w, P, m.depth, m.starts, 0, out, ldo, ahead);
+    for (int r = 0; r < amx::ROWS; ++r)
+      for (int j = 0; j < J; ++j) {
+        float* at = out + r * ldo + j * V;
+        store(at, result(load_ints(at), a, m, r, j));
+      }
+  } else {
+    amx::block<J, FETCH>(a.data, a.ld, m.w, P, m.depth, m.bias, m.ldb, out, ldo, ahead);
+  }
 }
 
 // for_tiles by AMX, for at least one tile's rows. The last tile begins early enough to be whole.
-template <class F>
-void for_amx_tiles(int64_t rows, const Weights<bf16>& m, const F& f) {
-  constexpr Tile<bf16> sizes[] = {nullptr, amx_tile<1>, amx_tile<2>, amx_tile<3>};
+template <class X, class F>
+void for_amx_tiles(int64_t rows, const Weights<X>& m, const F& f) {
+  constexpr Tile<X> sizes[] = {nullptr, amx_tile<1>, amx_tile<2>, amx_tile<3>};
   const amx::Shapes shapes(amx::ROWS);
   for (int64_t n = 0; n < m.width; n += P) {
-    Weights<bf16> panel = m.columns(n, P);
+    Weights<X> panel = m.columns(n, P);
     const char* next = reinterpret_cast<const char*>(panel.w + m.stride);
     for (int64_t r = 0; r < rows; r += amx::ROWS) {
       const int64_t row = std::min(r, rows - amx::ROWS), part = r / amx::ROWS % (C * amx::ROWS / FETCH);
@@ -205,7 +213,7 @@ void for_amx_tiles(int64_t rows, const Weights<bf16>& m, const F& f) {
 template <class X, class F>
 inline void for_tiles(int64_t rows, const Weights<X>& m, const F& f) {
 #if FAR_AMX
-  if constexpr (std::is_same_v<X, bf16>)
+  if constexpr (!std::is_same_v<X, float>)
     if (rows >= amx::ROWS && amx::here()) return for_amx_tiles(rows, m, f);
 #endif
   const int64_t bytes = m.depth * P * sizeof(X),
