@@ -5,33 +5,16 @@ import logging
 from collections.abc import Collection
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deploy import packed
 from models.features import kl_divergence
-from models.merged import hooked, refuse_loading
+from models.merged import refuse_loading
 from models.replace import replacements
 from utils.errors import FarError
 
 log = logging.getLogger(__name__)
-
-
-class ClassTokenViT(VisionTransformer):
-    """A classifier that reads the class token alone: only that goes on behind the last mixing.
-
-    `forward_features` and its kin give every token, as in any model of timm's.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.global_pool != "token":  # since reset_classifier
-            return super().forward(x)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        x = x[:, :1] + last.ls1(last.attn(last.norm1(x), tokens=1))
-        return self.forward_head(self.norm(x + last.ls2(last.mlp(last.norm2(x)))))
 
 
 def merge_blocks(model: VisionTransformer) -> VisionTransformer:
@@ -42,10 +25,6 @@ def merge_blocks(model: VisionTransformer) -> VisionTransformer:
         model.blocks[index].attn = attn.merged()
     if any(model.blocks[index].attn is not attn for index, attn in replaced.items()):
         model.register_load_state_dict_pre_hook(refuse_loading)  # before its other parts are written
-    last = model.blocks[-1]
-    known = packed.computes_as_timms(model) and type(last) is Block and not hooked(last)
-    if known and len(model.blocks) - 1 in replaced and model.global_pool == "token":
-        model.__class__ = ClassTokenViT
     return model
 
 

@@ -7,7 +7,6 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.merged import MergedBiRNN
 from models.replace import FarConfig, count_parameters, pack, replacements
 
 
@@ -28,8 +27,6 @@ def count_macs(model: VisionTransformer) -> int:
         elif isinstance(module, Attention):  # queries by keys, weights by values; its projections are Linear
             _, n, dim = args[0].shape
             total += 2 * n * n * dim
-        elif isinstance(module, MergedBiRNN):
-            total += sum(operation.macs for operation in module.operations(args[0].shape[1], output.shape[1]))
         else:
             total += sum(operation.macs for operation in module.operations(args[0].shape[1]))
 

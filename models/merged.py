@@ -88,21 +88,19 @@ class MergedBiRNN(nn.Module):
         self.heads = nn.ModuleList(frozen(*head) for head in maps.heads)
         self.register_load_state_dict_pre_hook(refuse_loading)
 
-    def operations(self, tokens: int, wanted: int | None = None) -> list[Operation]:
-        """See `models.parts.BlockPart`. wanted: how many of the first tokens go on behind the cells; None is all."""
+    def operations(self, tokens: int) -> list[Operation]:
+        """See `models.parts.BlockPart`."""
 
-        def maps(name: str, layers: Sequence[nn.ParameterList], vectors: int) -> Operation:
-            biases = vectors * sum(len(bias) for _, bias in layers)
-            return side_by_side(name, [weight for weight, _ in layers], vectors, biases)
+        def maps(name: str, layers: Sequence[nn.ParameterList]) -> Operation:
+            biases = tokens * sum(len(bias) for _, bias in layers)
+            return side_by_side(name, [weight for weight, _ in layers], tokens, biases)
 
-        wanted, cells = tokens if wanted is None else wanted, [self.kind.cell(*cell) for cell in self.cells]
-        pre = [maps("pre_proj", [self.pre], tokens)] if self.pre else []
-        heads = [maps("head_proj", self.heads, wanted)] if self.heads else []
-        return [*pre, *recurrence(self.kind, cells, tokens), *heads, maps("post_proj", [self.out], wanted)]
+        pre = [maps("pre_proj", [self.pre])] if self.pre else []
+        heads = [maps("head_proj", self.heads)] if self.heads else []
+        cells = [self.kind.cell(*cell) for cell in self.cells]
+        return [*pre, *recurrence(self.kind, cells, tokens), *heads, maps("post_proj", [self.out])]
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """See `models.parts.Replacement`."""
         if torch.is_grad_enabled() and (x.requires_grad or self.out[0].requires_grad):
             raise FarError("a fused layer has no gradients: take them before fuse(), or call it under torch.no_grad()")
@@ -110,7 +108,6 @@ class MergedBiRNN(nn.Module):
         h = self.num_heads  # with pre_proj merged each of them reads all of x, which is not copied
         p = F.linear(x, *self.pre).view(b, n, h, dim // h) if self.pre else x.unsqueeze(2).expand(b, n, h, dim)
         hidden = kernels.compute(self.backend, self.kind, p, [self.kind.cell(*cell) for cell in self.cells])
-        hidden = hidden if tokens is None else hidden[:, :tokens]
         if self.heads:
             parts = hidden.split([w.shape[1] for w, _ in self.heads], dim=2)
             hidden = torch.cat([F.linear(part, *head) for part, head in zip(parts, self.heads, strict=True)], dim=2)

@@ -177,14 +177,8 @@ class Replacement(nn.Module, BlockPart):
         nn.init.zeros_(self.post_proj.bias)  # where the teacher's has none
         self.post_proj.load_state_dict(attn.proj.state_dict(), strict=False)
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
-    ) -> Tensor:
-        """attn_mask, is_causal: timm's block protocol; a bidirectional replacement reads every token.
-
-        tokens: how many of the first tokens are wanted; None is all.
-        """
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """attn_mask, is_causal: timm's block protocol; a bidirectional replacement reads every token."""
         if attn_mask is not None or is_causal:
             raise ValueError("FAR's replacements are bidirectional and take no mask")
-        y = self.post_proj(self.mix(x))
-        return y if tokens is None else y[:, :tokens]
+        return self.post_proj(self.mix(x))

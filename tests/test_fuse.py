@@ -41,7 +41,6 @@ def test_fuse_keeps_the_function_whichever_maps_it_merges(patience, monkeypatch)
     for m in (layer([(64, 64)] * 12, dim=768), layer(UNITS[1])):
         f, x = m.merged(), torch.randn(2, 30, m.dim)
         torch.testing.assert_close(f(x), m(x), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(f(x, tokens=1), m(x)[:, :1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("units", [64, 32, 8])
@@ -69,33 +68,6 @@ def test_a_model_fused_for_any_kernel_takes_an_empty_batch(rep_by, backend):
     model = build(FarConfig("DeiT-Micro", 10, 32, rep_by, replaced=(0, 3)))
     set_backend(model, backend)
     assert fuse(model)(torch.randn(0, 3, 32, 32)).shape == (0, 10)
-
-
-@pytest.mark.parametrize("replaced", [(0, 1, 2, 3), (0, 1)])
-def test_a_fused_models_last_block_goes_on_with_the_class_token_alone(replaced):
-    config = FarConfig("DeiT-Micro", 10, 32, replaced=replaced, units={"3": [[5, 32], [1, 7]]} if 3 in replaced else {})
-    model = build(config).double().eval()
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        expected, plain = model(x), count_macs(model)
-    fused = merge_blocks(model)
-    torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(fused.forward_features(x), model.forward_features(x), rtol=1e-10, atol=1e-12)
-    if 3 in replaced:
-        assert plain - count_macs(fused) > 64 * 2 * 4 * 64**2  # the last MLP on 64 patches, at least
-
-
-@pytest.mark.parametrize("pool", ["token", "avg", ""])
-@torch.no_grad()
-def test_a_fused_model_takes_a_classifier_that_reads_other_tokens(pool):
-    model = build(FarConfig("DeiT-Micro", 10, 32, "gru", replaced=(0, 3))).eval()
-    fused = merge_blocks(model)
-    for each in (model, fused):
-        each.reset_classifier(5, pool)
-    fused.head.load_state_dict(model.head.state_dict())
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 @needs_kernel
