@@ -3,12 +3,14 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.arguments import Parser, pick
 from utils.configs import (
     DataConfig,
     ModeCommand,
     ModelConfig,
+    ModelName,
     Optim,
     Plan,
     Prediction,
@@ -17,6 +19,7 @@ from utils.configs import (
     Settings,
     add_images_only,
 )
+from utils.files import expanded
 from utils.script import run_script
 
 # Where downstream finds a FAR model when --far-weight is not given, by scale.
@@ -90,16 +93,22 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
+def find_published(args: Namespace, table: dict[str, str] = PRETRAINED_PATH) -> Path | None:
+    """The checkpoint that a table names for the model's scale."""
+    file = table.get(pick(ModelName, args).name.removeprefix("DeiT-"))
+    return expanded(file) if file else None
+
+
 def configure(args: Namespace) -> ModeCommand:
+    if args.mode in ("downstream", "predict") or args.ds_pruned or (args.mode == "eval" and not args.base_weight):
+        table = PRETRAINED_PATH_PRUNE if args.ds_pruned else PRETRAINED_PATH
+        args.far_weight = args.far_weight or find_published(args, table)
     return pick(
         ModeCommand,
         args,
         run=pick(RunConfig, args, record=Record(vars(args), vars(build_parser().parse_args([])))),
         block_ft_optim=pick(Optim, args, "block_ft_", family="block-ft-"),
         plan=pick(Plan, args, skip_train_attn=args.skip_train_attn or args.mode == "block-distill"),
-        published=(PRETRAINED_PATH_PRUNE, PRETRAINED_PATH)
-        if args.ds_pruned
-        else (PRETRAINED_PATH, PRETRAINED_PATH_PRUNE),
     )
 
 

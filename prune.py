@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 
-from main import PRETRAINED_PATH
+from main import find_published
 from utils.arguments import Parser, pick
 from utils.configs import DataConfig, ModelConfig, Optim, PruneCommand, Record, RunConfig, Settings, add_images_only
 from utils.script import run_script
@@ -22,12 +22,12 @@ def build_parser() -> Parser:
 def configure(args: Namespace) -> PruneCommand:
     if args.distill_loss is None and args.base_weight and args.distill is not False:
         args.distill_loss = "preserve"  # here, so that args.json says it and a run goes on with what it began
+    args.model_path = args.model_path or find_published(args)
     return pick(
         PruneCommand,
         args,
         run=pick(RunConfig, args, mode="prune", record=Record(vars(args), vars(build_parser().parse_args([])))),
         ft_optim=pick(Optim, args, "ft_", family="ft-"),
-        published=(PRETRAINED_PATH,),
     )
 
 

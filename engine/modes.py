@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -274,10 +273,10 @@ def train_teacher(command: ModeCommand, context: Context) -> None:
 def downstream(command: ModeCommand, context: Context) -> None:
     """--mode downstream: a FAR model on another label set, with a fresh classifier where the classes differ."""
     torch.manual_seed(command.settings.seed)
-    path, model, config = load_replaced(command, context)
+    model, config = load_replaced(command, context)
     data = load_data(command.data, config, context)
     check_labelled(data)
-    if not keeps_classifier(f"--far-weight {path}", config, data):
+    if not keeps_classifier(f"--far-weight {command.far_weight}", config, data):
         reset_classifier(model, data.num_classes, torch.Generator().manual_seed(command.settings.seed))
         config = replace(config, num_classes=data.num_classes, classes=())
         if command.ds_mode == "FC":
@@ -288,9 +287,10 @@ def downstream(command: ModeCommand, context: Context) -> None:
     run_stages(command, context, model, with_data(config, data), [stage], data)
 
 
-def load_replaced(command: ModeCommand, context: Context) -> tuple[Path, VisionTransformer, FarConfig]:
+def load_replaced(command: ModeCommand, context: Context) -> tuple[VisionTransformer, FarConfig]:
     """The FAR model that downstream and eval start from. Raises FarError unless it is one, pruned for --ds-pruned."""
-    path, model, config = load_far(command, context)
+    path = command.far_weight
+    model, config = load_far(command, context, "--far-weight", path)
     if not config.replaced:
         raise FarError(
             f"--far-weight {path}: holds a teacher, no block of it is replaced; evaluate it as --base-weight, or "
@@ -298,18 +298,19 @@ def load_replaced(command: ModeCommand, context: Context) -> tuple[Path, VisionT
         )
     if command.ds_pruned and not config.pruned:
         raise FarError(f"--ds-pruned: {path} holds an unpruned model; leave the flag out or name a pruned checkpoint")
-    return path, model, config
+    return model, config
 
 
 def eval_mode(command: ModeCommand, context: Context) -> None:
     """--mode eval: a FAR checkpoint, compared with the teacher where --base-weight names one; or a teacher alone."""
     weight, reference, settings = command.model.base_weight, None, command.settings
-    if weight and not (command.far.path or command.ds_pruned):
+    if weight and not (command.far_weight or command.ds_pruned):
         model, _, data = open_teacher(command, context, trains=False)
         path = weight
         check_labelled(data)
     else:
-        path, model, config = load_replaced(command, context)
+        path = command.far_weight
+        model, config = load_replaced(command, context)
         data = load_data(command.data, config, context, trains=False)
         check_classes(f"--far-weight {path}", config, data, "move it there with --mode downstream")
         if weight:
@@ -342,7 +343,7 @@ def eval_mode(command: ModeCommand, context: Context) -> None:
 def predict(command: ModeCommand, context: Context) -> None:
     """--mode predict: the likeliest classes of pictures, by any checkpoint of ours."""
     prediction, files = command.prediction, find_pictures(command.prediction)
-    _, model, config = load_far(command, context)
+    model, config = load_far(command, context, "--far-weight", command.far_weight)
     model.to(context.device)
     if command.fuse:
         model = fuse(model, PRECISIONS[command.fuse])

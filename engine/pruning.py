@@ -82,7 +82,8 @@ class Pruning:
     def __init__(self, command: PruneCommand, context: Context):
         self.command, self.context, self.settings = command, context, command.settings
         torch.manual_seed(command.settings.seed)
-        self.path, self.model, config = load_far(command, context)
+        self.path = command.model_path
+        self.model, config = load_far(command, context, "--model-path", self.path)
         if not unit_norms(replacements(self.model)):
             raise FarError(f"--model-path {self.path}: has no units to prune; name a FAR model with recurrent cells")
         if command.prune_mlp and not mlps(self.model):

@@ -20,7 +20,7 @@ from models.deit import create_teacher, load_published_weights
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore, set_backend
 from models.weights import Weights, check_named, load_teacher_weights
 from plots.figures import draw_curves
-from utils.configs import Command, DataConfig, ModeCommand, PruneCommand, Settings
+from utils.configs import Command, DataConfig, Settings
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
@@ -74,21 +74,22 @@ def load_teacher(weights: Weights | None, config: FarConfig) -> VisionTransforme
     return teacher
 
 
-def load_far(command: ModeCommand | PruneCommand, context: Context) -> tuple[Path, VisionTransformer, FarConfig]:
-    """A FAR checkpoint, which says itself which model it is, at --input-size or its own image size.
+def load_far(command: Command, context: Context, flag: str, path: Path | None) -> tuple[VisionTransformer, FarConfig]:
+    """The FAR checkpoint of a flag, which says itself which model it is, at --input-size or its own image size.
 
-    Raises FarError where the flags name another model, or --lstm-backend cannot compute it.
+    Raises FarError where there is none, the flags name another model, or --lstm-backend cannot compute it.
     """
-    far, flags, backend = command.far, command.model, command.settings.lstm_backend
-    path = far.find(flags)
-    source = f"{far.flag} {path}"
-    model, config = load_model(path, far.flag, flags.drop, flags.drop_path)
+    flags, backend = command.model, command.settings.lstm_backend
+    if path is None:
+        raise FarError(f"{flag}: none given and PRETRAINED_PATH in main.py has none for {flags.name}; name one")
+    source = f"{flag} {path}"
+    model, config = load_model(path, flag, flags.drop, flags.drop_path)
     check_named(flags, source, config)
     if flags.input_size and flags.input_size != config.img_size:
         config = resize(model, config, flags.input_size, source)
     REPLACEMENTS[config.rep_by].check_backend(backend, context.device)
     set_backend(model, backend)
-    return path, model, config
+    return model, config
 
 
 def load_best(run: RunFolder, command: Command) -> VisionTransformer:

@@ -41,7 +41,7 @@ from utils.arguments import (
 )
 from utils.board import check_board
 from utils.errors import FarError
-from utils.files import check_writable, expanded
+from utils.files import check_writable
 
 run_flag = partial(flag, group="run")
 model_flag = partial(flag, group="model")
@@ -156,22 +156,6 @@ class ModelConfig(ModelName):
     rep_by: str = replacement_flag("what replaces attention", "multi-lstm", choices=names.REPLACEMENTS)
     drop: float = student_flag("dropout before the classifier", 0.0, type=SHARE)
     drop_path: float = student_flag("stochastic depth of the student at its last block", 0.1, type=SHARE)
-
-
-@dataclass(frozen=True)
-class FarSource:
-    """A FAR checkpoint: the file that `flag` names, else the first that a table of `published` has for the scale."""
-
-    flag: str
-    path: Path | None
-    published: tuple[dict[str, str], ...]
-
-    def find(self, model: ModelName) -> Path:
-        scale = model.name.removeprefix("DeiT-")
-        file = self.path or next(filter(None, (paths.get(scale) for paths in self.published)), None)
-        if not file:
-            raise FarError(f"{self.flag}: none given and PRETRAINED_PATH[{scale!r}] in main.py is empty; name one")
-        return expanded(file)
 
 
 @dataclass(frozen=True)
@@ -388,7 +372,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What main.py and prune.py have in common. `published`: tables of FAR checkpoints by scale."""
+    """What main.py and prune.py have in common."""
 
     run: RunConfig
     model: ModelConfig
@@ -396,17 +380,12 @@ class Command:
     settings: Settings
     optim: Optim
     unscale_lr: bool = flag("take rates as given, not times global batch / 512", False, group="rates")
-    published: tuple[dict[str, str], ...] = ()
 
     def scaled(self, optim: Optim, world: int) -> Optim:
         """A stage's optimiser: rates times the images of an update over all processes / 512, as in DeiT.
 
-        Raises FarError where timm knows no such optimiser, or the schedule no --decay-rate.
+        Raises FarError where the schedule has no --decay-rate.
         """
-        from timm.optim import list_optimizers
-
-        if optim.opt not in list_optimizers():
-            raise FarError(f"--{optim.family}opt {optim.opt}: timm has no such optimiser; try adamw, sgd or lamb")
         if optim.decay_rate is not None and optim.sched not in ("step", "poly"):
             raise FarError(f"--{optim.family}decay-rate: schedule {optim.sched} has none; take step or poly")
         scale = 1.0 if self.unscale_lr else optim.batch_size * world * optim.accum_steps / 512
@@ -472,10 +451,6 @@ class ModeCommand(Command):
         """The K of --replace auto:K; None where --min-agreement says how many."""
         count = self.replace[0].partition(":")[2]
         return int(count) if self.ranks and count else None
-
-    @property
-    def far(self) -> FarSource:
-        return FarSource("--far-weight", self.far_weight, self.published)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -548,10 +523,6 @@ class PruneCommand(Command):
             raise FarError("--distill: needs the teacher's weights; name them with --base-weight FILE")
         if self.distill_loss and (self.distill is False or not self.model.base_weight):
             raise FarError("--distill-loss: needs a teacher; name its weights with --base-weight, without --no-distill")
-
-    @property
-    def far(self) -> FarSource:
-        return FarSource("--model-path", self.model_path, self.published)
 
     @property
     def threshold(self) -> float:
