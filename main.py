@@ -14,7 +14,6 @@ from utils.configs import (
     Optim,
     Plan,
     Prediction,
-    Record,
     RunConfig,
     Settings,
     add_images_only,
@@ -106,7 +105,7 @@ def configure(args: Namespace) -> ModeCommand:
     return pick(
         ModeCommand,
         args,
-        run=pick(RunConfig, args, record=Record(vars(args), vars(build_parser().parse_args([])))),
+        run=pick(RunConfig, args, record=vars(args)),
         block_ft_optim=pick(Optim, args, "block_ft_", family="block-ft-"),
         plan=pick(Plan, args, skip_train_attn=args.skip_train_attn or args.mode == "block-distill"),
     )

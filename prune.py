@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from main import find_published
 from utils.arguments import Parser, pick
-from utils.configs import DataConfig, ModelConfig, Optim, PruneCommand, Record, RunConfig, Settings, add_images_only
+from utils.configs import DataConfig, ModelConfig, Optim, PruneCommand, RunConfig, Settings, add_images_only
 from utils.script import run_script
 
 
@@ -26,7 +26,7 @@ def configure(args: Namespace) -> PruneCommand:
     return pick(
         PruneCommand,
         args,
-        run=pick(RunConfig, args, mode="prune", record=Record(vars(args), vars(build_parser().parse_args([])))),
+        run=pick(RunConfig, args, mode="prune", record=vars(args)),
         ft_optim=pick(Optim, args, "ft_", family="ft-"),
     )
 

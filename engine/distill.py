@@ -127,7 +127,7 @@ class Distillation(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, images: Tensor, targets: Tensor, with_curves: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         reads, student, teacher, compared = self.loss.reads, None, None, None
         blocks = self.stage.blocks if "student_features" in reads else ()
         if "student_logits" in reads or self.distill_input == "student":

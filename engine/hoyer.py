@@ -66,8 +66,7 @@ class Regularized(nn.Module):
         mlp: whether the MLPs' hidden units are regularized too.
         sensitivity: a unit below this share of its block's mean norm counts as sparse, for the curves only.
 
-    forward returns (loss, parts); with_curves adds `hoyer_square` and `sparsity` (0 to 1) of the LSTM's units to the
-    parts.
+    forward returns (loss, parts), with `hoyer_square` and `sparsity` (0 to 1) of the RNNs' units among the parts.
     """
 
     def __init__(
@@ -77,15 +76,13 @@ class Regularized(nn.Module):
         self.task, self.model = task, model
         self.regularizer, self.decay, self.mlp, self.sensitivity = REGULARIZERS[kind], decay, mlp, sensitivity
 
-    def forward(self, images: Tensor, targets: Tensor, with_curves: bool = True):
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, parts = self.task(images, targets)
+        norms = unit_norms(replacements(self.model))
         if self.regularizer is not None:
-            families = [replacements(self.model)] + [mlps(self.model)] * self.mlp
-            loss = loss + self.decay * sum(penalty(unit_norms(family), self.regularizer) for family in families)
-        return loss, {**parts, **self._curves()} if with_curves else parts
-
-    @torch.no_grad()
-    def _curves(self) -> dict[str, Tensor]:
-        blocks = list(by_block(unit_norms(replacements(self.model))).values())
-        sparse = torch.cat([s < self.sensitivity * s.mean() for s in blocks]).float().mean()
-        return {"hoyer_square": torch.stack([group_hoyer_square(s) for s in blocks]).sum(), "sparsity": sparse}
+            families = [norms, unit_norms(mlps(self.model))] if self.mlp else [norms]
+            loss = loss + self.decay * sum(penalty(family, self.regularizer) for family in families)
+        with torch.no_grad():
+            blocks = list(by_block(norms).values())
+            sparse = torch.cat([s < self.sensitivity * s.mean() for s in blocks]).float().mean()
+            return loss, {**parts, "hoyer_square": penalty(norms, group_hoyer_square), "sparsity": sparse}

@@ -9,7 +9,7 @@ from engine.stages import Stage
 from models.replace import FarConfig
 from utils.errors import FarError
 
-VERSION = 1  # of what last.pth holds and of the loop that goes on from it: raised with every change of either
+VERSION = 2  # of what last.pth holds and of the loop that goes on from it: raised with every change of either
 
 
 @dataclass
@@ -40,10 +40,9 @@ def fingerprint(config: FarConfig, stages: list[Stage], processes: int) -> str:
 def read_position(content: dict[str, Any], wanted: str, path: Path) -> Position:
     """The position in a last.pth. Its bytes are known to be whole: loading compares their checksums.
 
-    One that was written before there were fingerprints is taken on the word of the run's flags. Raises FarError where
-    another run, or another version of this code, wrote it.
+    Raises FarError where another run, or another version of this code, wrote it.
     """
-    if "position" not in content or content.get("fingerprint", wanted) != wanted:
+    if content.get("fingerprint") != wanted:
         raise FarError(
             f"--resume {path}: was written by another run or another version of FAR; finish it with that version, or "
             "start again with another --output-dir"

@@ -138,16 +138,13 @@ def train_stages(
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """Trains the stages in a run's folder, on from its last.pth where it has one. Arguments as of `Trainer`.
 
-    Returns the model and its evaluation. Raises FarError where last.pth learned other classes, or in another order, as
-    earlier versions numbered them.
+    Returns the model and its evaluation.
     """
     last, flags = run.load_last(), command.model
     if last is not None:
         source = f"--resume {run.path / 'last.pth'}"
         stored = read_config(last, source)
         model = restore(stored, last["model"], source, flags.drop, flags.drop_path)
-        if stored.classes and stored.classes != config.classes:
-            raise FarError(f"{source}: was run with other classes, or in another order; name another --output-dir")
     result = Trainer(model, config, stages, make_task, data, run, run.context, command.settings, last, teacher).fit()
     draw_curves(run)
     return model, result

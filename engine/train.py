@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from datasets.loading import Data, Loader, naming_dead_workers
 from engine.compiling import compiled
-from engine.distill import find_loss
 from engine.evaluate import ACCURACY, evaluate
 from engine.fidelity import fidelity
 from engine.resume import Position, fingerprint, read_position
@@ -70,15 +69,6 @@ def make_optimizer(model: nn.Module, optim: Optim, updates: int):
     return optimizer, scheduler
 
 
-OVER = "images of "  # before a part's name: over how many images it was summed up, where that is not all
-
-
-def means(sums: dict[str, float]) -> dict[str, float]:
-    """An epoch's parts, from their totals."""
-    parts = (name for name in sums if name != "images" and not name.startswith(OVER))
-    return {name: sums[name] / sums.get(OVER + name, sums["images"]) for name in parts}
-
-
 def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: by the device's tensors on CUDA, else by the process."""
     if device.type == "cuda":
@@ -95,8 +85,7 @@ def peak_memory(device: torch.device) -> int:
 class Trainer:
     """Runs stages, in order, on one model, from the content of last.pth on where the run is `resumed`.
 
-    make_task(model, stage, criterion) is a module whose forward(images, targets, with_curves) gives the loss and its
-    parts.
+    make_task(model, stage, criterion) is a module whose forward(images, targets) gives the loss and its parts.
     """
 
     model: VisionTransformer  # the student; its blocks are swapped as the stages say
@@ -167,7 +156,8 @@ class Trainer:
                 if last or number % settings.eval_every == 0:
                     compare = last and stage is self.stages[-1]
                     val = self.evaluate(self.evaluated, val_loader, compare, stop_if_asked)
-                train = means(self.totals())
+                totals = self.totals()
+                train = {name: total / totals["images"] for name, total in totals.items() if name != "images"}
                 at.epoch, at.step, at.sums = number, 0, {}
                 self.report(stage, train, val, seconds, images * self.context.world, waited)
                 if last or number % settings.save_every == 0:
@@ -254,7 +244,7 @@ class Trainer:
                 updates = step + 1 == update * optim.accum_steps + group
                 with contextlib.nullcontext() if updates or self.context.world == 1 else task.no_sync():
                     with self.autocast():
-                        loss, parts = task(images, targets, step % curve_every == 0)
+                        loss, parts = task(images, targets)
                     self.scaler.scale(loss / group).backward()
                 losses.append((step, len(images), {"loss": loss.detach(), **parts}))
                 count += len(images)
@@ -296,7 +286,6 @@ class Trainer:
         value = math.nan
         tensors = [part.float() for _, _, parts in losses for part in parts.values()]
         values = iter(torch.stack(tensors).tolist() if tensors else [])  # in one transfer
-        always = {"loss", *find_loss(stage.loss).terms}
         for step, size, parts in losses:
             parts = {name: next(values) for name in parts}
             value = parts["loss"]
@@ -305,8 +294,7 @@ class Trainer:
                     f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage {stage.name}; the last "
                     f"good checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
-            sometimes = [(OVER + name, 1.0) for name in sorted(parts.keys() - always)]
-            for name, part in [("images", 1.0), *parts.items(), *sometimes]:
+            for name, part in [("images", 1.0), *parts.items()]:
                 self.at.sums[name] = self.at.sums.get(name, 0.0) + part * size
             if step % curve_every == 0:
                 self.curves.append({"stage_index": self.at.stage, "epoch": self.at.epoch, "step": step, **parts})

@@ -32,7 +32,7 @@ from tests.conftest import (
 )
 from utils import distributed
 from utils.checkpoint import load
-from utils.configs import DataConfig, Record, RunConfig, Settings
+from utils.configs import DataConfig, RunConfig, Settings
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import open_run
@@ -232,7 +232,7 @@ def test_no_memory_left_is_one_line():
 
 
 def opened(output_dir=None, resume=None):
-    return open_run(RunConfig("train", output_dir, resume, Record({"resume": resume}, {})), Context())
+    return open_run(RunConfig("train", output_dir, resume, {"resume": resume}), Context())
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):

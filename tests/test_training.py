@@ -225,7 +225,7 @@ class Slope(torch.nn.Module):
         super().__init__()
         self.model, self.slope = model, slope
 
-    def forward(self, images, targets, looked_at):
+    def forward(self, images, targets):
         loss = (self.model.head.weight * self.slope).sum() + 0 * sum(p.sum() for p in self.model.parameters())
         return loss, {"classification": loss.detach()}
 

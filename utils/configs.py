@@ -10,10 +10,10 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils import names
 from utils.arguments import (
@@ -75,16 +75,9 @@ DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda"), "help": "auto i
 DATA_PATH = {"type": path, "help": "the data set's folder; default data/<dataset>, or its package's"}
 
 
-class Record(NamedTuple):
-    """All flags, which args.json keeps; their defaults stand for those that an older run's args.json does not know."""
-
-    flags: dict[str, Any]
-    defaults: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run goes and on which processes. `mode` names a new folder, `record` holds all flags."""
+    """Where a run goes and on which processes. `mode` names a new folder, `record` holds all flags, for args.json."""
 
     mode: str
     output_dir: Path | None = run_flag("the run's folder; default runs/<mode>-<time>", type=path)
@@ -94,7 +87,7 @@ class RunConfig:
         const="must",
         choices=("must", "auto"),
     )
-    record: Record = Record({}, {})
+    record: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = run_flag("say what would train, on what and where to, and stop", False)
     tensorboard: bool = run_flag("write the logs for TensorBoard as well", False)
     device: str = run_flag(**DEVICE)

@@ -138,8 +138,7 @@ def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None
         FarError: the folder holds a run and `resume` is None, or a run of other arguments or of another number of
             processes, or none to resume, or another run owns it now.
     """
-    flags = config.record.flags
-    record, defaults = (plain({**each, "processes": context.world}) for each in config.record)
+    flags, record = config.record, plain({**config.record, "processes": context.world})
 
     def claim() -> tuple[str, bool]:
         path = config.output_dir or _new_folder(config.mode)
@@ -161,7 +160,7 @@ def open_run(config: RunConfig, context: Context, data: Callable[[], str] | None
             held["data_path"] = data()
         resumed = bool(config.resume) and began
         if resumed:
-            _check_same(path, record, defaults, held)
+            _check_same(path, record, held)
         elif any(any(path.glob(name)) for name in ("last.pth", "*/last.pth", "best.pth", "*/best.pth")):
             raise FarError(f"--output-dir {path}: already holds a run; continue it with --resume, or name another")
         for pattern in (".*.tmp", "*/.*.tmp") if began else (".args.json.*.tmp",):  # left by a kill within a write
@@ -199,18 +198,16 @@ def _flag(key: str) -> str:
     return "torchrun's number of processes" if key == "processes" else f"--{key.replace('_', '-')}"
 
 
-def _check_same(path: Path, record: dict[str, Any], defaults: dict[str, Any], held: dict[str, str]) -> None:
+def _check_same(path: Path, record: dict[str, Any], held: dict[str, str]) -> None:
     mend = "give the same arguments or another --output-dir"
     stored = read_record(path / "args.json")
-    before, known = {**defaults, **stored["args"]}, stored.get("contents")
+    before, known = stored["args"], stored.get("contents", {})
     # Which sample comes when follows from the loader processes where each reads a part of a stream.
-    free = FREE_ON_RESUME - ({"num_workers"} if names.is_stream(record.get("dataset", "")) else set())
-    if isinstance(known, dict):  # earlier versions did not store it
-        free = free | LOCATIONS
-        for key in sorted(known.keys() | held.keys()):
-            if known.get(key) != held.get(key):
-                where = f"{_flag(key)} {record.get(key) or ''}".strip()
-                raise FarError(f"--resume: {where}: does not hold what {path} was run with; {mend}")
+    free = (FREE_ON_RESUME | LOCATIONS) - ({"num_workers"} if names.is_stream(record.get("dataset", "")) else set())
+    for key in sorted(known.keys() | held.keys()):
+        if known.get(key) != held.get(key):
+            where = f"{_flag(key)} {record.get(key) or ''}".strip()
+            raise FarError(f"--resume: {where}: does not hold what {path} was run with; {mend}")
     for key in sorted(before.keys() | record.keys()):
         if key not in free and before.get(key) != record.get(key):
             raise FarError(
