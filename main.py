@@ -31,7 +31,7 @@ class Mode:
     """What a mode does, and the flags it reads: groups of them, some of those left out, some others besides."""
 
     does: str
-    job: str  # a function of engine.modes, imported when it runs: --help must not wait for torch
+    function: str  # a function of engine.modes, imported when it runs: --help must not wait for torch
     groups: frozenset[str]
     ignores: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         command = configure(args)
         context.on_main(command.run.check)
         kernels.check(args.lstm_backend, context.device)
-        getattr(modes, MODES[args.mode].job)(command, context)
+        getattr(modes, MODES[args.mode].function)(command, context)
     return 0
 
 

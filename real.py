@@ -19,7 +19,7 @@ from deploy.latency import in_engine
 from deploy.rivals import OPENVINO
 from deploy.speed import ENGINE, ONNX_RUNTIME, in_openvino, one_image
 from engine.fidelity import farthest
-from engine.ranking import FILE, read_ranking
+from engine.ranking import RANKING_FILE, read_ranking
 from models.count import count_all
 from models.deit import check_size
 from models.dinov2 import MODELS
@@ -124,7 +124,7 @@ def cells(seeds: list[dict[str, dict]]) -> list[list[str]]:
 def by_count(weights: Path) -> list[tuple[float, float, float, str]]:
     """Of every number of blocks replaced, the cheapest first: ms, agreement and KL after stage attn, the number."""
     teacher, student = (load_model(weights / name / "best.pth")[0] for name in ("teacher", "far"))
-    ranking, hybrids = read_ranking(weights / folder(HYBRID) / FILE), {}
+    ranking, hybrids = read_ranking(weights / folder(HYBRID) / RANKING_FILE), {}
     for count in range(1, len(teacher.blocks) + 1):
         teacher.blocks[ranking.order[count - 1]].attn = student.blocks[ranking.order[count - 1]].attn
         hybrids[count] = copy.deepcopy(teacher)

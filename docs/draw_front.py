@@ -22,7 +22,7 @@ from deploy.rivals import OPENVINO
 from deploy.speed import ENGINE, in_openvino
 from engine.activations import activation_score, first_batches, refit, unit_grams
 from engine.fidelity import fidelity
-from engine.ranking import FILE, read_ranking
+from engine.ranking import RANKING_FILE, read_ranking
 from engine.shrink import keep_share, shrink
 from engine.steps import load_data
 from models.replace import load_model, mlps, replacements
@@ -59,7 +59,7 @@ def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
     trained, evaluated = list(first_batches(data, 32, context)), DataLoader(list(data.val_loader(32)), batch_size=None)
     models, kept, engine = {"teacher": teacher}, {}, fuse(teacher)
     for name, run in runs.items():
-        student, order = load_model(run / "attn/best.pth")[0], read_ranking(run / FILE).order
+        student, order = load_model(run / "attn/best.pth")[0], read_ranking(run / RANKING_FILE).order
         for count in COUNTS:
             whole = copy.deepcopy(teacher)
             for i in order[:count]:

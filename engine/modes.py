@@ -17,7 +17,7 @@ from engine.distill import Distillation
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
-from engine.ranking import ASIDE, FILE, Hybrids, block_by_block, rank_blocks, read_ranking, terms_of_blocks
+from engine.ranking import ASIDE, RANKING_FILE, Hybrids, block_by_block, rank_blocks, read_ranking, terms_of_blocks
 from engine.stages import Stage, distillation
 from engine.steps import (
     check_labelled,
@@ -38,7 +38,7 @@ from models.replace import (
     count_parameters,
     load_model,
     parse_blocks,
-    replaced_blocks,
+    replacements,
     reset_classifier,
     resize,
 )
@@ -55,6 +55,7 @@ def train(command: ModeCommand, context: Context) -> None:
 
     With --replace auto the attention stages train every block, and `choose_blocks` keeps the cheapest for the others.
     """
+    torch.manual_seed(command.settings.seed)
     plan = command.plan
     if command.ranks:
         command = prepare_ranking(command)
@@ -80,7 +81,6 @@ def train(command: ModeCommand, context: Context) -> None:
 
 def open_weights(command: ModeCommand, context: Context, trains: bool = True) -> tuple[Weights | None, FarConfig, Data]:
     """--base-weight's file (None: timm's weights), the teacher's configuration by file and flags, and the data."""
-    torch.manual_seed(command.settings.seed)
     flags, weights = command.model, None
     if flags.base_weight:
         weights = read(flags.base_weight, "--base-weight")
@@ -128,7 +128,7 @@ def open_student(
     model, stored = load_model(weight, "--attn-weight", flags.drop, flags.drop_path)
     if stored.num_classes == config.num_classes:
         order_classes(model, stored.classes, config.classes, source)
-    held = replaced_blocks(model)
+    held = tuple(replacements(model))
     if command.ranks and held != blocks:
         numbers = ", ".join(map(str, held))
         raise FarError(f"{source}: has blocks {numbers} replaced, --replace auto ranks all; name them")
@@ -176,7 +176,7 @@ def run_stages(
         raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
     check_stages(stages, data, command.settings)
     if command.run.dry_run:
-        more = f", {FILE}, ranking.png, attn/" if command.ranks else ""
+        more = f", {RANKING_FILE}, ranking.png, attn/" if command.ranks else ""
         show_plan(command, model, config, stages, make_task, data, more)
         return None
     with open_run(command.run, context, data.fingerprint) as run:
@@ -234,14 +234,14 @@ def choose_blocks(
             model, result = train_stages(folder, command, model, config, attn_stages, make_task, data, teacher)
             folder.write_json("result.json", result)
     model.to(context.device)
-    if run.resumed and run.has(FILE):
-        ranking = context.on_main(lambda: read_ranking(run.path / FILE))
+    if run.resumed and run.has(RANKING_FILE):
+        ranking = context.on_main(lambda: read_ranking(run.path / RANKING_FILE))
     else:
         choose_kernels(model, command.settings.lstm_backend, block.batch_size, context, needs_grad=False)
         images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size)]
         hybrids = Hybrids(teacher, model, images, context, command.settings.autocast(context.device))
         ranking = rank_blocks(command.rank or "greedy", hybrids)
-        run.write_json(FILE, {"ranking": asdict(ranking)})
+        run.write_json(RANKING_FILE, {"ranking": asdict(ranking)})
     chosen = context.on_main(lambda: ranking.choose(command.keep, command.min_agreement))
     if context.main:
         save_figure(cost_of_blocks(ranking, len(chosen)), run.path / "ranking.png")
@@ -256,6 +256,7 @@ def choose_blocks(
 
 def train_teacher(command: ModeCommand, context: Context) -> None:
     """--mode teacher: trains the attention model itself, from --base-weight where given."""
+    torch.manual_seed(command.settings.seed)
     weights, config, data = open_weights(command, context)
     check_labelled(data)
     keeps = bool(weights) and keeps_classifier(weights.source, config, data)
@@ -303,6 +304,7 @@ def load_replaced(command: ModeCommand, context: Context) -> tuple[VisionTransfo
 
 def eval_mode(command: ModeCommand, context: Context) -> None:
     """--mode eval: a FAR checkpoint, compared with the teacher where --base-weight names one; or a teacher alone."""
+    torch.manual_seed(command.settings.seed)
     weight, reference, settings = command.model.base_weight, None, command.settings
     if weight and not (command.far_weight or command.ds_pruned):
         model, _, data = open_teacher(command, context, trains=False)

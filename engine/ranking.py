@@ -20,7 +20,7 @@ from utils.distributed import Context
 from utils.errors import FarError
 from utils.records import read_record
 
-FILE = "ranking.json"  # in a run's folder: what is decided twice is decided alike
+RANKING_FILE = "ranking.json"  # in a run's folder: what is decided twice is decided alike
 ASIDE = 512  # images, at most an eighth of the training split, on which blocks are ranked
 
 
@@ -166,7 +166,7 @@ def rank_blocks(name: str, hybrids: Hybrids) -> Ranking:
 
 
 def read_ranking(path: Path) -> Ranking:
-    """The ranking that a run keeps in FILE, as {"ranking": its fields}. Raises FarError where the file is damaged."""
+    """The ranking that a run keeps, as {"ranking": its fields}. Raises FarError where the file is damaged."""
     record = read_record(path, "ranking")["ranking"]
     scores = {int(block): score for block, score in record["scores"].items()}
     costs = tuple(Cost(**cost) for cost in record["path"])

@@ -16,7 +16,7 @@ from utils.errors import first_line
 from utils.records import read_record
 from utils.run_folder import RunFolder
 
-FILE = "kernels.json"  # in a run's folder, so that a resumed run computes with the same kernels
+KERNELS_FILE = "kernels.json"  # in a run's folder, so that a resumed run computes with the same kernels
 CANDIDATES = {"cuda": ("torch", "triton")}  # by type of device; elsewhere `kernels.AUTO` decides without measuring
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative
 TF32_TOLERANCE = 2e-2  # products of 8 to 11 bits, summed over hundreds of tokens; bfloat16's too
@@ -97,7 +97,7 @@ def choose_kernels(
             layers.setdefault(what, []).append(attn)
 
     def choices() -> dict[str, str]:
-        path = run.path / FILE if run else None
+        path = run.path / KERNELS_FILE if run else None
         known = read_record(path, "kernels")["kernels"] if path and path.exists() else {}
         for what, (attn, *_) in layers.items():
             key = f"{what} on {gpu}"  # rank 0's, whose choice holds for all

@@ -111,10 +111,6 @@ def mlps(model: VisionTransformer) -> dict[int, Mlp]:
     return {i: block.mlp for i, block in enumerate(model.blocks) if hasattr(block.mlp, "unit_norms")}
 
 
-def replaced_blocks(model: VisionTransformer) -> tuple[int, ...]:
-    return tuple(replacements(model))
-
-
 def pruned_sizes(parts: Mapping[int, BlockPart]) -> dict[str, Any]:
     """Sizes of the parts that were pruned, by block index."""
     return {str(i): part.sizes for i, part in parts.items() if part.sizes != part.full_sizes}
@@ -126,7 +122,7 @@ def describe(model: VisionTransformer, config: FarConfig) -> FarConfig:
         config,
         num_classes=model.num_classes,
         img_size=model.patch_embed.img_size[0],
-        replaced=replaced_blocks(model),
+        replaced=tuple(replacements(model)),
         units=pruned_sizes(replacements(model)),
         mlp=pruned_sizes(mlps(model)),
         classes=config.classes if len(config.classes) == model.num_classes else (),

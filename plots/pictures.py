@@ -19,7 +19,7 @@ from datasets.loading import Data, preprocessing
 from datasets.registry import SOURCES, photographs
 from models import kernels
 from models.features import attention_inputs, attention_weights, forward_features
-from models.replace import FarConfig, count_parameters, replaced_blocks, replacements, set_backend
+from models.replace import FarConfig, count_parameters, replacements, set_backend
 from models.weights import load_any
 from plots.explain import influence, integrated_gradients, rank_correlation, token_similarity
 from plots.figures import save_figure
@@ -66,7 +66,7 @@ def find_models(args: PictureConfig) -> tuple[dict[str, VisionTransformer], FarC
     configs: dict[str, FarConfig] = {}
     for name, path in files.items():
         models[name], configs[name] = load_any(args, path, FLAGS[name], teacher=name == "teacher")
-        if name != "teacher" and not replaced_blocks(models[name]):
+        if name != "teacher" and not replacements(models[name]):
             raise FarError(f"{FLAGS[name]} {path}: is a teacher, not a FAR model; give it as --base-weight")
         set_backend(models[name], args.lstm_backend)
     first = next(iter(models))
@@ -89,7 +89,7 @@ def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> li
     """--block, else every block that is replaced in one of the models, else all."""
     depth = len(next(iter(models.values())).blocks)
     if block is None:
-        return sorted({i for model in models.values() for i in replaced_blocks(model)}) or list(range(depth))
+        return sorted({i for model in models.values() for i in replacements(model)}) or list(range(depth))
     if block >= depth:
         raise FarError(f"--block {block}: blocks run from 0 to {depth - 1} in this model")
     return [block]

@@ -8,7 +8,7 @@ from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.kernels import KERNELS, LSTM
 from models.mingru import MultiHeadBiMinGRU
-from models.replace import REPLACEMENTS, FarConfig, build, describe, pack, parse_blocks, replaced_blocks, swap_attention
+from models.replace import REPLACEMENTS, FarConfig, build, describe, pack, parse_blocks, replacements, swap_attention
 
 RAGGED = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(5, 5), (1, 1), (2, 31)]]
 
@@ -94,7 +94,7 @@ def test_swap_carries_the_output_projection_over_and_leaves_other_blocks(name):
     model = create_teacher("DeiT-Micro", 10, 32).eval()
     before = [block.attn for block in model.blocks]
     swap_attention(model, (1, 3), name)
-    assert replaced_blocks(model) == (1, 3)
+    assert tuple(replacements(model)) == (1, 3)
     assert model.blocks[0].attn is before[0]
     assert torch.equal(model.blocks[3].attn.post_proj.weight, before[3].proj.weight)
     assert model.blocks[3].attn.post_proj not in model.blocks[3].attn.mixing_parts()

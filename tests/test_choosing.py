@@ -9,7 +9,7 @@ import torch
 
 import main
 from models import choosing, kernels
-from models.choosing import FILE, choose_kernels
+from models.choosing import KERNELS_FILE, choose_kernels
 from models.replace import FarConfig, build, replacements
 from tests.conftest import TRAIN
 from utils.distributed import Context
@@ -95,7 +95,7 @@ def test_a_resumed_run_takes_the_same_kernel_and_another_card_its_own(tmp_path, 
     monkeypatch.setitem(SECONDS, "quick", 1.0)
     choose_kernels(model := tiny(), "auto", 6, ALONE, run)
     assert backends(model) == {"quick"} and not capsys.readouterr().out
-    (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace("on cpu", "on another card"))
+    (tmp_path / KERNELS_FILE).write_text((tmp_path / KERNELS_FILE).read_text().replace("on cpu", "on another card"))
     choose_kernels(model, "auto", 6, ALONE, run)
     assert backends(model) == {"torch"}
 
@@ -109,4 +109,4 @@ def test_a_training_chooses_computes_so_and_writes_it_down(teacher, tmp_path, mo
     argv = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "0"]
     assert main.main([*argv, "--output-dir", str(tmp_path / "run")]) == 0
     assert set(ran) == {"quick"}
-    assert set(json.loads((tmp_path / "run" / FILE).read_text())["kernels"].values()) == {"quick"}
+    assert set(json.loads((tmp_path / "run" / KERNELS_FILE).read_text())["kernels"].values()) == {"quick"}

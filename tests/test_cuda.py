@@ -12,7 +12,7 @@ import main
 import prune
 import visualization
 from models import kernels
-from models.choosing import CANDIDATES, FILE, choose_kernels
+from models.choosing import CANDIDATES, KERNELS_FILE, choose_kernels
 from models.replace import FarConfig, build, load_model, replacements
 from tests.conftest import EVAL, ROOT, TRAIN, launch, lines_in, rows, spawn, torchrun, wait_for
 from tests.test_kernels import UNITS, cells, gradient_errors, layer
@@ -76,10 +76,10 @@ def test_a_training_with_clipping_is_stopped_and_goes_on(amp, teacher, tmp_path)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
-    chosen = (run / FILE).read_bytes() if (run / FILE).exists() else b""
+    chosen = (run / KERNELS_FILE).read_bytes() if (run / KERNELS_FILE).exists() else b""
     done = launch(*command, "--resume", "auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert chosen == b"" or (run / FILE).read_bytes() == chosen
+    assert chosen == b"" or (run / KERNELS_FILE).read_bytes() == chosen
     log = rows(run)
     assert [(r["stage"], r["epoch"]) for r in log] == [*(("attn", k) for k in (0, 1, 2)), ("block", 0), ("block", 1)]
     assert all(math.isfinite(value) for r in log for value in [r["val"]["loss"], *r["train"].values()])

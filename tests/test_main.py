@@ -189,4 +189,4 @@ def test_the_parsers_names_are_those_of_the_registries():
     assert tuple(SOURCES) == names.DATASETS and tuple(LOSSES) == names.LOSSES and tuple(TERMS) == names.TERMS
     assert tuple(PRECISIONS) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
     assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS
-    assert all(callable(getattr(modes, mode.job)) for mode in main.MODES.values())
+    assert all(callable(getattr(modes, mode.function)) for mode in main.MODES.values())
