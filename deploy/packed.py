@@ -306,8 +306,3 @@ class PackedModel(nn.Module):
                     "move it first, then fuse"
                 )
         return super()._apply(fn, recurse)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        if cpu.available() and self.plan[1] % 128 != cpu.load(cpu.TUNED).vector_width():  # SHIFT of int8 apart
-            raise FarError("this model was fused on another kind of CPU; load the unfused one and fuse() it here")

@@ -254,12 +254,10 @@ def test_a_packed_model_stays_where_it_is():
 
 
 def test_a_model_packed_for_another_cpu_is_refused_and_not_misread():
-    engine, buffer = PackedModel(micro()), io.BytesIO()
+    engine = PackedModel(micro())
     engine.plan[1] = 4
-    torch.save(engine, buffer)
-    buffer.seek(0)
-    with pytest.raises(FarError, match="another kind of CPU"):
-        torch.load(buffer, weights_only=False)
+    with pytest.raises(RuntimeError, match="another kind of CPU"):
+        engine(torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("rep_by", ["multi-lstm", "mingru"])
