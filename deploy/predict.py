@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.images import find_files, read_image
-from datasets.loading import Loader, naming_dead_workers
+from datasets.images import ImageFiles, find_files
+from datasets.loading import Loader, Transformed, naming_dead_workers
 from models.replace import FarConfig
 from utils.checkpoint import write_atomic
 from utils.configs import Prediction
@@ -48,19 +48,6 @@ class Answer:
     probability: float
 
 
-class ImageFiles(Dataset):
-    """Image files, transformed."""
-
-    def __init__(self, files: list[Path], transform):
-        self.files, self.transform = files, transform
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int):
-        return self.transform(read_image(self.files[index]))
-
-
 def preprocessing_of(config: FarConfig) -> Preprocessing:
     """How a checkpoint, or its teacher's weights, say that images are prepared; else ImageNet's, with a warning."""
     if config.reading is None:
@@ -69,17 +56,17 @@ def preprocessing_of(config: FarConfig) -> Preprocessing:
 
 
 def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:
-    """Batches (B, 3, S, S) of the files, in their order."""
-    images = ImageFiles(files, preprocessing_of(config).transform(config.img_size))
+    """Batches (B, 3, S, S) of the files, in their order, and labels that mean nothing."""
+    images = Transformed(ImageFiles(files[0].parent, files), preprocessing_of(config).transform(config.img_size))
     return Loader(images, batch, num_workers=min(workers, cores(), len(files) // batch))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, config: FarConfig, loader: DataLoader, top: int, device, autocast) -> Iterator[Answer]:
     """The likeliest `top` classes of every file, in order. Raises FarError on a file that is no picture."""
-    files = iter(loader.dataset.files)
+    files = iter(loader.dataset.data.files)
     with naming_dead_workers(loader.num_workers):
-        for images in tqdm(loader, unit="batch", leave=False, disable=None):
+        for images, _ in tqdm(loader, unit="batch", leave=False, disable=None):
             with autocast():
                 logits = model(images.to(device))
             likeliest = logits.float().softmax(1).topk(min(top, config.num_classes), dim=1)
