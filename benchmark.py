@@ -24,10 +24,10 @@ from models.deit import LARGEST_INPUT, fits_patches
 from models.replace import count_parameters
 from plots.figures import accuracy_by_latency, latency_by_tokens, save_figure
 from utils.arguments import SECONDS, SIZE, Parser, flag, path, pick
+from utils.checkpoint import write_json
 from utils.distributed import pick_device
 from utils.errors import FarError
 from utils.files import check_writable
-from utils.recipe import write_json
 from utils.script import run_script
 from utils.terminal import table
 

@@ -24,10 +24,11 @@ from plots.figures import fidelity_by_block, save_figure
 from plots.page import Section, write_page
 from plots.pictures import visualize
 from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.checkpoint import write_json
 from utils.configs import DataConfig, PictureConfig, Settings
 from utils.distributed import Context
 from utils.files import check_writable
-from utils.recipe import Recipe, write_json
+from utils.recipe import Recipe
 from utils.script import run_script
 from utils.terminal import table
 

@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     from models.operations import count, operations
     from models.replace import build_on_meta
     from plots.figures import energy_bars, save_figure
+    from utils.checkpoint import write_json
     from utils.files import check_writable
-    from utils.recipe import write_json
 
     check_writable(config.output_dir)
     profile = config.hardware or Path(__file__).parent / "hardware/isaac.toml"

@@ -29,9 +29,10 @@ from plots.page import Section, write_page
 from plots.pictures import visualize
 from utils import names
 from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.checkpoint import write_json
 from utils.configs import PictureConfig
 from utils.files import check_writable
-from utils.recipe import Recipe, write_json
+from utils.recipe import Recipe
 from utils.script import run_script
 from utils.terminal import table
 

@@ -11,8 +11,9 @@ from statistics import mean
 from demo import COMMON, COMPARED, COMPARED_BLOCK, DIGITS, TEACHER
 from demo import PRUNE as PRUNING
 from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.checkpoint import write_json
 from utils.errors import FarError
-from utils.recipe import Recipe, write_json
+from utils.recipe import Recipe
 from utils.script import run_script
 from utils.terminal import table
 

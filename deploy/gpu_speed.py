@@ -1,7 +1,6 @@
 """What `benchmark.py --device cuda` measures: attention, and FAR by every cell and kernel; a layer, whole models."""
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from deploy.timing import measure, peak_bytes
 from models.choosing import CANDIDATES, choose_kernels
 from models.deit import TEACHERS
 from models.replace import FarConfig, build, set_backend, swap_attention
-from utils.checkpoint import write_atomic
+from utils.checkpoint import write_json
 from utils.distributed import Context
 from utils.errors import first_line
 from utils.files import check_writable
@@ -133,8 +132,7 @@ def run(config: Config, device: torch.device) -> int:
 
     def write() -> None:
         cases = [{**case._asdict(), **result} for case, result in results.items()]
-        content = json.dumps({"about": about, "cases": cases, "auto": chosen}, indent=1).encode()
-        write_atomic(config.output_dir / "gpu.json", lambda file: file.write(content))
+        write_json(config.output_dir / "gpu.json", {"about": about, "cases": cases, "auto": chosen})
 
     for base, by in itertools.product(config.models, (ATTENTION, *CELLS, *CANDIDATES[device.type])):
         print(f"{base}, {by}", flush=True)

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datasets.images import ImageFiles, find_files
 from datasets.loading import Loader, Transformed, naming_dead_workers
 from models.replace import FarConfig
-from utils.checkpoint import write_atomic
+from utils.checkpoint import write_atomic, write_json
 from utils.configs import Prediction
 from utils.distributed import cores
 from utils.errors import FarError, one_line
@@ -85,22 +85,17 @@ def as_text(answers: list[Answer]) -> str:
     return "\n".join(lines)
 
 
-def as_csv(answers: list[Answer]) -> str:
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     table = io.StringIO()
-    writer = csv.DictWriter(table, Answer.__dataclass_fields__, lineterminator="\n")
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(asdict, answers))
-    return table.getvalue()
+    writer.writerows(rows)
+    write_atomic(path, lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
 
 
-def as_json(answers: list[Answer]) -> str:
-    return json.dumps([asdict(answer) for answer in answers], indent=1) + "\n"
-
-
-TABLES = {".csv": as_csv, ".json": as_json}
+TABLES = {".csv": write_csv, ".json": write_json}
 
 
 def write(answers: list[Answer], path: Path) -> None:
     """As the suffix says."""
-    text = TABLES[path.suffix.lower()](answers)
-    write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    TABLES[path.suffix.lower()](path, [asdict(answer) for answer in answers])

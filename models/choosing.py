@@ -1,7 +1,5 @@
 """--lstm-backend auto on CUDA: kernels are compared with torch's LSTM and timed, and the fastest right one is taken."""
 
-import json
-
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from torch.utils.benchmark import Timer
 from models import kernels
 from models.kernels.gpu import tf32_allowed
 from models.replace import replacements, set_backend
-from utils.checkpoint import write_atomic
+from utils.checkpoint import write_json
 from utils.distributed import Context
 from utils.errors import first_line
 from utils.records import read_record
@@ -104,8 +102,7 @@ def choose_kernels(
             if known.get(key) not in CANDIDATES[context.device.type]:
                 known[key] = fastest(attn, batch, tokens, needs_grad, key)
         if path:
-            content = json.dumps({"kernels": known}, indent=1).encode()
-            write_atomic(path, lambda file: file.write(content))
+            write_json(path, {"kernels": known})
         return {what: known[f"{what} on {gpu}"] for what in layers}
 
     for what, name in (context.on_main(choices) if layers else {}).items():

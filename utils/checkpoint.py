@@ -74,6 +74,11 @@ def write_atomic(path: Path, write) -> None:
         raise FarError(f"{path}: cannot be written ({error.strerror}); make room or name another folder") from error
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes an indented JSON file. Raises `write_atomic`'s FarError."""
+    write_atomic(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+
+
 def append(path: Path, lines: bytes) -> None:
     """Adds to a file of lines. A kill may cut the last one, which `utils.records.read_lines` drops. Raises FarError."""
     try:

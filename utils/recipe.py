@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import write_atomic
 from utils.errors import Echo
 from utils.signals import Stopped
 
@@ -67,7 +66,3 @@ class Recipe:
     def best(self, name: str) -> str:
         """The weights of root/name."""
         return str(self.root / name / "best.pth")
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_atomic(path, lambda file: file.write(json.dumps(content, indent=2).encode()))

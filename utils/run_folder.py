@@ -86,8 +86,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         if self.context.main:
-            text = json.dumps(content, indent=2).encode()
-            checkpoint.write_atomic(self.path / name, lambda file: file.write(text))
+            checkpoint.write_json(self.path / name, content)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote, on every process. Raises FarError where it is damaged."""
