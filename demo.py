@@ -23,12 +23,11 @@ from models.replace import load_model, swap_attention
 from plots.figures import fidelity_by_block, save_figure
 from plots.page import Section, write_page
 from plots.pictures import visualize
-from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.checkpoint import write_json
 from utils.configs import DataConfig, PictureConfig, Settings
 from utils.distributed import Context
 from utils.files import check_writable
-from utils.recipe import Recipe
+from utils.recipe import Recipe, recipe_parser
 from utils.script import run_script
 from utils.terminal import table
 
@@ -192,14 +191,8 @@ def ablation(root: Path, seeds: list[int]) -> None:
 
 
 def demo(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="several seeds run in folders of their own")
+    parser = recipe_parser(__doc__.splitlines()[0], "runs/demo")
     parser.add_argument("--ablation", action="store_true", help="measure the choices behind the defaults instead")
-    parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try the demo out")
-    parser.add_argument(
-        "--train-subset", type=PART, default=1.0, help="share of the training images, to try the demo out"
-    )
     args = parser.parse_args(argv)
     root = args.output_dir
     check_writable(root)

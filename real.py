@@ -28,11 +28,11 @@ from plots.figures import kept_by_time, save_figure
 from plots.page import Section, write_page
 from plots.pictures import visualize
 from utils import names
-from utils.arguments import PART, SEED, SIZE, Parser, path
+from utils.arguments import SIZE
 from utils.checkpoint import write_json
 from utils.configs import PictureConfig
 from utils.files import check_writable
-from utils.recipe import Recipe
+from utils.recipe import Recipe, recipe_parser
 from utils.script import run_script
 from utils.terminal import table
 
@@ -159,17 +159,13 @@ def write_gallery(root: Path, weights: Path, rows: list[list[str]]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=path, default=Path("runs/real"), help="where everything goes")
-    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="each has a folder of its own")
+    parser = recipe_parser(__doc__.splitlines()[0], "runs/real")
     parser.add_argument("--input-size", type=SIZE, default=112, help="image side in pixels, a multiple of 14")
     parser.add_argument("--patient", action="store_true", help="15 + 5 epochs in place of 5 + 2, 4 in place of 2")
     parser.add_argument("--all", action="store_true", help="also labels, other cells, and other shares of the units")
     parser.add_argument("--processes", type=SIZE, default=1, help="more than one: by torchrun, a GPU each")
     amp = "mixed precision; bf16 also pays on a CPU with AVX512_BF16"
     parser.add_argument("--amp", choices=names.AMP, default="auto", help=amp)
-    parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try it out")
-    parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try it out")
     args = parser.parse_args(argv)
     check_size(DINOV2, args.input_size)
     check_writable(args.output_dir)

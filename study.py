@@ -10,10 +10,9 @@ from statistics import mean
 
 from demo import COMMON, COMPARED, COMPARED_BLOCK, DIGITS, TEACHER
 from demo import PRUNE as PRUNING
-from utils.arguments import PART, SEED, SIZE, Parser, path
 from utils.checkpoint import write_json
 from utils.errors import FarError
-from utils.recipe import Recipe
+from utils.recipe import Recipe, recipe_parser
 from utils.script import run_script
 from utils.terminal import table
 
@@ -147,14 +146,8 @@ def chosen(words: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=path, default=Path("runs/study"), help="where everything goes")
-    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="each has a folder of its own")
+    parser = recipe_parser(__doc__.splitlines()[0], "runs/study", (0, 1, 2))
     parser.add_argument("--rows", nargs="+", default=[""], metavar="WORDS", help="those whose names hold one of these")
-    parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try the study out")
-    parser.add_argument(
-        "--train-subset", type=PART, default=1.0, help="share of the training images, to try the study out"
-    )
     args = parser.parse_args(argv)
     results = study(args.output_dir, args.seeds, chosen(args.rows), args.epochs, args.train_subset)
     print(f"\nmeans of seeds {' '.join(map(str, args.seeds))}, on held-out training images\n{table(cells(results))}")
