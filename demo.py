@@ -103,17 +103,23 @@ def run_demo(root: Path, seed: int, subset: float, epochs: int | None) -> dict:
     return {"seed": seed, "rows": rows, "fidelity": kept, "kept_units": pruned["units"]}
 
 
-HEADS = ["model", "top-1 %", "agrees %", "parameters", f"ms, {ENGINE}", f"ms, {ONNX_RUNTIME}", "trained for s"]
-COLUMNS = {"acc1": ".2f", "agreement": ".2f", "parameters": ",", ENGINE: ".2f", ONNX_RUNTIME: ".2f", "seconds": ".1f"}
+COLUMNS = {
+    "top-1 %": ("acc1", ".2f"),
+    "agrees %": ("agreement", ".2f"),
+    "parameters": ("parameters", ","),
+    f"ms, {ENGINE}": (ENGINE, ".2f"),
+    f"ms, {ONNX_RUNTIME}": (ONNX_RUNTIME, ".2f"),
+    "trained for s": ("seconds", ".1f"),
+}
 
 
-def cells(summary: dict) -> list[list[str]]:
+def table_rows(summary: dict) -> list[list[str]]:
     """The final table, its heads first; what was not measured stays empty."""
     rows = [
-        [label, *("" if row.get(key) is None else f"{row[key]:{form}}" for key, form in COLUMNS.items())]
+        [label, *("" if row.get(key) is None else f"{row[key]:{form}}" for key, form in COLUMNS.values())]
         for label, row in summary["rows"].items()
     ]
-    return [HEADS, *rows]
+    return [["model", *COLUMNS], *rows]
 
 
 def write_gallery(root: Path, summary: dict) -> Path:
@@ -138,7 +144,7 @@ def write_gallery(root: Path, summary: dict) -> Path:
             "What came out",
             "Agrees: the share of evaluation images on which a model names its teacher's class. ms: milliseconds for "
             "one image on this CPU.",
-            cells(summary),
+            table_rows(summary),
         ),
         Section(
             "What is preserved",
@@ -204,12 +210,12 @@ def demo(argv: list[str] | None = None) -> int:
     for seed in args.seeds:
         summaries.append(run_demo(root if alone else root / f"seed{seed}", seed, args.train_subset, args.epochs))
         if not alone:
-            print(f"\nseed {seed}\n{table(cells(summaries[-1]))}", flush=True)
+            print(f"\nseed {seed}\n{table(table_rows(summaries[-1]))}", flush=True)
     page = write_gallery(root, summaries[0]) if alone else None
     write_json(root / "summary.json", summaries[0] if alone else summaries)  # the last: the demo is finished
     print(f"\nwritten to {root}: summary.json, and a folder of curves and weights for each stage")
     if page:
-        print(f"\n{table(cells(summaries[0]))}\n\nopen {page}")
+        print(f"\n{table(table_rows(summaries[0]))}\n\nopen {page}")
     return 0
 
 

@@ -111,7 +111,7 @@ def run_seed(recipe: Recipe, dinov2: Path, rows: list[str], epochs: tuple[list[s
     return reports
 
 
-def cells(seeds: list[dict[str, dict]]) -> list[list[str]]:
+def table_rows(seeds: list[dict[str, dict]]) -> list[list[str]]:
     """Means over the seeds, heads first; "-" for what was not measured."""
     lines = [["", *COLUMNS]]
     for row in seeds[0]:
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = Recipe(root / f"seed{seed}", [*common, "--seed", str(seed)], args.epochs, args.processes)
         seeds[seed] = run_seed(recipe, dinov2, rows, epochs)
         write_json(root / "rows.json", seeds)
-    rows = cells(list(seeds.values()))
+    rows = table_rows(list(seeds.values()))
     weights = root / f"seed{args.seeds[0]}"
     draw_front(seeds[args.seeds[0]], weights, root / "front.png")
     page = write_gallery(root, weights, rows)

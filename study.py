@@ -122,7 +122,7 @@ def study(root: Path, seeds: list[int], rows: list[str], epochs: int | None, sub
     return results
 
 
-def cells(results: dict[str, list[dict]]) -> list[list[str]]:
+def table_rows(results: dict[str, list[dict]]) -> list[list[str]]:
     """Means over the seeds, and z's least cosine and the block outputs' largest error of all blocks and seeds."""
     lines = [["", *COLUMNS, "least cos", "most error"]]
     for name, reports in results.items():
@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[""], metavar="WORDS", help="those whose names hold one of these")
     args = parser.parse_args(argv)
     results = study(args.output_dir, args.seeds, chosen(args.rows), args.epochs, args.train_subset)
-    print(f"\nmeans of seeds {' '.join(map(str, args.seeds))}, on held-out training images\n{table(cells(results))}")
+    seeds = " ".join(map(str, args.seeds))
+    print(f"\nmeans of seeds {seeds}, on held-out training images\n{table(table_rows(results))}")
     return 0
 
 

@@ -67,7 +67,7 @@ def test_rows_are_trained_measured_and_drawn(tmp_path, teacher, monkeypatch, cap
 
 def test_the_table_is_the_mean_over_the_seeds():
     rows = [{"FAR": {"acc1": acc1, "kl": 0.5, "m_macs": 7.0}} for acc1 in (80.0, 81.0)]
-    heads, far = real.cells(rows)
+    heads, far = real.table_rows(rows)
     assert dict(zip(heads, far, strict=True))["top-1 %"] == "80.50"
     assert dict(zip(heads, far, strict=True))["least z"] == "-"  # not measured
 

@@ -29,7 +29,8 @@ def test_the_table_shows_means_and_extremes():
         inside = {"z_similarity": {"0": x / 10, "1": 0.9}, "output_error": {"0": x, "1": 0.1}}
         return {"acc1": 90 + x, "agreement": 95 - x, "kl": x / 100, **inside}
 
-    assert study.cells({"row": [result(1), result(3)]})[-1] == ["row", "92.00", "93.00", "0.0200", "0.100", "3.000"]
+    rows = study.table_rows({"row": [result(1), result(3)]})
+    assert rows[-1] == ["row", "92.00", "93.00", "0.0200", "0.100", "3.000"]
 
 
 def test_a_row_that_is_not_there_is_one_line(failure, tmp_path):
