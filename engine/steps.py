@@ -19,7 +19,7 @@ from engine.train import Trainer, make_optimizer
 from models.deit import create_teacher, load_published_weights
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore, set_backend
 from models.weights import Weights, check_named, load_teacher_weights
-from plots.figures import draw_curves
+from plots.figures import save_figure, training_curves
 from utils.configs import Command, DataConfig, Settings
 from utils.distributed import Context
 from utils.errors import FarError
@@ -146,5 +146,6 @@ def train_stages(
         stored = read_config(last, source)
         model = restore(stored, last["model"], source, flags.drop, flags.drop_path)
     result = Trainer(model, config, stages, make_task, data, run, run.context, command.settings, last, teacher).fit()
-    draw_curves(run)
+    if run.context.main and (rows := run.rows()):
+        save_figure(training_curves(rows), run.path / "curves.png")
     return model, result

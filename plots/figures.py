@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from utils import names
 from utils.checkpoint import write_atomic
-from utils.run_folder import RunFolder
 
 # Okabe and Ito's colours, safe for colour-blind readers, each with a marker of its own.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -26,12 +25,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks: boxes, no news
         write_atomic(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, bbox_inches="tight"))
-
-
-def draw_curves(run: RunFolder) -> None:
-    """Writes curves.png into a run's folder, from its log."""
-    if run.context.main and (rows := run.rows()):
-        save_figure(training_curves(rows), run.path / "curves.png")
 
 
 def empty_panels(width: float, height: float, xlabel: str, *ylabels: str) -> tuple[Figure, list[Axes]]:
