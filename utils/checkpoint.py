@@ -164,11 +164,6 @@ def weights_of(content: dict[str, Any]) -> dict[str, Any]:
     return {PREFIXES.sub("", str(key), 1): value for key, value in state.items()} if isinstance(state, dict) else {}
 
 
-def is_int(value: Any, low: int, high: int) -> bool:
-    """True if a value from a file is an integer (no bool, no float) in low..high."""
-    return type(value) is int and low <= value <= high
-
-
 def check_dense(value: Any, dtypes: tuple[torch.dtype, ...], name: str, source: str) -> None:
     """Raises FarError unless `value` is a dense tensor of one of these types."""
     if not isinstance(value, Tensor):
