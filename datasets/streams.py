@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import accumulate, chain, islice, repeat
 
 import numpy as np
@@ -23,7 +22,7 @@ from datasets.registry import SOURCES
 from utils import names
 from utils.configs import DataConfig
 from utils.distributed import Context
-from utils.errors import FarError
+from utils.errors import FarError, require
 from utils.preprocessing import Preprocessing
 from utils.seeding import seeded
 
@@ -44,8 +43,7 @@ def open_split(config: DataConfig, name: str) -> Split:
     """Raises FarError where the split is not there, or the package that reads it is not installed."""
     kind, root = config.dataset.partition("/")[0], config.root
     package, install = PACKAGES[kind]
-    if not find_spec(package):
-        raise FarError(f"--dataset {config.dataset}: needs the package {package}; pip install {install}")
+    require(f"--dataset {config.dataset}", package, install=install)
     if kind == "tfds":
         try:
             reader = create_dataset(config.dataset, root, split=name).reader

@@ -37,7 +37,7 @@ from models.weights import load_any
 from utils.checkpoint import save_safe, write_atomic
 from utils.configs import DataConfig, ExportConfig
 from utils.distributed import Context
-from utils.errors import FarError, first_line
+from utils.errors import FarError, first_line, require
 from utils.files import check_writable
 from utils.terminal import table
 
@@ -48,10 +48,9 @@ Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) to logits (B, classes)
 
 
 def write_onnx(model: VisionTransformer, facts: dict[str, Any], args: ExportConfig, path: Path) -> str:
-    if not importlib.util.find_spec("onnx"):
-        raise FarError("--to onnx: needs the package onnx; pip install onnx, or use --to pt2 or safetensors")
-    if args.int8 and not importlib.util.find_spec("onnxruntime"):
-        raise FarError("--int8: needs the package onnxruntime; pip install onnxruntime, or leave it out")
+    require("--to onnx", "onnx", ", or use --to pt2 or safetensors")
+    if args.int8:
+        require("--int8", "onnxruntime", ", or leave it out")
     from deploy.onnx_graph import to_onnx
 
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

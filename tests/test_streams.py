@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 import main
-from datasets import streams
 from datasets.images import read_image
 from datasets.registry import Digits
 from datasets.streams import PACKAGES, open_data
@@ -225,6 +224,6 @@ def test_mistakes_are_one_line_and_nothing_is_written(flags, said, tars, tmp_pat
 def test_more_processes_than_tars_and_a_missing_package_are_told(tars, monkeypatch):
     with pytest.raises(FarError, match="--nproc_per_node: 4 processes but 3 training tars"):
         stream(tars, 0, 4)
-    monkeypatch.setattr(streams, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FarError, match="--dataset wds/digits: needs the package webdataset; pip install "):
         stream(tars)

@@ -3,20 +3,11 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from utils.errors import FarError
-
 FOLDER = "tensorboard"
 PLACE = {"stage_index", "epoch", "step"}  # of a step's row; the rest are its losses
-
-
-def check_board() -> None:
-    """Raises FarError where the package is missing."""
-    if not find_spec("tensorboard"):
-        raise FarError("--tensorboard: needs the package tensorboard; pip install tensorboard, or leave the flag out")
 
 
 class Board:

@@ -39,8 +39,7 @@ from utils.arguments import (
     ratios,
     table,
 )
-from utils.board import check_board
-from utils.errors import FarError
+from utils.errors import FarError, require
 from utils.files import check_writable
 
 run_flag = partial(flag, group="run")
@@ -106,7 +105,7 @@ class RunConfig:
         if self.output_dir:
             check_writable(self.output_dir)
         if self.tensorboard:
-            check_board()
+            require("--tensorboard", "tensorboard", ", or leave the flag out")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Errors that end a script: one line for what the user can mend, said once however many processes meet it."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -30,6 +31,12 @@ class FarError(Exception):
         # A DataLoader worker re-raises with its whole traceback as message: the cause stands behind its last prefix.
         cause = message.rpartition(f"{type(self).__module__}.{type(self).__name__}: ")[-1]
         super().__init__(one_line(cause.strip()))
+
+
+def require(flag: str, package: str, instead: str = "", install: str = "") -> None:
+    """Raises FarError where a package that a flag needs is missing. instead: what else to do; install: for pip."""
+    if not importlib.util.find_spec(package):
+        raise FarError(f"{flag}: needs the package {package}; pip install {install or package}{instead}")
 
 
 class Echo(FarError):
