@@ -27,7 +27,7 @@ def check_compiler(device: torch.device) -> None:
 def _drop_z(model: VisionTransformer, *_) -> None:
     """A hook behind a call of the whole model, an evaluation, in which nobody takes z."""
     for block in model.blocks:
-        take_z(block)
+        take_z(block.attn)
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def compiled(task: nn.Module) -> Iterator[None]:
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS * len(blocks)))
         # Compiled code is shared without a look at hooks: either all blocks have one, or none.
         for model in models:
-            stack.enter_context(keeping_z(model, range(len(model.blocks))))
+            stack.enter_context(keeping_z(block.attn for block in model.blocks))
             stack.callback(model.register_forward_hook(_drop_z).remove)
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=COMPILER)

@@ -30,10 +30,9 @@ def _keep_z(proj: nn.Module, args: tuple[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def keeping_z(model: VisionTransformer, blocks: Iterable[int]) -> Iterator[None]:
-    """Within it, blocks store z, the input of their output projections, for `take_z`. It may be nested."""
-    projections = [model.blocks[i].attn.proj for i in blocks]
-    new = [proj for proj in projections if _keep_z not in proj._forward_pre_hooks.values()]
+def keeping_z(attns: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, attentions and replacements store z, their output projection's input, for `take_z`. May be nested."""
+    new = [attn.proj for attn in attns if _keep_z not in attn.proj._forward_pre_hooks.values()]
     handles = [proj.register_forward_pre_hook(_keep_z) for proj in new]
     try:
         yield
@@ -42,9 +41,9 @@ def keeping_z(model: VisionTransformer, blocks: Iterable[int]) -> Iterator[None]
             handle.remove()
 
 
-def take_z(block: nn.Module) -> Tensor | None:
-    """The z of the block's last call, which the block forgets; None without one."""
-    return vars(block.attn.proj).pop("z", None)
+def take_z(attn: nn.Module) -> Tensor | None:
+    """The z of the last call, which is forgotten; None without one."""
+    return vars(attn.proj).pop("z", None)
 
 
 def embed(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -60,11 +59,11 @@ def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[
     blocks = set(blocks)
     seen = Features(None, {}, {}, {})
     depth = len(model.blocks) if answers else 1 + max(blocks, default=-1)
-    with keeping_z(model, blocks):
+    with keeping_z(model.blocks[i].attn for i in blocks):
         x = embed(model, images)
         for i, block in enumerate(islice(model.blocks, depth)):
             before, x = x, block(x)
-            z = take_z(block)  # compiled ones all leave it
+            z = take_z(block.attn)  # compiled ones all leave it
             if i in blocks:
                 seen.inputs[i], seen.z[i], seen.output[i] = before, z, x
     return seen._replace(logits=model.forward_head(model.norm(x))) if answers else seen
@@ -72,9 +71,9 @@ def forward_features(model: VisionTransformer, images: Tensor, blocks: Iterable[
 
 def forward_blocks(model: VisionTransformer, inputs: dict[int, Tensor]) -> Features:
     """Each block on an input of its own, independent of the others."""
-    with keeping_z(model, inputs):
+    with keeping_z(model.blocks[i].attn for i in inputs):
         output = {i: model.blocks[i](x) for i, x in inputs.items()}
-        return Features(None, inputs, {i: take_z(model.blocks[i]) for i in inputs}, output)
+        return Features(None, inputs, {i: take_z(model.blocks[i].attn) for i in inputs}, output)
 
 
 def attention_inputs(model: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> dict[int, Tensor]:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.features import keeping_z, take_z
+
 
 def integrated_gradients(model: VisionTransformer, images: Tensor, classes: Tensor, steps: int = 32) -> Tensor:
     """Integrated gradients of the logits of `classes`, summed over colour channels.
@@ -40,13 +42,9 @@ def token_similarity(z: Tensor) -> Tensor:
 
 def z_of(attn: nn.Module, x: Tensor) -> Tensor:
     """z (B, N, D) of attention or replacement: what enters its output projection."""
-    z: list[Tensor] = []
-    handle = attn.proj.register_forward_pre_hook(lambda _, args: z.append(args[0]))
-    try:
+    with keeping_z([attn]):
         attn(x)
-    finally:
-        handle.remove()
-    return z[0]
+        return take_z(attn)
 
 
 def influence(
