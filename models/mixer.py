@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.operations import Operation, gelu, linear
@@ -36,13 +35,6 @@ class TokenMixer(Replacement):
                 f"a mixer works on its own {self.num_tokens} tokens, not on {tokens}; keep its image size, or replace "
                 "attention by one of the others"
             )
-
-    @classmethod
-    def check_backend(cls, backend: str, device: torch.device) -> None:
-        """It has no recurrence that a kernel would compute."""
-
-    def maps(self) -> None:
-        """It has no neighbouring linear maps to merge."""
 
     def unit_norms(self) -> dict[Place, Tensor]:
         return {}

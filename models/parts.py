@@ -144,18 +144,17 @@ class Replacement(nn.Module, BlockPart):
     def mix(self, x: Tensor) -> Tensor: ...
 
     @classmethod
-    @abc.abstractmethod
     def check_backend(cls, backend: str, device: torch.device) -> None:
-        """Raises FarError where a `--lstm-backend` cannot compute it on a device."""
+        """Raises FarError where a `--lstm-backend` cannot compute it on a device; without recurrent cells all can."""
 
     def merged(self) -> nn.Module:
         """The same function for inference, called like this one, of its weights as they are now."""
         maps = self.maps()
         return MergedBiRNN(maps) if maps else self
 
-    @abc.abstractmethod
     def maps(self) -> Merged | None:
         """Its linear maps and cells, for inference; None where it has others, and is computed as it is."""
+        return None
 
     def published(self, per_head: bool = False) -> dict[str, Tensor]:
         """Its weights between the two projections as the published code stores them. FarError where that has none."""
