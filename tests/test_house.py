@@ -4,11 +4,8 @@ import ast
 
 from tests.conftest import ROOT
 
-PARTS = "main.py convert.py hubconf.py prune.py visualization.py export.py estimate.py demo.py study.py benchmark.py"
-PARTS = [*PARTS.split(), *"models engine deploy plots datasets utils docs".split()]
-SOURCES = [
-    path for part in PARTS for path in ((ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part])
-]
+FOLDERS = "models engine deploy plots datasets utils docs".split()
+SOURCES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 REPLACING = {"Replacement", "MultiHeadBiRNN", "MultiHeadBiLSTM", "MultiHeadBiGRU", "MultiHeadBiMinGRU", "SingleLSTM"}
 REPLACING |= {"TokenMixer", "Mlp"}
 
