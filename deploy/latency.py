@@ -139,7 +139,7 @@ def summary(timing: dict[str, Any]) -> str:
     other = f" for {table['threads']} threads" * (table["threads"] != timing["measured_threads"])  # a resumed run
     return (
         f"fused, {table['precision']}, batch {table['batch']}, {timing['measured_threads']} threads: "
-        f"{timing['measured_ms']:.2f} ms of {timing['target_ms']:.2f} asked ({timing['predicted_ms']:.2f} "
+        f"{timing['measured_ms']:.2f} ms, target {timing['target_ms']:.2f} ms ({timing['predicted_ms']:.2f} "
         f"predicted{other}), the teacher {timing['measured_teacher_ms']:.2f}: {share:.0%}"
         + (f"; the target is missed by {over:.0%}" if over > 0.005 else "")
     )

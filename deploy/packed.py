@@ -244,7 +244,7 @@ def fault(model: nn.Module) -> str:
         if maps is None or maps.kind.name not in CELLS:
             return f"{type(attn).__name__} in attention's place"
         if maps.backend not in ("auto", "cpu"):
-            return f"its cells are asked of --lstm-backend {maps.backend}"
+            return f"its cells use --lstm-backend {maps.backend}"
     return ""
 
 

@@ -25,7 +25,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def _drop_z(model: VisionTransformer, *_) -> None:
-    """A hook behind a call of the whole model, an evaluation, in which nobody takes z."""
+    """A hook behind a call of the whole model, an evaluation, which does not read z."""
     for block in model.blocks:
         take_z(block.attn)
 

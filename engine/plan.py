@@ -15,12 +15,12 @@ from models.replace import FarConfig, count_parameters, describe, replacements, 
 from utils.configs import Command, Settings
 
 IMAGES = 2  # on which the activations are weighed
-STATES = 2  # of Adam and its kin, each as large as the weights
+STATES = 2  # of optimisers like Adam, each as large as the weights
 WRITTEN = "args.json, log.jsonl, steps.jsonl, curves.png, result.json, last.pth, best.pth"
 
 
 def weigh(task: nn.Module, data: Data, settings: Settings) -> tuple[int, int]:
-    """Bytes that a training step of the task needs: whatever the batch, and more for each image.
+    """Bytes that a training step of the task needs: those independent of the batch, and those of each image.
 
     The latter are those of the tensors that the forward pass keeps for the backward one, weights not counted.
     """

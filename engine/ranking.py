@@ -20,7 +20,7 @@ from utils.distributed import Context
 from utils.errors import FarError
 from utils.records import read_record
 
-RANKING_FILE = "ranking.json"  # in a run's folder: what is decided twice is decided alike
+RANKING_FILE = "ranking.json"  # in a run's folder: a resumed run reuses it
 ASIDE = 512  # images, at most an eighth of the training split, on which blocks are ranked
 
 

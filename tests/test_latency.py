@@ -103,7 +103,7 @@ def test_prune_meets_a_latency_and_a_resumed_run_decides_the_same(far, tmp_path,
     monkeypatch.setattr(latency, "measure", lambda *args: TABLE_32)
     argv = ["--target-latency", "6", "--prune-mlp", "0.5"]
     report = run(tmp_path / "run", far, *argv)
-    assert "ms of 6.00 asked (" in capsys.readouterr().out
+    assert "ms, target 6.00 ms (" in capsys.readouterr().out
     found = report["rows"][2]["latency"]
     assert 3 <= found["predicted_ms"] <= found["target_ms"] == 6 and found["measured_ms"] > 0
     assert latency.read(tmp_path / "run" / latency.FILE, 32) == TABLE_32

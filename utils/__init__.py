@@ -1,4 +1,4 @@
-"""Helpers that know nothing of models or engines."""
+"""Helpers, which import neither models nor engine."""
 
 import os
 

@@ -17,7 +17,7 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of others says, in a line; its kind where it says nothing."""
+    """What a third-party error says, in a line; its kind where it says nothing."""
     return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 

@@ -127,7 +127,7 @@ def has_bfloat16() -> bool:
 def _setup(ctx, inputs, output) -> None:
     (x, weights), (hidden, gates, states) = inputs, output
     ctx.cells = len(gates)
-    ctx.set_materialize_grads(False)  # nobody differentiates gates and states
+    ctx.set_materialize_grads(False)  # gates and states have no gradients
     ctx.save_for_backward(x, hidden, *weights, *gates, *states)
 
 

@@ -73,7 +73,7 @@ def _gradient(grad: Tensor, w_hh: Tensor, gates: Tensor, states: Tensor) -> Tens
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # nobody differentiates gates and states
+    ctx.set_materialize_grads(False)  # gates and states have no gradients
     x, w_ih, _, w_hh, _ = inputs
     ctx.save_for_backward(x, w_ih, w_hh, *output)
 
