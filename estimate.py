@@ -45,7 +45,7 @@ def find_models(config: EstimateConfig) -> Iterator[tuple[str, str, Any, Any]]:
                 yield source, f"{name}, {rep_by}, {config.keep_ratio:g}", teacher, pruned
 
 
-def short(count: float) -> str:
+def with_unit(count: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6)):
         if count >= size / 10:
             return f"{count / size:.3f} {unit}"
@@ -55,7 +55,7 @@ def short(count: float) -> str:
 def show(counts: dict[str, Any], costs: dict[str, Any], turns: dict[str, Any]) -> None:
     """Prints counts, costs, and what decides between models."""
     heads = ("static MACs", "dynamic", "elementwise", "functions", "read", "written", "chain", "weights")
-    print(table([["counts, an image", *heads], *([name, *map(short, row)] for name, row in counts.items())]))
+    print(table([["counts, an image", *heads], *([name, *map(with_unit, row)] for name, row in counts.items())]))
     rows = [["estimate, an image", "uJ", "low to high", "us", "images/s", "crossbars", "used", "worn out in"]]
     for name, cost in costs.items():
         low, likely, high = cost.total_uj

@@ -86,7 +86,7 @@ READING = (
 )
 
 
-def folder(row: str) -> str:
+def folder_name(row: str) -> str:
     return row.lower().replace(", ", "-").replace(" ", "-")
 
 
@@ -95,19 +95,19 @@ def run_seed(recipe: Recipe, dinov2: Path, rows: list[str], epochs: tuple[list[s
     recipe.run("main.py", "teacher", *TEACHER, "--base-weight", str(dinov2))
     base, reports = ["--base-weight", recipe.best("teacher")], {}
     for row in (row for row in SWAPPED if row in rows):
-        reports[row] = recipe.run("main.py", folder(row), *SWAP, *epochs[0], *SWAPPED[row], *base)
+        reports[row] = recipe.run("main.py", folder_name(row), *SWAP, *epochs[0], *SWAPPED[row], *base)
     for row, (of, flags) in ((row, PRUNED[row]) for row in PRUNED if row in rows):
-        start = [*base, "--model-path", recipe.best(folder(of))]
-        report = recipe.run("prune.py", folder(row), *PRUNE, *epochs[1], *flags, *start)
+        start = [*base, "--model-path", recipe.best(folder_name(of))]
+        report = recipe.run("prune.py", folder_name(row), *PRUNE, *epochs[1], *flags, *start)
         reports = {"teacher": report["teacher"], **reports, row: report["rows"][-1]}
-    models = {row: load_model(recipe.best(folder(row))) for row in reports}
+    models = {row: load_model(recipe.best(folder_name(row))) for row in reports}
     times = one_image({row: model for row, (model, _) in models.items()})
     reports["teacher"][OPENVINO] = in_openvino(models["teacher"][0])
     for row, report in reports.items():
         sizes = count_all(*models[row])
         millions = {f"m_{name}": sizes[name] / 1e6 for name in ("parameters", "macs")}
         ms = {runtime: by_row[row] for runtime, by_row in times.items()}
-        report |= {**farthest(report), **sizes, **millions, **ms, "minutes": recipe.seconds[folder(row)] / 60}
+        report |= {**farthest(report), **sizes, **millions, **ms, "minutes": recipe.seconds[folder_name(row)] / 60}
     return reports
 
 
@@ -125,7 +125,7 @@ def table_rows(seeds: list[dict[str, dict]]) -> list[list[str]]:
 def by_count(weights: Path) -> list[tuple[float, float, float, str]]:
     """Of every number of blocks replaced, the cheapest first: ms, agreement and KL after stage attn, the number."""
     teacher, student = (load_model(weights / name / "best.pth")[0] for name in ("teacher", "far"))
-    ranking, hybrids = read_ranking(weights / folder(HYBRID) / RANKING_FILE), {}
+    ranking, hybrids = read_ranking(weights / folder_name(HYBRID) / RANKING_FILE), {}
     for count in range(1, len(teacher.blocks) + 1):
         teacher.blocks[ranking.order[count - 1]].attn = student.blocks[ranking.order[count - 1]].attn
         hybrids[count] = copy.deepcopy(teacher)
@@ -145,13 +145,13 @@ def draw_front(rows: dict[str, dict], weights: Path, path: Path) -> None:
 
 def write_gallery(root: Path, weights: Path, rows: list[list[str]]) -> Path:
     """One page: the table, and what the models of a seed look at. Returns its path."""
-    flags = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": folder(SMALLEST)}
+    flags = {"base_weight": "teacher", "far_weight": "far", "pruned_weight": folder_name(SMALLEST)}
     files = {flag: weights / name / "best.pth" for flag, name in flags.items()}
     _, looks = visualize(PictureConfig(**files, dataset="ELPV", output_dir=root / "figures", count=2))
     curves = [(weights / name / "curves.png", f"{name}: its training") for name in flags.values()]
     shown = "What is kept of the teacher, and how long an image takes; OpenVINO was timed alone, after the others"
     front = [(root / "front.png", shown)]
-    if (bars := weights / folder(HYBRID) / "ranking.png").exists():
+    if (bars := weights / folder_name(HYBRID) / "ranking.png").exists():
         front.append((bars, "What each block costs, and the cheapest so many together, on training images kept aside"))
     sections = [Section("What came out", READING, rows, front), *looks, Section("How it was trained", "", (), curves)]
     write_page(root / "index.html", "FAR on DINOv2 and solar cells", sections)

@@ -83,7 +83,7 @@ KEEP = "0.5,0.3,0.1"
 COLUMNS = {"top-1 %": ("acc1", ".2f"), "agrees %": ("agreement", ".2f"), "KL": ("kl", ".4f")}
 
 
-def folder(kind: str, row: str) -> str:
+def folder_name(kind: str, row: str) -> str:
     return kind + "-" + "".join(c if c.isalnum() else "-" for c in row)
 
 
@@ -92,18 +92,18 @@ def distil(recipe: Recipe, base: list[str], row: str) -> dict[str, dict]:
     attn, block = DISTILLING[row]
     start = []
     if attn is not None:
-        recipe.run("main.py", folder("attn", row), *COMPARED, *base, *attn)
-        start = ["--attn-weight", recipe.best(folder("attn", row))]
-    return {row: recipe.run("main.py", folder("block", row), *COMPARED_BLOCK, *base, *start, *block)}
+        recipe.run("main.py", folder_name("attn", row), *COMPARED, *base, *attn)
+        start = ["--attn-weight", recipe.best(folder_name("attn", row))]
+    return {row: recipe.run("main.py", folder_name("block", row), *COMPARED_BLOCK, *base, *start, *block)}
 
 
 def prune(recipe: Recipe, base: list[str], row: str) -> dict[str, dict]:
     """A row of PRUNED at each of KEEP, or of its own --sweep, by name. base: the teacher's and the data's flags."""
-    start = folder("prune", FIRST) + "/keep-0.55" if row == SECOND else folder("block", "preserve")
+    start = folder_name("prune", FIRST) + "/keep-0.55" if row == SECOND else folder_name("block", "preserve")
     rule = PRUNING.index("--keep-ratio")
     flags = [*PRUNING[:rule], *PRUNING[rule + 2 :], *PUBLISHED, "--sweep", KEEP, *base]
     flags += ["--model-path", recipe.best(start), *PRUNED[row]]
-    report = recipe.run("prune.py", folder("prune", row), *flags)
+    report = recipe.run("prune.py", folder_name("prune", row), *flags)
     return {f"{row}, keep {point['keep_ratio']:g}": point for point in report["sweep"]}
 
 

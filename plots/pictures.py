@@ -85,7 +85,7 @@ def find_models(args: PictureConfig) -> tuple[dict[str, VisionTransformer], FarC
     return models, most, args.output_dir or folder
 
 
-def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> list[int]:
+def blocks_to_draw(models: dict[str, VisionTransformer], block: int | None) -> list[int]:
     """--block, else every block that is replaced in one of the models, else all."""
     depth = len(next(iter(models.values())).blocks)
     if block is None:
@@ -95,7 +95,7 @@ def choose_blocks(models: dict[str, VisionTransformer], block: int | None) -> li
     return [block]
 
 
-def short(name: str) -> str:
+def short_name(name: str) -> str:
     """The first of a class's names, cut where it is long."""
     name = one_line(name).partition(",")[0]
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
@@ -137,7 +137,8 @@ def find_images(args: PictureConfig, config: FarConfig) -> Images:
 
         def read(i: int) -> tuple:
             image, label = split[i]
-            return f"{name}, evaluation image {i}" + (f", labelled “{short(labels[label])}”" if labels else ""), image
+            named = f", labelled “{short_name(labels[label])}”" if labels else ""
+            return f"{name}, evaluation image {i}{named}", image
 
         total = len(split)
     indices = np.linspace(0, total - 1, min(args.count, total)).round().astype(int).tolist()
@@ -166,7 +167,7 @@ def visualize(args: PictureConfig) -> tuple[Path, list[Section]]:
     for model in models.values():
         for attn in replacements(model).values():
             attn.check_backend(args.lstm_backend, device)
-    images, blocks = find_images(args, config), choose_blocks(models, args.block)
+    images, blocks = find_images(args, config), blocks_to_draw(models, args.block)
     for model in models.values():
         model.to(device).requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +216,7 @@ class Gallery:
     def _prediction(self, logits: Tensor) -> str:
         """The likeliest class by name, and how likely."""
         index = logits.argmax().item()
-        name = short(self.images.classes[index]) if self.images.classes else f"class {index}"
+        name = short_name(self.images.classes[index]) if self.images.classes else f"class {index}"
         return f"“{name}” ({logits.softmax(0)[index]:.0%})"
 
     def predictions(self) -> Section:
