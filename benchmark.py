@@ -147,7 +147,7 @@ def benchmark(argv: list[str] | None = None) -> int:
     if args.device == "cuda":  # has defaults of its own
         parser.refuse(argv, {"image_size", "runtimes", "runs", "quick"}, "--device cuda does not use it")
         given = {"output_dir", "seconds", "batches"} & parser.named(argv).keys()
-        return gpu_speed.run(gpu_speed.Config(**{name: vars(args)[name] for name in given}), pick_device("cuda"))
+        return gpu_speed.run(gpu_speed.GpuConfig(**{name: vars(args)[name] for name in given}), pick_device("cuda"))
     check_writable(args.output_dir)
     config = pick(Config, args)
     torch.manual_seed(0)

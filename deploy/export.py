@@ -152,7 +152,7 @@ def look_up(runtime: str) -> tuple[str, str]:
     return f"{runtime} {importlib.metadata.version(runtime)}", ""
 
 
-def read(args: ExportConfig) -> tuple[VisionTransformer, FarConfig]:
+def open_model(args: ExportConfig) -> tuple[VisionTransformer, FarConfig]:
     """The model, and its configuration with how images are prepared. Raises FarError where the flags contradict it."""
     flag = "--far-weight" if args.far_weight else "--base-weight"
     model, config = load_any(args, args.weight, flag, teacher=not args.far_weight)
@@ -241,7 +241,7 @@ def check(args: ExportConfig, model: VisionTransformer, config: FarConfig, path:
 def export(args: ExportConfig) -> Path:
     """Writes the file, checked; returns its path. Raises FarError, and then leaves nothing behind."""
     check_writable(args.file.parent, "--output")
-    model, config = read(args)
+    model, config = open_model(args)
     facts = {
         "architecture": "far_" * bool(config.replaced) + find_teacher(config.base_model).architecture,  # timm's name
         "config": asdict(config),

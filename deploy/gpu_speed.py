@@ -29,7 +29,7 @@ PRECISIONS = {"TF32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Config:
+class GpuConfig:
     """What is measured. seconds: for each number."""
 
     output_dir: Path = Path("runs/gpu")
@@ -92,7 +92,7 @@ def measure_case(module: nn.Module, x: Tensor, case: Case, seconds: float) -> di
     return {"failed": reason}
 
 
-def measure_model(base: str, by: str, config: Config, device: torch.device) -> dict[Case, dict[str, Any]]:
+def measure_model(base: str, by: str, config: GpuConfig, device: torch.device) -> dict[Case, dict[str, Any]]:
     """Every case of one model computed in one way."""
     model = random_model(base, by).to(device)
     tokens, results = model.patch_embed.num_patches + model.num_prefix_tokens, {}
@@ -117,7 +117,7 @@ def show(results: dict[Case, dict[str, Any]]) -> None:
         print(f"\n{', '.join(title)}\n{table([heads, *rows.values()])}", flush=True)
 
 
-def run(config: Config, device: torch.device) -> int:
+def run(config: GpuConfig, device: torch.device) -> int:
     """Measures everything, prints tables and writes gpu.json, after each model what it has. Returns the exit code."""
     check_writable(config.output_dir)
     config.output_dir.mkdir(parents=True, exist_ok=True)

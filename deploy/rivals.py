@@ -87,7 +87,7 @@ def compiled(model: nn.Module, precision: str, folder: str) -> Call:
     return lambda images: module(images.to(dtype))
 
 
-def export(model: nn.Module, folder: str) -> str:
+def export_onnx(model: nn.Module, folder: str) -> str:
     """The model as an ONNX file in a folder, batch dynamic; the first process that needs it makes it."""
     side = model.patch_embed.img_size[0]
     file = Path(folder) / f"{count_parameters(model)}-{side}.onnx"
@@ -128,7 +128,7 @@ def calibration(model: nn.Module) -> list[np.ndarray]:
 
 def onnx_runtime(model: nn.Module, precision: str, folder: str) -> Call:
     """int8: by its quantizers, dynamic, or static: of products, by calibration, QDQ."""
-    file = export(model, folder)
+    file = export_onnx(model, folder)
     with filelock.FileLock(f"{file}.lock"):  # the quantizers write files of one name beside it
         if precision == "int8":
             from onnxruntime.quantization import quantize_dynamic
@@ -150,7 +150,7 @@ def onnx_runtime(model: nn.Module, precision: str, folder: str) -> Call:
 
 def openvino(model: nn.Module, precision: str, folder: str) -> Call:
     """int8: by NNCF, static, as it is advised for transformers."""
-    file = export(model, folder)
+    file = export_onnx(model, folder)
     if precision == "int8":
         import nncf
         from openvino import Core, save_model

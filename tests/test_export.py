@@ -16,7 +16,7 @@ import torch
 import export
 import models.timm_models  # noqa: F401  (registers)
 from datasets.loading import Data
-from deploy.export import TARGETS, read
+from deploy.export import TARGETS, open_model
 from deploy.onnx_graph import to_onnx
 from deploy.predict import preprocessing_of
 from models.hub import load
@@ -218,11 +218,11 @@ def test_how_images_are_read_where_no_checkpoint_says_is_one_answer_everywhere(t
     old = tmp_path / "far.pth"
     store(old, micro(**KINDS["merged"]))
     flags = {"to": "safetensors", "far_weight": old}
-    assert read(ExportConfig(**flags))[1].preprocessing == Preprocessing() and "ImageNet" in caplog.text
+    assert open_model(ExportConfig(**flags))[1].preprocessing == Preprocessing() and "ImageNet" in caplog.text
     assert preprocessing_of(load_model(old)[1]) == Preprocessing()
     hub = load(old).pretrained_cfg
     assert all(hub[name] == value for name, value in asdict(Preprocessing()).items())
-    digits = read(ExportConfig(**flags, dataset="DIGITS"))[1].preprocessing
+    digits = open_model(ExportConfig(**flags, dataset="DIGITS"))[1].preprocessing
     assert digits == Data(DataConfig("DIGITS", None, 32), Context()).preprocessing != Preprocessing()
 
 

@@ -8,7 +8,7 @@ import torch
 
 import benchmark
 from deploy import gpu_speed
-from deploy.gpu_speed import Case, Config
+from deploy.gpu_speed import Case, GpuConfig
 from models import choosing, kernels
 from models.replace import replacements
 
@@ -28,7 +28,7 @@ def config(monkeypatch, tmp_path):
     clock = map(float, itertools.count(1))
     monkeypatch.setattr(gpu_speed, "measure", lambda call, seconds: (call(), [next(clock), 1e9, 0.0])[1])
     monkeypatch.setattr(choosing, "SECONDS", 0.0)
-    return Config(tmp_path / "gpu", 0.0, (2,), ("DeiT-Micro",))
+    return GpuConfig(tmp_path / "gpu", 0.0, (2,), ("DeiT-Micro",))
 
 
 def test_everything_is_measured_and_shown(config, capsys):
@@ -67,7 +67,7 @@ def test_benchmark_hands_over_with_its_own_defaults(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "pick_device", torch.device)
     assert benchmark.benchmark(["--device", "cuda"]) == 0
     assert benchmark.benchmark(["--device", "cuda", "--batches", "3", "--output-dir", str(tmp_path)]) == 0
-    assert seen == [Config(), Config(output_dir=tmp_path, batches=[3])]
+    assert seen == [GpuConfig(), GpuConfig(output_dir=tmp_path, batches=[3])]
 
 
 def test_flags_for_a_cpu_are_refused_for_a_gpu_and_a_missing_gpu_is_one_line(failure):
