@@ -33,7 +33,7 @@ SECONDS = 5.0  # of measuring
 
 
 @dataclass(frozen=True)
-class Table:
+class LatencyTable:
     """Milliseconds of whole models, fused on a CPU: of the teacher, and with the same number of units in every place.
 
     ms: by that number, ascending, never less than before; the first is 1.
@@ -57,20 +57,20 @@ class Table:
         return target.amount / 100 * self.teacher_ms if target.percent else target.amount
 
 
-def obtain(
+def load_or_measure(
     run: RunConfig, model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None, precision: str
-) -> Table:
+) -> LatencyTable:
     """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
     if run.resume and run.output_dir and (path := run.output_dir / FILE).exists():
-        return read(path, max(places(model)))
+        return read_table(path, max(places(model)))
     return measure(model, config, batch, mlp, precision)
 
 
-def read(path: Path, most: int) -> Table:
+def read_table(path: Path, most: int) -> LatencyTable:
     """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
     record = read_record(path, "table")["table"]
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        table = Table(**{**record, "ms": {int(units): float(ms) for units, ms in record["ms"].items()}})
+        table = LatencyTable(**{**record, "ms": {int(units): float(ms) for units, ms in record["ms"].items()}})
         if {1, most} <= table.ms.keys():
             return table
     raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
@@ -78,7 +78,7 @@ def read(path: Path, most: int) -> Table:
 
 def measure(
     model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None, precision: str = "float32"
-) -> Table:
+) -> LatencyTable:
     """Times models of the shape of this one, random weights, with the numbers of units at which vectors are full."""
     shape, parts = describe(model, config), replacements(model)
     if mlp:
@@ -93,10 +93,10 @@ def measure(
         times = in_engine(models, SECONDS, batch, precision)
     longest = accumulate((times[f"{u}"] for u in levels), max)  # noise must not make fewer units slower
     ms = dict(zip(levels, longest, strict=True))
-    return Table(batch, torch.get_num_threads(), times["teacher"], ms, precision)
+    return LatencyTable(batch, torch.get_num_threads(), times["teacher"], ms, precision)
 
 
-def check(model: VisionTransformer, config: FarConfig, table: Table, target: Latency) -> dict[str, Any]:
+def check_target(model: VisionTransformer, config: FarConfig, table: LatencyTable, target: Latency) -> dict[str, Any]:
     """Measures the shrunk model, and the teacher in turns with it, beside what was predicted."""
     copied = copy.deepcopy(model).cpu().eval()
     set_backend(copied, "auto")
@@ -132,8 +132,8 @@ def in_engine(
     return lower_quartiles(calls, seconds)
 
 
-def summary(timing: dict[str, Any]) -> str:
-    """What `check` measured, in one line."""
+def describe_timing(timing: dict[str, Any]) -> str:
+    """What `check_target` measured, in one line."""
     over = timing["measured_ms"] / timing["target_ms"] - 1
     table, share = timing["table"], timing["measured_ms"] / timing["measured_teacher_ms"]
     other = f" for {table['threads']} threads" * (table["threads"] != timing["measured_threads"])  # a resumed run

@@ -47,7 +47,7 @@ SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
 }
 
 
-def keep_fast(norms: Norms, table: latency.Table, target: Latency) -> Kept:
+def keep_fast(norms: Norms, table: latency.LatencyTable, target: Latency) -> Kept:
     """Keeps each place's best units, so many that the predicted time is within the target.
 
     As long as it is not, the place that loses the least of s_j / mean(s) for a millisecond goes down to a number of the
@@ -110,7 +110,7 @@ class Pruning:
         self.table = None
         if command.target_latency:
             how = command.run, self.model, self.config, command.latency_batch or 1, command.prune_mlp, command.precision
-            self.table = context.on_main(lambda: latency.obtain(*how))
+            self.table = context.on_main(lambda: latency.load_or_measure(*how))
         for ratio in command.sweep or [command.keep_ratio]:
             self.select(self.model, ratio, unit_norms)  # what cannot be met is told before hours of training
 
@@ -201,8 +201,8 @@ class Pruning:
         timed = {}
         if self.table:
             how = model, self.config, self.table, self.command.target_latency
-            timed["latency"] = context.on_main(lambda: latency.check(*how))
-            say(context, latency.summary(timed["latency"]))
+            timed["latency"] = context.on_main(lambda: latency.check_target(*how))
+            say(context, latency.describe_timing(timed["latency"]))
         model, tuned = self.train(run, model, self.fine_tune, pruned)
         if context.main:
             parts = replacements(model)

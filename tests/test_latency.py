@@ -18,8 +18,8 @@ from utils import arguments
 from utils.arguments import Latency
 from utils.errors import FarError
 
-TABLE = latency.Table(batch=1, threads=2, teacher_ms=20.0, ms={1: 4.0, 2: 6.0, 4: 14.0})
-TABLE_32 = latency.Table(1, 1, 9.0, {1: 3.0, 16: 4.0, 32: 8.0})
+TABLE = latency.LatencyTable(batch=1, threads=2, teacher_ms=20.0, ms={1: 4.0, 2: 6.0, 4: 14.0})
+TABLE_32 = latency.LatencyTable(1, 1, 9.0, {1: 3.0, 16: 4.0, 32: 8.0})
 # Two blocks of other means: only shares of them count. Sums of s_j / mean(s), best unit first: 2.5 4 5 5.2,
 # 1.2 1.9 2.5 2.8 and 1 2 3 4.
 NORMS = {
@@ -54,7 +54,7 @@ def test_the_place_that_loses_least_for_its_time_goes_first(norms, target, kept)
 
 
 def test_a_step_that_saves_nothing_is_passed_over():
-    table = latency.Table(1, 1, 9.0, {1: 3.0, 2: 5.0, 4: 5.0})
+    table = latency.LatencyTable(1, 1, 9.0, {1: 3.0, 2: 5.0, 4: 5.0})
     assert list(lists(keep_fast(NORMS, table, Latency(4.4, False))).values()) == [ALL, [0], ALL]
 
 
@@ -75,10 +75,10 @@ def test_a_table_is_measured_at_full_vectors_and_read_back_as_it_was(tmp_path, m
     assert times == sorted(times) and times[0] > 0 and table.teacher_ms > 0
     file = tmp_path / latency.FILE
     file.write_text(json.dumps({"table": asdict(table)}))
-    assert latency.read(file, 32) == table
+    assert latency.read_table(file, 32) == table
     file.write_text(json.dumps({"table": {**asdict(table), "ms": {}}}))
     with pytest.raises(FarError, match="damaged"):
-        latency.read(file, 32)
+        latency.read_table(file, 32)
 
 
 def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
@@ -93,7 +93,7 @@ def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
     kept = keep_fast(unit_norms(replacements(model)), TABLE_32, Latency(5.0, False))
     small = copy.deepcopy(model)
     shrink(replacements(small), kept)
-    found = latency.check(small, config, TABLE_32, Latency(5.0, False))
+    found = latency.check_target(small, config, TABLE_32, Latency(5.0, False))
     assert seen["model"] is not small and replacements(seen["model"])[3].sizes == replacements(small)[3].sizes
     assert found["predicted_ms"] == TABLE_32.predict(map(len, kept.values())) <= 5.0 == found["target_ms"]
 
@@ -106,7 +106,7 @@ def test_prune_meets_a_latency_and_a_resumed_run_decides_the_same(far, tmp_path,
     assert "ms, target 6.00 ms (" in capsys.readouterr().out
     found = report["rows"][2]["latency"]
     assert 3 <= found["predicted_ms"] <= found["target_ms"] == 6 and found["measured_ms"] > 0
-    assert latency.read(tmp_path / "run" / latency.FILE, 32) == TABLE_32
+    assert latency.read_table(tmp_path / "run" / latency.FILE, 32) == TABLE_32
     units = load_model(tmp_path / "run/best.pth")[1].units
     sizes = [u for heads in units.values() for pair in heads for u in pair]
     assert set(sizes) <= {1, 16, 32} and TABLE_32.predict([*sizes, *[32] * (16 - len(sizes))]) <= 6
