@@ -63,7 +63,7 @@ class Augmented(Transformed):
             return super().__getitem__(index)
 
 
-class Answered(Relabelled):
+class PseudoLabelled(Relabelled):
     """A split whose labels are a model's predictions, {index: class}."""
 
     def __getitem__(self, index: int):
@@ -166,19 +166,19 @@ def train_transform(config: DataConfig, source: Source, normal: Preprocessing):
     return transform
 
 
-def share(size: int, part: float, seed: int) -> np.ndarray:
+def random_share(size: int, part: float, seed: int) -> np.ndarray:
     """A fixed random share of range(size), at least one."""
     return np.sort(np.random.default_rng(seed).permutation(size)[: max(1, round(size * part))])
 
 
-def apart(split: Dataset, part: float, seed: int) -> tuple[Subset, Subset]:
+def split_off(split: Dataset, part: float, seed: int) -> tuple[Subset, Subset]:
     """A fixed random share of a split, and the rest."""
-    held = share(len(split), part, seed)
+    held = random_share(len(split), part, seed)
     rest = np.setdiff1d(np.arange(len(split)), held)
     return Subset(split, held.tolist()), Subset(split, rest.tolist())
 
 
-def filled(names: Sequence[str], count: int) -> tuple[str, ...]:
+def pad_class_names(names: Sequence[str], count: int) -> tuple[str, ...]:
     """`count` names: those given, then "class 3" and so on, skipping any that are taken."""
     free = (name for k in itertools.count(len(names)) if (name := f"class {k}") not in names)
     return (*names, *islice(free, count - len(names)))
@@ -235,7 +235,7 @@ class Data:
         source = SOURCES[name]
         self.labelled, self.names = source.labelled, class_names(name, self.splits[0])
         self.num_classes = resolve_num_classes(config, count_classes(name, self.splits[0]))
-        self.class_names = filled(self.names, self.num_classes) if self.names else ()
+        self.class_names = pad_class_names(self.names, self.num_classes) if self.names else ()
         if train is not None and val is not None and self.names != (val_names := class_names(name, val)):
             try:  # the two splits may list the same classes in different orders
                 match_classes(val_names, self.names)
@@ -247,12 +247,12 @@ class Data:
             log.warning("%s", skipping(f"--data-path {root}", skipped))
 
         if config.holdout:  # evaluate on a share of the training split, so that the evaluation split stays unseen
-            val, train = apart(train, config.holdout, 0)
+            val, train = split_off(train, config.holdout, 0)
         self.aside = None
         if train is not None and config.aside:
-            self.aside, train = apart(train, min(1 / 8, config.aside / len(train)), 1)
+            self.aside, train = split_off(train, min(1 / 8, config.aside / len(train)), 1)
         if train is not None and config.train_subset < 1:
-            train = Subset(train, share(len(train), config.train_subset, config.seed).tolist())
+            train = Subset(train, random_share(len(train), config.train_subset, config.seed).tolist())
         for split, data in (("training", train), ("evaluation", val)):
             if data is not None and not len(data):
                 where = f"--holdout {config.holdout:g}, --data-path {root}"
@@ -281,10 +281,10 @@ class Data:
             self.train = None if self.train is None else Relabelled(self.train, labels)
         self.class_names, self.num_classes = classes, len(classes)
 
-    def answer(self, answers: Iterable[int], num_classes: int) -> None:
+    def set_labels(self, labels: Iterable[int], num_classes: int) -> None:
         """Replaces the labels of this process's share by a model's predictions, in `val_loader`'s order."""
         self.num_classes = num_classes
-        self.val = Answered(self.val, dict(zip(self._indices(self.val), answers, strict=True)))
+        self.val = PseudoLabelled(self.val, dict(zip(self._indices(self.val), labels, strict=True)))
 
     @property
     def workers(self) -> int:

@@ -60,7 +60,7 @@ def label_by_teacher(data: Data, teacher: VisionTransformer | None, settings: Se
     for images, _ in data.val_loader(64):
         with autocast():
             answers += teacher.eval().to(context.device)(images.to(context.device)).argmax(1).tolist()
-    data.answer(answers, teacher.num_classes)
+    data.set_labels(answers, teacher.num_classes)
 
 
 def load_teacher(weights: Weights | None, config: FarConfig) -> VisionTransformer:

@@ -76,7 +76,7 @@ def test_each_process_evaluates_by_its_own_answers():
     for world in (1, 3):
         for rank in range(world):
             data = Data(DataConfig("DIGITS", None, 32, num_workers=0), Context(rank, world))
-            data.answer(wanted[rank::world], 10)
+            data.set_labels(wanted[rank::world], 10)
             assert [label for _, labels in data.val_loader(50) for label in labels.tolist()] == wanted[rank::world]
 
 
