@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from engine import modes, pruning
 from plots import figures
 from tests import child
 from utils.checkpoint import load
+from utils.configs import Settings
+from utils.script import run_script
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
@@ -33,6 +36,7 @@ DIGITS = ["--dataset", "DIGITS", "--scale", "Micro", "--train-subset", "0.104", 
 BATCH, BLOCK_BATCH = ["--batch-size", "64"], ["--block-ft-batch-size", "64"]
 TEACH = ["--mode", "teacher", *DIGITS, *BATCH]
 TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
+FLOAT32 = Settings().autocast(torch.device("cpu"))
 
 
 def pytest_sessionstart() -> None:
@@ -160,16 +164,38 @@ def weights(run: Path, name: str = "last.pth") -> dict[str, torch.Tensor]:
     return load(run / name, "--test")["model"]
 
 
+def report(run: Path, name: str = "result.json") -> dict:
+    return json.loads((run / name).read_text())
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Every part counts: nothing stays zero or one."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+            elif "token" in name or "pos_embed" in name or name == "head.weight":
+                p.normal_(std=0.3)
+    return model.eval().requires_grad_(False)
+
+
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     """The same weights, to the bit."""
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(autouse=True)
-def alike() -> None:
+def alike() -> Iterator[None]:
     """A test draws the same numbers whichever tests ran before it, and without the TF32 that main.main() allows."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -219,14 +245,22 @@ def few_digits(monkeypatch):
 
 
 @pytest.fixture
-def failure(capsys):
-    """Runs a script (main.py) in this process, expects exit code 2 and one line; returns it."""
-    from utils.script import run_script
+def failure(capsys, request):
+    """Runs a script (main.py) in this process, expects exit code 2 and one line; returns it.
+
+    TEACHER and FAR stand for the weights made here.
+    """
+
+    def word(given) -> str:
+        if given == "FAR":
+            return str(request.getfixturevalue("far") / "best.pth")
+        return str(request.getfixturevalue("teacher") if given == "TEACHER" else given)
 
     def run(*argv: str, script=main.main) -> str:
+        argv = [word(given) for given in argv]
         capsys.readouterr()
         try:
-            code = run_script(script, [str(a) for a in argv])
+            code = run_script(script, argv)
         except SystemExit as stop:  # argparse
             code = stop.code
         lines = [
@@ -237,5 +271,19 @@ def failure(capsys):
         assert code == 2, lines
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def mistake(failure, tmp_path, monkeypatch):
+    """Runs a script in a folder: it says one line, which matches a pattern, and leaves the folder as it was."""
+
+    def run(line: str, said: str, script=main.main, folder: Path = tmp_path) -> None:
+        monkeypatch.chdir(folder)
+        before = sorted(folder.rglob("*"))
+        found = failure(*line.split(), script=script)
+        assert re.search(said, found), found
+        assert sorted(folder.rglob("*")) == before
 
     return run

@@ -22,6 +22,7 @@ def test_bfloat16_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
     with pytest.raises(FarError, match="--fuse float32"):
         fuse(micro(), torch.bfloat16)
+    fuse(micro(), torch.float32)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.05])
