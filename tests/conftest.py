@@ -155,9 +155,9 @@ def lines_in(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def rows(run: Path) -> list[dict]:
-    """A run's epochs."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def rows(run: Path, name: str = "log.jsonl") -> list[dict]:
+    """A run's epochs, or its steps."""
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def weights(run: Path, name: str = "last.pth") -> dict[str, torch.Tensor]:

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 
 def model_of(rep_by, replaced=(0, 1, 3), size=32, **kwargs):
-    model = build(FarConfig("DeiT-Micro", 10, size, rep_by, replaced=replaced, **kwargs)).double().eval()
+    units = {"1": [[5, 32], [1, 7]]} if rep_by in ("multi-lstm", "gru", "mingru") and 1 in replaced else {}
+    config = FarConfig("DeiT-Micro", 10, size, rep_by, replaced=replaced, units=units, **kwargs)
+    model = build(config).double().eval()
     for p in model.parameters():
         if p.dim() == 1:
             torch.nn.init.normal_(p, std=0.2)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from datasets.images import read_image
 from datasets.registry import Digits
 from datasets.streams import PACKAGES, open_data
 from engine.train import Trainer
-from utils import checkpoint, names
+from tests.conftest import assert_equal, report, rows, weights
+from utils import names
 from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
@@ -154,7 +154,7 @@ def test_a_training_that_stops_within_an_epoch_resumes_bit_equal(tars, tmp_path,
     monkeypatch.chdir(tmp_path)
     argv = [*TEACH, "--data-path", str(tars), "--output-dir"]
     assert main.main([*argv, "whole"]) == 0
-    assert json.loads(Path("whole/result.json").read_text())["images"] == 20
+    assert report(Path("whole"))["images"] == 20
     read, calls = Trainer.read_losses, []
 
     def stop_at_the_third(self, losses, stage, curve_every):
@@ -171,10 +171,9 @@ def test_a_training_that_stops_within_an_epoch_resumes_bit_equal(tars, tmp_path,
     assert "--num-workers 1, not 0" in failure(*argv, "run", "--resume", "--num-workers", "0")
     assert main.main([*argv, "run", "--resume"]) == 0
     for file in ("best.pth", "last.pth"):
-        a, b = (checkpoint.load(Path(run, file), "--test")["model"] for run in ("run", "whole"))
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    logs = [[json.loads(row) for row in Path(run, "log.jsonl").read_text().splitlines()] for run in ("run", "whole")]
-    assert [(row["train"], row["val"]) for row in logs[0]] == [(row["train"], row["val"]) for row in logs[1]]
+        assert_equal(weights(Path("run"), file), weights(Path("whole"), file))
+    log, expected = ([(row["train"], row["val"]) for row in rows(Path(run))] for run in ("run", "whole"))
+    assert log == expected
 
 
 def test_a_dry_run_knows_streams(tars, capsys):
@@ -214,11 +213,9 @@ def test_an_evaluation_that_is_not_of_every_picture_is_one_line(tmp_path):
         ("--dataset hfds/mnist", "--dataset: hfds/mnist: .* take FOLDER, or .* take wds/NAME"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_written(flags, said, tars, tmp_path, monkeypatch, failure):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_are_one_line_and_nothing_is_written(flags, said, tars, tmp_path, mistake):
     (write_tars(tmp_path / "lost") / "digits-validation-0001.tar").unlink()
-    assert re.search(said, failure(*TEACH, "--output-dir", "out", "--data-path", tars, *flags.split()))
-    assert not Path("out").exists()
+    mistake(f"{' '.join(TEACH)} --data-path {tars} {flags}", said)
 
 
 def test_more_processes_than_tars_and_a_missing_package_are_told(tars, monkeypatch):
