@@ -4,7 +4,7 @@ READY rows look at the trainer that main.py made and has not started, DONE rows 
 line share it.
 """
 
-import json
+import functools
 import math
 
 import pytest
@@ -26,7 +26,7 @@ from models import kernels
 from models.deit import create_teacher
 from models.kernels import KERNELS
 from models.replace import swap_attention
-from tests.conftest import EVAL
+from tests.conftest import EVAL, assert_equal, rows, weights
 from tests.test_kernels import watch
 from utils.checkpoint import load
 from utils.preprocessing import Preprocessing
@@ -65,15 +65,13 @@ def run(teacher, far, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ready(run):
     """The trainer of a command line, not yet started."""
-    made = {}
 
+    @functools.cache
     def get(line: str) -> Trainer:
-        if line not in made:
-            with pytest.MonkeyPatch.context() as patch, pytest.raises(Ready) as caught:
-                patch.setattr(Trainer, "fit", stop)
-                run(line)
-            made[line] = caught.value.args[0]
-        return made[line]
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Ready) as caught:
+            patch.setattr(Trainer, "fit", stop)
+            run(line)
+        return caught.value.args[0]
 
     return get
 
@@ -82,10 +80,7 @@ class Finished:
     """What a run left in its folder."""
 
     def __init__(self, folder):
-        self.log, self.steps = (
-            [json.loads(line) for line in (folder / name).read_text().splitlines()]
-            for name in ("log.jsonl", "steps.jsonl")
-        )
+        self.log, self.steps = rows(folder), rows(folder, "steps.jsonl")
         optimizer = load(folder / "last.pth")["optimizer"]
         self.groups, self.state = optimizer["param_groups"], list(optimizer["state"].values())
         self.rates = [row["lr"] for row in self.log]
@@ -94,8 +89,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def done(run):
     """The finished run of a command line."""
-    made = {}
-    return lambda line: made.get(line) or made.setdefault(line, Finished(run(line)))
+    return functools.cache(lambda line: Finished(run(line)))
 
 
 def find(trainer, kind):
@@ -266,8 +260,8 @@ DONE = [
 ]
 
 
-def named(rows):
-    return [pytest.param(*row, id=name) for name, *row in rows]
+def named(table):
+    return [pytest.param(*row, id=name) for name, *row in table]
 
 
 @pytest.mark.parametrize(("line", "look", "expected"), named(READY))
@@ -281,8 +275,7 @@ def test_what_a_flag_says_of_a_run(line, look, expected, done):
 
 
 def test_attn_weight_is_what_the_block_stage_starts_from(ready, far):
-    start, weights = ready(FROM_FAR).model.state_dict(), load(far / "best.pth")["model"]
-    assert all(torch.equal(start[name], weights[name]) for name in weights)
+    assert_equal(ready(FROM_FAR).model.state_dict(), weights(far, "best.pth"))
 
 
 def test_the_named_data_set_is_read_from_its_path_and_fetched_where_asked(monkeypatch, ready):
@@ -307,9 +300,8 @@ def test_lstm_backend_names_the_kernel_that_runs(backend, monkeypatch, far):
     assert calls == {backend}
 
 
-def test_a_device_or_kernel_that_is_not_there_is_refused_before_the_run_begins(failure, monkeypatch, tmp_path):
+def test_a_device_or_kernel_that_is_not_there_is_refused_before_the_run_begins(mistake, failure, monkeypatch):
     monkeypatch.setattr(kernels.gpu, "interpreting", lambda: False)
-    line = failure(*TEACHER.split(), "--device", "cpu", "--lstm-backend", "triton", "--output-dir", tmp_path / "run")
-    assert "--lstm-backend triton" in line and not (tmp_path / "run").exists()
+    mistake(f"{TEACHER} --device cpu --lstm-backend triton", "--lstm-backend triton")
     if not torch.cuda.is_available():
         assert "--device cuda" in failure("--mode", "eval", "--device", "cuda")

@@ -20,7 +20,7 @@ from engine.pruning import SCORES
 from models.deit import TEACHERS, create_teacher, load_published_weights
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
-from tests.conftest import DIGITS, EVAL, PLAIN, QUIET, TRAIN, image_folder, launch, report, run_ranks
+from tests.conftest import DIGITS, EVAL, PLAIN, QUIET, TRAIN, image_folder, launch, run_ranks
 from utils import names
 from utils.checkpoint import load
 from utils.configs import DataConfig

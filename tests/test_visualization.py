@@ -14,7 +14,6 @@ from matplotlib.text import Text
 from scipy.stats import spearmanr
 
 import visualization
-from datasets.registry import photographs
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.features import attention_weights
@@ -216,10 +215,6 @@ def test_other_formats_and_images_of_ones_own(far, tmp_path, monkeypatch):
     argv = ["--far-weight", far / "best.pth", "--images", root, "--block", "0", "--format", "pdf", "--output-dir", out]
     assert visualization.main(list(map(str, argv))) == 0
     assert (out / "importance-1.pdf").stat().st_size > 3000
-
-
-def test_the_two_photographs_ship():
-    assert {name: image.size for name, image in photographs().items()} == {"china": (640, 427), "flower": (640, 427)}
 
 
 @pytest.mark.parametrize(
