@@ -6,15 +6,12 @@ import torch
 from models.bigru import MultiHeadBiGRU
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
-from models.kernels import KERNELS, LSTM
+from models.kernels import KERNELS
 from models.mingru import MultiHeadBiMinGRU
-from models.replace import REPLACEMENTS, FarConfig, build, describe, pack, parse_blocks, replacements, swap_attention
+from models.replace import REPLACEMENTS, parse_blocks, replacements, swap_attention
+from tests.conftest import relative_error
 
 RAGGED = [[(64, 64)] * 3, [(64, 1), (17, 40), (3, 64)], [(5, 5), (1, 1), (2, 31)]]
-
-
-def relative_error(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("units", RAGGED)
@@ -80,15 +77,6 @@ def test_a_hooked_head_projection_is_called_as_it_is():
     assert called == ["hook"]
 
 
-def test_heads_are_independent():
-    m = MultiHeadBiLSTM(192, 3, 20)
-    p = torch.randn(1, 20, 3, 64)
-    q = p.clone()
-    q[:, :, 1] += 1
-    a, b = (KERNELS["torch"].run(LSTM, t, m.cells()).unflatten(2, (3, 128)) for t in (p, q))
-    assert torch.equal(a[:, :, [0, 2]], b[:, :, [0, 2]]) and not torch.equal(a[:, :, 1], b[:, :, 1])
-
-
 @pytest.mark.parametrize("name", sorted(REPLACEMENTS))
 def test_swap_carries_the_output_projection_over_and_leaves_other_blocks(name):
     model = create_teacher("DeiT-Micro", 10, 32).eval()
@@ -99,25 +87,6 @@ def test_swap_carries_the_output_projection_over_and_leaves_other_blocks(name):
     assert torch.equal(model.blocks[3].attn.post_proj.weight, before[3].proj.weight)
     assert model.blocks[3].attn.post_proj not in model.blocks[3].attn.mixing_parts()
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_every_token_is_read_from_both_sides():
-    m = MultiHeadBiLSTM(64, 2, 65)
-    x = torch.randn(1, 65, 64, requires_grad=True)
-    grad = torch.autograd.grad(m.mix(x)[0, 32].sum(), x)[0].abs().sum(2)[0]
-    assert (grad[[30, 31, 32, 33, 34]] > 0).all()
-
-
-@pytest.mark.parametrize("rep_by", ["multi-lstm", "gru"])
-def test_a_model_is_rebuilt_from_its_checkpoint_alone_ragged_units_too(rep_by):
-    units = {"2": [[3, 32], [32, 1]]}
-    model = build(FarConfig("DeiT-Micro", 7, 32, rep_by, replaced=(0, 2), units=units))
-    packed = pack(model, FarConfig("DeiT-Micro", 7, 32, rep_by))
-    again = build(FarConfig(**packed["config"]))
-    again.load_state_dict(packed["model"])
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.eval()(x), again.eval()(x))
-    assert describe(again, FarConfig("DeiT-Micro", 7, 32)).pruned
 
 
 def test_replace_reads_indices_and_ranges():

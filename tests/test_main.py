@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo
 import main
 from datasets.loading import Data
 from datasets.registry import SOURCES
+from datasets.streams import PACKAGES
 from deploy.export import TARGETS
 from deploy.packed import PRECISIONS
 from deploy.predict import TABLES
@@ -17,6 +18,7 @@ from engine import modes
 from engine.distill import LOSSES, TERMS
 from engine.hoyer import REGULARIZERS
 from engine.pruning import SCORES
+from engine.ranking import RANKINGS
 from models.deit import TEACHERS, create_teacher, load_published_weights
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
@@ -172,8 +174,8 @@ assert "torch" not in sys.modules
 
 
 def test_the_parsers_names_are_those_of_the_registries():
-    assert tuple(TEACHERS) == names.MODELS and tuple(REPLACEMENTS) == names.REPLACEMENTS and BACKENDS == names.BACKENDS
-    assert tuple(SOURCES) == names.DATASETS and tuple(LOSSES) == names.LOSSES and tuple(TERMS) == names.TERMS
-    assert tuple(PRECISIONS) == names.PRECISIONS and tuple(REGULARIZERS) == names.REGULARIZERS
-    assert tuple(SCORES) == names.SCORES and tuple(TABLES) == names.TABLES and tuple(TARGETS) == names.EXPORTS
+    tables = {"MODELS": TEACHERS, "REPLACEMENTS": REPLACEMENTS, "BACKENDS": BACKENDS, "DATASETS": SOURCES}
+    tables |= {"STREAMS": PACKAGES, "LOSSES": LOSSES, "TERMS": TERMS, "PRECISIONS": PRECISIONS, "RANKINGS": RANKINGS}
+    tables |= {"REGULARIZERS": REGULARIZERS, "SCORES": SCORES, "TABLES": TABLES, "EXPORTS": TARGETS}
+    assert {name: tuple(table) for name, table in tables.items()} == {name: getattr(names, name) for name in tables}
     assert all(callable(getattr(modes, mode.function)) for mode in main.MODES.values())

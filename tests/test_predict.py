@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo
 
 import main
@@ -18,7 +17,6 @@ from tests.conftest import BATCH, QUIET, image_folder, write_images
 from utils.checkpoint import load, save
 from utils.configs import DataConfig
 from utils.distributed import Context
-from utils.preprocessing import Preprocessing
 
 
 @pytest.fixture
@@ -88,13 +86,6 @@ def test_imagenets_classes_are_named_in_words():
 
     names = class_names("IMNET", Split())
     assert names[0].startswith("tench") and names[999].startswith("toilet tissue") and len(names) == 1000
-
-
-def test_preprocessing_is_resize_crop_and_normalise():
-    image = Image.new("RGB", (100, 60), (51, 102, 204))
-    x = Preprocessing((0.1, 0.2, 0.3), (0.5, 0.25, 0.5)).transform(48)(image)
-    assert x.shape == (3, 48, 48)
-    torch.testing.assert_close(x[:, 5, 40], torch.tensor([0.2, 0.8, 1.0]))
 
 
 def test_an_older_checkpoint_has_numbered_classes_and_a_word_about_it(far, pictures, tmp_path, capsys, caplog):

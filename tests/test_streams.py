@@ -17,10 +17,9 @@ from PIL import Image
 import main
 from datasets.images import read_image
 from datasets.registry import Digits
-from datasets.streams import PACKAGES, open_data
+from datasets.streams import open_data
 from engine.train import Trainer
 from tests.conftest import assert_equal, report, rows, weights
-from utils import names
 from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
@@ -186,10 +185,6 @@ def test_the_number_of_classes_is_told_or_named(tmp_path):
     with pytest.raises(FarError, match="--dataset wds/digits: does not tell its number of classes; name --nb-classes"):
         stream(root)
     assert stream(root, nb_classes=12).num_classes == 12
-
-
-def test_the_parsers_kinds_are_those_that_are_read():
-    assert tuple(PACKAGES) == names.STREAMS
 
 
 def test_an_evaluation_that_is_not_of_every_picture_is_one_line(tmp_path):

@@ -12,9 +12,3 @@ def test_a_part_can_be_imported_before_torchvision(tmp_path):
     script = "import datasets.registry, torchvision, timm, torch; torch.ops.torchvision.nms; print('fine')"
     done = launch("-c", script, cwd=tmp_path)
     assert done.stdout.strip() == "fine", done.stderr
-
-
-def test_shim_stays_away_where_the_operators_load(monkeypatch):
-    monkeypatch.setattr(torchvision_ops, "_library", None)
-    monkeypatch.setattr(torchvision_ops, "compiled_ops_load", lambda: True)
-    assert torchvision_ops.ensure_loadable() is False and torchvision_ops._library is None
