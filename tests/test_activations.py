@@ -10,11 +10,9 @@ from engine.activations import RIDGE, activation_score, refit, unit_grams
 from engine.hoyer import unit_norms
 from engine.shrink import keep_share, shrink
 from models.replace import mlps, replacements
-from tests.test_prune import RECURRENT, ragged, relative_error
-from utils.configs import Settings
+from tests.conftest import FLOAT32, relative_error
+from tests.test_prune import RECURRENT, ragged
 from utils.distributed import Context
-
-PLAIN = Settings().autocast(torch.device("cpu"))
 
 
 def images_of():
@@ -22,7 +20,7 @@ def images_of():
 
 
 def grams_of(model, parts, images):
-    return unit_grams(model, parts, images.split(3), Context(), PLAIN)
+    return unit_grams(model, parts, images.split(3), Context(), FLOAT32)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from deploy.onnx_graph import to_onnx
 from deploy.predict import preprocessing_of
 from models.hub import load
 from models.replace import FarConfig, build, load_model, pack, set_backend
-from tests.conftest import launch, write_images
+from tests.conftest import launch, randomize, report, write_images
 from utils import checkpoint
 from utils.configs import DataConfig, ExportConfig
 from utils.distributed import Context
@@ -46,16 +46,6 @@ KINDS = {
 }
 
 
-def lively(config: FarConfig):
-    """A fresh model whose every bias matters and whose logits are of size one."""
-    model = build(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.head.weight.mul_(30)
-    return model
-
-
 def micro(**kind) -> FarConfig:
     return FarConfig("DeiT-Micro", 10, 32, **kind)
 
@@ -67,7 +57,7 @@ def truth(model, images: torch.Tensor) -> torch.Tensor:
 
 
 def store(path: Path, config: FarConfig):
-    model = lively(config)
+    model = randomize(build(config))
     checkpoint.save(path, pack(model, config))
     return model
 
@@ -92,7 +82,7 @@ def left(folder: Path) -> set[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_answers_as_the_model_does(kind, tmp_path):
     onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
-    model = lively(micro(**KINDS[kind]))
+    model = randomize(build(micro(**KINDS[kind])))
     files = {opset: to_onnx(model, opset, {}).SerializeToString() for opset in (17, 20)}
     sessions = [onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in files.values()]
     (tmp_path / "far.onnx").write_bytes(files[20])
@@ -109,7 +99,7 @@ def test_the_graph_answers_as_the_model_does(kind, tmp_path):
 
 
 def test_the_graph_is_small_and_readable():
-    graph = to_onnx(lively(micro(**KINDS["FAR"])), 20, {}).graph
+    graph = to_onnx(build(micro(**KINDS["FAR"])).eval(), 20, {}).graph
     count = {op: sum(node.op_type == op for node in graph.node) for op in {node.op_type for node in graph.node}}
     assert {node.domain for node in graph.node} == {""}
     assert count["LSTM"] == 2 * (DEPTH - 1) + 4  # a node a head; two for the class token's, of which one is a step
@@ -163,7 +153,7 @@ def test_safetensors_come_back_as_they_were(far, tmp_path, capsys):
     run(capsys, "--far-weight", far, "--to", "safetensors", "--output", output)
     (own, first), (model, config) = load_model(far), load_model(output)
     assert config == first and all(torch.equal(w, model.state_dict()[k]) for k, w in own.state_dict().items())
-    hub = json.loads((output.parent / "config.json").read_text())
+    hub = report(output.parent, "config.json")
     assert hub["num_classes"] == 10 and hub["num_features"] == 64 and hub["label_names"][0] == "digit 0"
     assert hub["pretrained_cfg"]["input_size"] == [3, 32, 32] and hub["far"]["replaced"] == list(ALL)
     assert hub["pretrained_cfg"]["std"] == [0.6] * 3 and config.classes[9] == "digit 9"
@@ -274,14 +264,3 @@ def test_a_config_of_something_else_is_not_overwritten(far, failure, tmp_path):
     flags = ("--to", "safetensors", "--output", tmp_path / "far.safetensors")
     assert "config.json is there and not ours" in failure("--far-weight", far, *flags, script=export.main)
     assert left(tmp_path) == {"config.json"} and (tmp_path / "config.json").read_text() == "{}"
-
-
-def test_no_compiler_is_one_line(far, failure, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("No working C++ compiler found\n...")
-
-    monkeypatch.setattr("torch.export.export", lambda *_, **__: None)
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
-    flags = ("--to", "pt2", "--aot", "--output", tmp_path / "far.pt2")
-    said = failure("--far-weight", far, *flags, script=export.main)
-    assert "--aot: cannot be compiled here (No working C++ compiler found)" in said and not left(tmp_path)

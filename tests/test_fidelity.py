@@ -1,7 +1,5 @@
 """What a student keeps of its teacher, against plain loops; over two processes; and where every command reports it."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,13 +14,11 @@ from engine.pruning import table
 from models.deit import create_teacher
 from models.replace import swap_attention
 from plots.figures import fidelity_by_block
-from tests.conftest import BATCH, EVAL, QUIET, run_ranks
-from utils.configs import Settings
+from tests.conftest import BATCH, EVAL, FLOAT32, QUIET, report, run_ranks
 from utils.distributed import Context
 
 OWN = {f"{whose}{name}" for whose in ("", "teacher_") for name in ("loss", "acc1", "acc5", "balanced_acc1")}
 KEYS = OWN | {"images", "agreement", "kl", "teacher_errors", "repeated_errors", "z_similarity", "output_error"}
-PLAIN = Settings().autocast(torch.device("cpu"))
 
 
 def pair():
@@ -103,7 +99,7 @@ def test_fidelity_equals_loops_over_images_tokens_and_classes():
     labels[(answers[0] == answers[1]).nonzero()[0]] = 6  # nobody's answer: an error that is repeated
     labels[(answers[0] != answers[1]).nonzero()[0]] = 6  # one that is not
     student.train()
-    found = fidelity(student, teacher, DataLoader(TensorDataset(images, labels), 5), Context(), PLAIN)
+    found = fidelity(student, teacher, DataLoader(TensorDataset(images, labels), 5), Context(), FLOAT32)
     assert student.training
     expected = by_hand(student, teacher, images, labels)
     assert found.keys() == KEYS == expected.keys()
@@ -112,21 +108,12 @@ def test_fidelity_equals_loops_over_images_tokens_and_classes():
     assert 0 < expected["repeated_errors"] < expected["teacher_errors"] < 23
 
 
-def test_a_model_keeps_all_of_itself():
-    _, teacher = pair()
-    loader = DataLoader(TensorDataset(torch.randn(6, 3, 16, 16), torch.randint(6, (6,))), 4)
-    found = fidelity(teacher, teacher, loader, Context(), PLAIN)
-    assert found["agreement"] == 100 and found["kl"] == pytest.approx(0, abs=1e-9)
-    assert found["repeated_errors"] == found["teacher_errors"]
-    assert set(found["output_error"].values()) == {0.0} and min(found["z_similarity"].values()) > 1 - 1e-5
-
-
 def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
     argv = ["--mode", "eval", *EVAL, "--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
     assert main.main([*argv, "--output-dir", str(tmp_path / "one")]) == 0
     two = run_ranks("main.py", *argv, "--batch-size", "37", "--output-dir", "two", cwd=tmp_path)
     assert two.returncode == 0 and "agrees with its teacher" in two.stdout, two.stderr
-    one, two = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("one", "two"))
+    one, two = report(tmp_path / "one"), report(tmp_path / "two")
     assert one.keys() == two.keys() >= KEYS
     for key in KEYS:
         assert two[key] == pytest.approx(one[key], rel=1e-5), key
@@ -135,13 +122,13 @@ def test_two_processes_measure_what_one_does(far, teacher, tmp_path):
 def test_training_and_eval_report_the_same_of_the_same_weights_fused_too(far, teacher, tmp_path, capsys, monkeypatch):
     precisions = []
     monkeypatch.setattr(modes, "fuse", lambda model, dtype: precisions.append(dtype) or fuse(model, dtype))
-    trained = json.loads((far / "result.json").read_text())
+    trained = report(far)
     weights = ["--far-weight", str(far / "best.pth"), "--base-weight", str(teacher)]
     argv = ["--mode", "eval", *EVAL, "--holdout", "0.04", *weights]
     for name, more in (("run", []), ("fused", ["--fuse", "float32"])):
         assert main.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
         assert f"agrees with its teacher on {trained['agreement']:.2f} %" in capsys.readouterr().out or more
-    plain, fused = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "fused"))
+    plain, fused = report(tmp_path / "run"), report(tmp_path / "fused")
     assert trained.keys() - plain.keys() == set() and trained["teacher_acc1"] == plain["teacher_acc1"]
     for key in KEYS:
         assert trained[key] == pytest.approx(plain[key], rel=1e-5), key
@@ -157,12 +144,12 @@ def test_prune_reports_it_in_every_row_where_there_is_a_teacher(far, teacher, tm
     small = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, *BATCH, "--epochs", "0"]
     argv = ["--model-path", str(far / "best.pth"), *small, "--ft-epochs", "0", "--keep-ratio", "0.5"]
     assert prune.main([*argv, "--base-weight", str(teacher), "--output-dir", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "prune_report.json").read_text())
+    found = report(tmp_path, "prune_report.json")
     assert len(passes) == 2  # before, and pruned: where nothing trains nothing is measured again
-    assert all(row.keys() >= KEYS for row in (*report["rows"], report["teacher"]))
+    assert all(row.keys() >= KEYS for row in (*found["rows"], found["teacher"]))
     assert (tmp_path / "fidelity.png").exists()
-    assert report["teacher"]["agreement"] == 100 > report["rows"][-1]["agreement"]
-    last, said = report["rows"][-1], table(report)
+    assert found["teacher"]["agreement"] == 100 > found["rows"][-1]["agreement"]
+    last, said = found["rows"][-1], table(found)
     assert said in capsys.readouterr().out and len({len(line) for line in said.splitlines()}) == 1
     cosine, error = min(last["z_similarity"].values()), max(last["output_error"].values())
     shown = [f"{last['kl']:.4f}", str(last["repeated_errors"]), f"{cosine:.3f}", f"{error:.3f}", str(last["units"])]

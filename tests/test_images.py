@@ -90,13 +90,6 @@ def test_pictures_are_upright_as_viewers_show_them(orientation, suffix, tmp_path
     assert pixels(path).shape[0] == (9 if orientation > 4 else 6)
 
 
-def test_deep_greys_are_upright_too(tmp_path):
-    exif, grey = Image.Exif(), noise(65536, 6, 9, dtype=np.uint16)
-    exif[0x112] = 6
-    Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
-    assert np.abs(pixels(tmp_path / "a.png")[..., 0] - np.rot90(grey, -1) / 257).max() <= 0.5
-
-
 def test_a_strip_is_evaluated_as_its_middle():
     slope = np.linspace(0, 255, 40 * 400).astype(np.uint8).reshape(40, 400)
     image = Image.fromarray(slope.T).convert("RGB")

@@ -27,14 +27,6 @@ def batches(data, epoch=0, size=64, start=0):
     return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
 
 
-def test_augmentation_follows_seed_epoch_and_sample_not_workers_or_history():
-    data, many = digits(train_subset=0.1), digits(train_subset=0.1, num_workers=2)
-    first, late = batches(data, epoch=0), batches(data, epoch=1)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, batches(many), strict=True))
-    assert torch.equal(batches(digits(train_subset=0.1), epoch=1, start=1)[0][0], late[1][0])
-    assert not torch.equal(first[0][0], late[0][0])
-
-
 def test_evaluation_shares_hold_every_image_once():
     labels = torch.cat([y for r in range(7) for _, y in digits(world=7, rank=r).val_loader(50)])
     assert labels.bincount().tolist() == np.bincount(build_split("DIGITS", None, False).targets).tolist()
@@ -170,12 +162,6 @@ def test_small_training_views_are_padded_crops_mirrored_half_the_time(mode, tmp_
     )
     assert all(a != b for a, b in zip(straight, mirrored, strict=True)) and 2 < sum(mirrored) < 22
     assert len({view.tobytes() for view in found}) > 8
-
-
-def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(tmp_path):
-    root = image_folder(tmp_path, classes=1, count=2)
-    with pytest.raises(FarError, match="--holdout 0.9, --data-path .*: no training images are left"):
-        Data(DataConfig("FOLDER", root, 32, holdout=0.9), Context())
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ from datasets.loading import Data
 from engine import modes, ranking
 from engine.ranking import RANKINGS, Cost, Hybrids, Ranking, rank_blocks, read_ranking
 from models.deit import create_teacher
-from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, image_folder, run_ranks
+from tests.conftest import BATCH, BLOCK_BATCH, DIGITS, FLOAT32, image_folder, report, run_ranks
 from utils.checkpoint import load
-from utils.configs import DataConfig, Settings
+from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
 
-PLAIN = Settings().autocast(torch.device("cpu"))
 NOISE = {0: 0.06, 1: 0.002, 2: 0.4, 3: 0.01}  # how far the student's blocks are from its: 1 costs least, then 3, 0, 2
 
 
@@ -44,7 +43,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def hybrids(pair, images):
-    return Hybrids(*pair, images, Context(), PLAIN)
+    return Hybrids(*pair, images, Context(), FLOAT32)
 
 
 @torch.no_grad()
@@ -129,8 +128,7 @@ def test_a_run_ranks_between_its_stages_and_resumes_in_the_middle(teacher, tmp_p
     flags = [*AUTO, "--base-weight", str(teacher), "--rank", "alone"]
     assert main.main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
     assert "stage attn: " in (said := capsys.readouterr().out) and "similarity+squared_error" in said
-    record = json.loads((tmp_path / "whole/ranking.json").read_text())
-    kept = sorted(record["ranking"]["order"][:2])
+    kept = sorted(report(tmp_path / "whole", "ranking.json")["ranking"]["order"][:2])
     assert (tmp_path / "whole/ranking.png").stat().st_size > 5000
     whole, before = load(tmp_path / "whole/best.pth", "--t"), load(teacher, "--t")["model"]
     assert list(whole["config"]["replaced"]) == kept
@@ -154,8 +152,8 @@ def test_two_processes_choose_alike(teacher, far, tmp_path):
     assert main.main([*flags, "--output-dir", str(tmp_path / "one")]) == 0
     two = run_ranks("main.py", *flags, "--output-dir", "two", cwd=tmp_path)
     assert two.returncode == 0 and two.stdout.count("--replace auto keeps blocks") == 1, two
-    one, two = (json.loads((tmp_path / name / "ranking.json").read_text()) for name in ("one", "two"))
-    assert one["ranking"]["order"] == two["ranking"]["order"]
+    one, two = (report(tmp_path / name, "ranking.json")["ranking"]["order"] for name in ("one", "two"))
+    assert one == two
     kept = [load(tmp_path / name / "best.pth", "--t")["config"]["replaced"] for name in ("one", "two")]
     assert kept[0] == kept[1]
 

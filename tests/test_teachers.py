@@ -25,7 +25,7 @@ from models.kernels import cpu
 from models.replace import FarConfig, describe, load_model, mlps, pack, replacements, reset_classifier, swap_attention
 from models.vit import Teacher, classifiers, timm_teacher
 from models.weights import load_teacher_weights, read
-from tests.conftest import QUIET
+from tests.conftest import QUIET, randomize
 from utils.checkpoint import load, save
 from utils.configs import Optim
 from utils.errors import FarError
@@ -67,17 +67,9 @@ def small():
         yield
 
 
-def lively(model: VisionTransformer) -> VisionTransformer:
-    """Every part counts: nothing stays near zero or one."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 or "token" in name or "pos_embed" in name else 0.02))
-    return model.eval()
-
-
 def student_of(name: str) -> tuple[VisionTransformer, VisionTransformer, FarConfig]:
     size = KINDS[name][0]
-    teacher = lively(create_teacher(name, CLASSES, size))
+    teacher = randomize(create_teacher(name, CLASSES, size))
     student = copy.deepcopy(teacher)
     swap_attention(student, (0, 2), "multi-lstm")
     return teacher, student, describe(student, FarConfig(name, CLASSES, size))
@@ -141,7 +133,7 @@ def test_for_inference_it_computes_what_it_computed(name, caplog):
 def test_its_own_weights_go_to_another_size_and_class_count(name, tmp_path):
     """As timm writes them, and DeiT-III's authors; with a fresh classifier where there are other classes."""
     size = KINDS[name][0]
-    theirs = lively(timm.create_model(name, num_classes=CLASSES, img_size=size, **SMALL))
+    theirs = randomize(timm.create_model(name, num_classes=CLASSES, img_size=size, **SMALL)).requires_grad_()
     state = {
         name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
         for name, value in theirs.state_dict().items()
