@@ -4,7 +4,6 @@ A cell is computed in vectors of the CPU's width, so time is a staircase over a 
 the table.
 """
 
-import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from deploy.fuse import fuse
 from deploy.timing import lower_quartiles
 from models.deit import create_teacher
 from models.kernels import cpu
-from models.replace import FarConfig, build, describe, mlps, replacements, set_backend
+from models.replace import FarConfig, build, describe, pruned_to, replacements, set_backend
 from utils.arguments import Latency
 from utils.configs import RunConfig
 from utils.errors import FarError
@@ -62,27 +61,21 @@ def load_or_measure(
 ) -> LatencyTable:
     """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
     if run.resume and run.output_dir and (path := run.output_dir / FILE).exists():
-        return read_table(path, max(places(model)))
+        return read_table(path)
     return measure(model, config, batch, mlp, precision)
 
 
-def read_table(path: Path, most: int) -> LatencyTable:
-    """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
+def read_table(path: Path) -> LatencyTable:
+    """The table that a run wrote."""
     record = read_record(path, "table")["table"]
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        table = LatencyTable(**{**record, "ms": {int(units): float(ms) for units, ms in record["ms"].items()}})
-        if {1, most} <= table.ms.keys():
-            return table
-    raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
+    return LatencyTable(**{**record, "ms": {int(units): ms for units, ms in record["ms"].items()}})
 
 
 def measure(
     model: VisionTransformer, config: FarConfig, batch: int, mlp: float | None, precision: str = "float32"
 ) -> LatencyTable:
     """Times models of the shape of this one, random weights, with the numbers of units at which vectors are full."""
-    shape, parts = describe(model, config), replacements(model)
-    if mlp:
-        shape = replace(shape, mlp={str(i): max(1, round(mlp * part.sizes)) for i, part in mlps(model).items()})
+    shape, parts = pruned_to(describe(model, config), 1, mlp or 1), replacements(model)
     most = max(places(model))
     step = cpu.load(cpu.TUNED).vector_width() if cpu.available() else 8
     levels = [1, *range(step, most, step), most]

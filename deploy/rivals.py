@@ -26,8 +26,7 @@ from models import kernels
 from models.replace import FarConfig, build, count_parameters, pruned_to
 from utils.errors import first_line
 
-BASE, DIM, HEADS, DEPTH = "DeiT-Tiny", 192, 3, 12
-DIMS = {BASE: DIM, "DeiT-Small": 384, "DeiT-Base": 768}
+BASE, DIM, HEADS = "DeiT-Tiny", 192, 3
 CALIBRATION = 32  # random images: they set scales of models whose answers nobody reads
 OPENVINO, OURS = "OpenVINO", "FAR engine"
 ONNX_OPSET = 18
@@ -44,11 +43,9 @@ class Variant:
     base: str = BASE
 
     def build(self, size: int) -> nn.Module:
-        blocks = tuple(range(DEPTH))
-        hidden = {str(i): int(4 * DIMS[self.base] * self.mlp) for i in blocks} if self.mlp < 1 else {}
         torch.manual_seed(0)
-        config = FarConfig(self.base, 1000, size, self.rep_by, blocks if self.keep else (), mlp=hidden)
-        return build(pruned_to(config, self.keep or 1)).eval().requires_grad_(False)
+        config = FarConfig(self.base, 1000, size, self.rep_by, tuple(range(12)) if self.keep else ())
+        return build(pruned_to(config, self.keep or 1, self.mlp)).eval().requires_grad_(False)
 
 
 VARIANTS = {

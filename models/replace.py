@@ -144,16 +144,20 @@ def build(config: FarConfig, drop: float = 0.0, drop_path: float = 0.0) -> Visio
     return model
 
 
-def pruned_to(config: FarConfig, share: float) -> FarConfig:
-    """The configuration with this share of the hidden units in every place, at least one."""
+def pruned_to(config: FarConfig, share: float, mlp: float = 1.0) -> FarConfig:
+    """The configuration with these shares of the hidden units of replacements and of MLPs, at least one in a place."""
 
-    def kept(sizes: Any) -> Any:
-        return [kept(part) for part in sizes] if isinstance(sizes, list) else max(1, round(share * sizes))
+    def kept(sizes: Any, share: float) -> Any:
+        return [kept(part, share) for part in sizes] if isinstance(sizes, list) else max(1, round(share * sizes))
 
     with torch.device("meta"):
-        parts = replacements(build(config))
-    units = {str(i): kept(part.sizes) for i, part in parts.items() if share < 1 and part.sizes}
-    return replace(config, units=units)
+        model = build(config)
+    if share < 1:
+        units = {str(i): kept(part.sizes, share) for i, part in replacements(model).items() if part.sizes}
+        config = replace(config, units=units)
+    if mlp < 1:
+        config = replace(config, mlp={str(i): kept(part.sizes, mlp) for i, part in mlps(model).items()})
+    return config
 
 
 def pack(model: VisionTransformer, config: FarConfig) -> dict[str, Any]:
