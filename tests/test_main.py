@@ -22,7 +22,7 @@ from engine.ranking import RANKINGS
 from models.deit import TEACHERS, create_teacher, load_published_weights
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
-from tests.conftest import DIGITS, EVAL, PLAIN, QUIET, TRAIN, image_folder, launch, run_ranks
+from tests.conftest import PLAIN, QUIET, TRAIN, image_folder, launch, report, run_ranks
 from utils import names
 from utils.checkpoint import load
 from utils.configs import DataConfig
@@ -75,57 +75,6 @@ def test_downstream_gets_a_fresh_classifier_and_eval_reads_the_result(mode, trai
     capsys.readouterr()
     assert main.main(["--mode", "eval", *common, "--far-weight", str(tmp_path / "run/best.pth")]) == 0
     assert "on 6 images" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder of files that command lines name, right and wrong ones."""
-    root = tmp_path_factory.mktemp("world")
-    image_folder(root / "good", count=1)
-    for image in (image_folder(root / "empty", count=1) / "train/class1").iterdir():
-        image.unlink()
-    torch.save(create_teacher("DeiT-Tiny", 10, 32).state_dict(), root / "tiny.pth")
-    return root
-
-
-TRAINING = f"{' '.join(TRAIN)} --base-weight TEACHER"
-ON_FOLDER = f"--mode teacher --dataset FOLDER --scale Micro {' '.join(QUIET)}"
-EVALUATION = f"--mode eval {' '.join(EVAL)}"
-MISTAKES = [  # a line, and what is said
-    (f"{TRAINING} --dataset NOPE", "--dataset: .*NOPE"),
-    (f"{TRAINING} --base-model DeiT-Tiny", "--scale Micro"),
-    (f"{TRAINING} --replace 0-4", "--replace 0-4"),
-    (f"{TRAINING} --base-weight missing.pth", "--base-weight missing.pth: no such file"),
-    (f"{TRAINING} --base-weight tiny.pth", "another architecture|has shape"),
-    (f"{TRAINING} --block-ft-mode FC+head --block-ft-train-loss similarity", "does not reach the classifier"),
-    (f"{TRAINING} --train-loss kl+nope", r"--train-loss: kl\+nope is none of .* nor a sum"),
-    (f"{TRAINING} --lr inf", "--lr: inf"),
-    (f"{TRAINING} --aa auto", "--aa auto"),
-    (f"{TRAINING} --aa rand-m9-mstd0.5-incl", "part 'incl' is unknown"),
-    (f"{TRAINING} --output-dir tiny.pth/x", "a file is in its place"),
-    (f"{TRAINING} --distributed", "--distributed: not started by torchrun"),
-    (f"{TRAINING} --output-dir out --resume", "--resume: no run in out"),
-    (f"{TRAINING} --mixup 0.8 --batch-size 1", "--mixup, --cutmix: pair the images"),
-    (f"{TRAINING} --no-such-flag", "--no-such-flag"),
-    (f"{TRAINING} --epochs 0 --block-ft-epochs 0", "nothing would train"),
-    (" ".join(TRAIN), "no published weights"),
-    ("--mode train --dataset DIGITS --resume auto", "--resume auto: needs the run's folder"),
-    (f"--mode teacher {' '.join(DIGITS)} --step=2", "--step: --mode teacher does not use it"),
-    (f"{ON_FOLDER} --data-path empty", "class1: an empty class folder"),
-    (f"{ON_FOLDER} --mode train --data-path good --base-weight TEACHER", "10 classes"),
-    ("--mode train --dataset IMNET --data-path good", "2 classes, but IMNET has 1000.*FOLDER"),
-    ("--mode train --dataset FOLDER --data-path good", "knows 1000 classes, but not 'class0'"),
-    (f"{EVALUATION} --far-weight tiny.pth", "not a FAR checkpoint"),
-    (f"{EVALUATION} --far-weight TEACHER", "holds a teacher"),
-    ("--mode downstream --dataset DIGITS --ds-pruned --far-weight FAR", "--ds-pruned"),
-    ("--mode downstream --dataset DIGITS --scale Base", "PRETRAINED_PATH"),
-    ("--mode downstream --dataset DIGITS --scale Tiny --far-weight FAR", "--scale"),
-]
-
-
-@pytest.mark.parametrize(("line", "said"), MISTAKES, ids=[said for _, said in MISTAKES])
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(line, said, mistake, world):
-    mistake(line, said, folder=world)
 
 
 def test_published_weights_that_cannot_be_downloaded_are_one_line(monkeypatch):

@@ -94,18 +94,3 @@ def test_an_older_checkpoint_has_numbered_classes_and_a_word_about_it(far, pictu
     save(tmp_path / "old.pth", content)
     assert main.main(["--mode", "predict", "--far-weight", str(tmp_path / "old.pth"), "--images", str(pictures)]) == 0
     assert re.search("class [0-9]$", capsys.readouterr().out.strip()) and "ImageNet" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("", "--images: none given"),
-        ("--images pictures --output a.csv", "3.png: not a readable image"),
-        ("--images pictures --output a.txt", ".csv or .json"),
-        ("--images pictures --output none/a.csv", "name another"),
-        ("--images pictures --dataset DIGITS", "--dataset: --mode predict does not use it"),
-    ],
-)
-def test_bad_predictions_are_one_line_and_write_nothing(flags, said, mistake, pictures):
-    (pictures / "3.png").write_bytes(b"cut")
-    mistake(f"--mode predict --far-weight FAR {flags}", said)

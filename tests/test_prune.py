@@ -286,22 +286,6 @@ def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
     assert [p["units"] for p in points] == [256, 102] and (tmp_path / "a/sweep.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--keep-ratio 0.5 --sensitivity 1", "--sensitivity and --keep-ratio"),
-        ("--keep-ratio 0", "--keep-ratio"),
-        ("--sweep 0.5,x", "--sweep"),
-        ("--keep-ratio 0.01", "smallest possible is 0.03125"),
-        ("--target-params 1000", "smallest possible"),
-        ("--distill", "--base-weight"),
-        ("--latency-batch 8", "--latency-batch"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(flags, said, mistake):
-    mistake(f"--model-path FAR {' '.join(SMALL)} {flags}", said, script=prune.main)
-
-
 def test_a_gru_trains_prunes_and_fuses(teacher, tmp_path):
     short = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, "--batch-size", "64"]
     train = ["--mode", "train", "--rep-by", "gru", *short, "--base-weight", str(teacher), "--epochs", "1"]

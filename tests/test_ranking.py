@@ -180,18 +180,3 @@ def test_a_dry_run_says_what_is_left_and_written(teacher, capsys):
     said = capsys.readouterr().out
     assert "leaves        2 of 4 blocks" in said and "ranking.json, ranking.png, attn/" in said
     assert "126 training, 172 to rank blocks on" in said
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--replace auto", "give either a number of blocks"),
-        ("--replace auto:5", "--replace auto:5: this model has 4 blocks"),
-        ("--replace 0-2 --rank alone", "--rank, --min-agreement: choose blocks for --replace auto"),
-        ("--replace auto:2 --train-loss kl", "--train-loss kl: compares no block"),
-        ("--replace auto:2 --skip-train-attn", "ranks trained replacements"),
-        ("--replace auto:2 --dataset wds/x --holdout 0 --train-subset 1", "--replace auto: not with --dataset wds/x"),
-    ],
-)
-def test_what_cannot_be_ranked_is_one_line(flags, said, mistake):
-    mistake(f"{' '.join(RUN)} --base-weight TEACHER {flags}", said)

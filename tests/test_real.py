@@ -77,12 +77,3 @@ def test_a_command_runs_in_several_processes_and_its_failure_ends_all(tmp_path, 
     with pytest.raises(FarError, match=r"main\.py ended with exit code"):
         recipe.run("main.py", "teacher", "--mode", "teacher", "--epochs", "-1")
     assert "--epochs" in capfd.readouterr().err
-
-
-def test_what_cannot_be_is_said_before_anything_is_made(tmp_path, failure, monkeypatch):
-    assert "multiple of its patch size, 14" in failure("--input-size", "100", script=real.main)
-    (tmp_path / "file").touch()
-    assert "--output-dir" in failure("--output-dir", tmp_path / "file/run", script=real.main)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = failure("--output-dir", tmp_path / "run", script=real.main)
-    assert "pip install --no-deps -r requirements-real.txt" in said

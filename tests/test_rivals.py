@@ -61,12 +61,6 @@ def test_a_measurement_is_in_milliseconds_and_keeps_the_number_of_threads():
     assert seen == {before} and 0.1 < min(times) < 1000
 
 
-def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
-    program = rivals.Program(rivals.BASE, rivals.OPENVINO, "float32")
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
-    assert program.lacks() == "openvino is not installed"
-
-
 def test_larger_models_are_for_one_shape_and_quick_leaves_them_out():
     every, quick = (rivals.programs(rivals.RUNTIMES, larger) for larger in (True, False))
     larger = [program for program in every if program not in quick]

@@ -20,10 +20,9 @@ from datasets.images import read_image
 from datasets.registry import Digits, photographs
 from deploy.engine_file import LINE, PROGRAM, ROOT, checksum, to_bytes, why_no_program
 from deploy.packed import natural_form
-from models.replace import FarConfig, build, load_model, pack
+from models.replace import FarConfig, build, load_model
 from tests.test_engine import MODELS, images_for
 from tests.test_int8 import far_run_on_aarch64
-from utils.errors import FarError
 from utils.preprocessing import Preprocessing
 
 NAMES = [f"class {chr(0x1F600)} \u00e9 {i}" for i in range(10)]
@@ -261,13 +260,3 @@ def test_export_writes_a_file_that_the_program_agrees_with(far, tmp_path, capsys
     for precision, share in (("bfloat16", 0.6), ("int8", 0.4)):
         assert export.main([*words, "--precision", precision]) == 0
         assert len(output.read_bytes()) < share * len(content)
-
-
-def test_what_the_engine_does_not_compute_is_no_file(tmp_path):
-    torch.manual_seed(0)
-    config = FarConfig("DeiT-Micro", 10, 32, "gru", (0,))
-    torch.save(pack(build(config), config), tmp_path / "gru.pth")
-    with pytest.raises(FarError, match="--to engine: .*; use --to pt2"):
-        export.main(["--to", "engine", "--far-weight", str(tmp_path / "gru.pth")])
-    with pytest.raises(FarError, match="--precision: means something for --to engine alone"):
-        export.main(["--to", "onnx", "--far-weight", str(tmp_path / "gru.pth"), "--precision", "bfloat16"])

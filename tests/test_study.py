@@ -33,11 +33,6 @@ def test_the_table_shows_means_and_extremes():
     assert rows[-1] == ["row", "92.00", "93.00", "0.0200", "0.100", "3.000"]
 
 
-def test_a_row_that_is_not_there_is_one_line(failure, tmp_path):
-    line = failure("--rows", "nope", "--output-dir", tmp_path / "out", script=study.main)
-    assert "--rows nope" in line and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("row", [*study.DISTILLING, *study.PRUNED])
 def test_every_row_has_the_same_budget(row):
     if row in study.DISTILLING:

@@ -153,23 +153,6 @@ def test_its_own_weights_go_to_another_size_and_class_count(name, tmp_path):
     assert logits(other, size).shape == (3, CLASSES + 2) and logits(other, size).abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    {
-        "swin_tiny_patch4_window7_224": "is a SwinTransformer",
-        "vit_base_r50_s16_224": "is a hybrid",
-        "vit_dwee_patch16_reg1_gap_256": "has DiffAttention",
-        "vit_base_patch16_224_in21k": "name vit_base_patch16_224.augreg_in21k",
-        "vit_tiny_patch16_224.nonsense": "leave .nonsense out",
-        "vit_tiny_patch61_224": "did you mean vit_tiny_patch16_224",
-        "vit_small_patch14_dinov2": "has no classifier; give it one with --mode teacher",
-    }.items(),
-)
-def test_what_cannot_be_a_teacher_is_refused_by_name(name, message, failure):
-    line = failure("--mode", "train", "--base-model", name, "--dataset", "DIGITS")
-    assert line.startswith("error: --base-") and name in line and message in line
-
-
 def test_gated_mlps_cannot_be_pruned_and_say_so(failure, tmp_path):
     _, student, config = student_of("gated MLPs")
     save(tmp_path / "a.pth", pack(student, config))

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import main
-import prune
 from datasets import registry
 from datasets.loading import Data, preprocessing
 from models.deit import create_teacher
@@ -73,24 +72,3 @@ def test_each_process_evaluates_by_its_own_answers():
             data = Data(DataConfig("DIGITS", None, 32, num_workers=0), Context(rank, world))
             data.set_labels(wanted[rank::world], 10)
             assert [label for _, labels in data.val_loader(50) for label in labels.tolist()] == wanted[rank::world]
-
-
-TRAIN_IMAGES = "--mode train --base-weight TEACHER"
-WITHOUT = " ".join([TRAIN_IMAGES, *PRESERVE])
-PRUNE = "--model-path FAR --keep-ratio 0.5"
-
-
-@pytest.mark.parametrize(
-    ("script", "flags", "said"),
-    [
-        (main, TRAIN_IMAGES, "stage attn: the loss combine reads labels.*preserve"),
-        (main, f"{WITHOUT} --finetune-head", "stage head: the loss classification reads labels"),
-        (main, f"{WITHOUT} --data-path .", "no training images"),
-        (main, "--mode teacher", "has no labels to learn from"),
-        (main, "--mode downstream --far-weight FAR", "has no labels to learn from"),
-        (prune, PRUNE, "name its weights with --base-weight"),
-        (prune, f"{PRUNE} --base-weight TEACHER --distill-loss combine", "the loss combine reads labels"),
-    ],
-)
-def test_what_needs_labels_or_answers_says_so(script, flags, said, pictures, mistake):
-    mistake(f"{' '.join(PICTURES)} --data-path {pictures} {flags}", said, script=script.main)

@@ -17,7 +17,7 @@ import visualization
 from models.bilstm import MultiHeadBiLSTM
 from models.deit import create_teacher
 from models.features import attention_weights
-from models.replace import FarConfig, build, pack, swap_attention
+from models.replace import swap_attention
 from plots import pictures
 from plots.explain import influence, integrated_gradients, rank_correlation, z_of
 from plots.figures import plain, training_curves
@@ -215,21 +215,3 @@ def test_other_formats_and_images_of_ones_own(far, tmp_path, monkeypatch):
     argv = ["--far-weight", far / "best.pth", "--images", root, "--block", "0", "--format", "pdf", "--output-dir", out]
     assert visualization.main(list(map(str, argv))) == 0
     assert (out / "importance-1.pdf").stat().st_size > 3000
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("", "make demo"),
-        ("--far-weight FAR --images nowhere", "--images nowhere"),
-        ("--far-weight FAR --images broken", "broken.png"),
-        ("--far-weight FAR --block 9", "--block 9"),
-        ("--far-weight gru.pth --lstm-backend cpu", "--lstm-backend cpu"),
-    ],
-)
-def test_mistakes_are_one_line(flags, said, tmp_path, mistake):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/broken.png").write_bytes(b"no image")
-    config = FarConfig("DeiT-Micro", 10, 32, "gru", replaced=(1,))
-    torch.save(pack(build(config), config), tmp_path / "gru.pth")
-    mistake(flags, said, script=visualization.main)
