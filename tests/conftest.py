@@ -19,10 +19,11 @@ from PIL import Image
 
 import main
 import models  # noqa: F401  (makes torchvision importable, which test files import first)
-from datasets import registry
+from datasets.loading import Data
 from tests import child
 from utils.checkpoint import load
-from utils.configs import Settings
+from utils.configs import DataConfig, Settings
+from utils.distributed import Context
 from utils.script import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +156,11 @@ def weights(run: Path, name: str = "last.pth") -> dict[str, torch.Tensor]:
     return load(run / name, "--test")["model"]
 
 
+def digits(rank: int = 0, world: int = 1, size: int = 32, **flags) -> Data:
+    """DIGITS as one of several processes reads them, with these flags."""
+    return Data(DataConfig("DIGITS", None, size, **{"num_workers": 0, **flags}), Context(rank, world))
+
+
 def report(run: Path, name: str = "result.json") -> dict:
     return json.loads((run / name).read_text())
 
@@ -204,18 +210,6 @@ def far(tmp_path_factory, teacher) -> Path:
     args = [*TRAIN, "--base-weight", str(teacher), "--epochs", "1", "--block-ft-epochs", "1"]
     assert main.main([*args, "--output-dir", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    """DIGITS of an eighth of its images."""
-    load_all = registry.Digits.__init__
-
-    def load_few(self, train: bool):
-        load_all(self, train)
-        self.images, self.targets = self.images[::8], self.targets[::8]
-
-    monkeypatch.setattr(registry.Digits, "__init__", load_few)
 
 
 @pytest.fixture

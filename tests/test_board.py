@@ -6,6 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+from tests.conftest import rows
 from utils.distributed import Context
 from utils.errors import FarError
 from utils.run_folder import RunFolder
@@ -21,14 +22,10 @@ def scalars(run):
     return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_the_board_holds_the_logs_and_a_resumed_run_writes_it_anew(tmp_path):
     run = tmp_path / "run"
     assert main.main([*FLAGS, "--output-dir", str(run)]) == 0
-    found, epochs, steps = scalars(run), lines(run / "log.jsonl"), lines(run / "steps.jsonl")
+    found, epochs, steps = scalars(run), rows(run), rows(run, "steps.jsonl")
     assert found["teacher/val/acc1"] == [(row["epoch"], pytest.approx(row["val"]["acc1"])) for row in epochs]
     trained = [(row["epoch"], pytest.approx(row["train"]["loss"])) for row in epochs if row["train"]]
     assert found["teacher/train/loss"] == trained and len(trained) == 2
@@ -46,7 +43,7 @@ def test_the_board_holds_the_logs_and_a_resumed_run_writes_it_anew(tmp_path):
     resumed.append("steps.jsonl", [again])
     found = scalars(run)
     assert [step for step, _ in found["teacher/val/acc1"]] == [0, 1, 2, 3]
-    assert found["steps of stage 1/loss"][6:] == [(6, 1.0)] and lines(run / "steps.jsonl") == [*steps, again]
+    assert found["steps of stage 1/loss"][6:] == [(6, 1.0)] and rows(run, "steps.jsonl") == [*steps, again]
 
 
 def test_the_board_is_only_written_where_asked_for_and_a_missing_package_is_one_line(teacher, tmp_path, monkeypatch):

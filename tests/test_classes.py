@@ -1,6 +1,5 @@
 """Labels are matched by name wherever a model that knows its classes meets data that knows its own."""
 
-import json
 import unicodedata
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from datasets.classes import UnknownClass, imagenet_names, match_classes
 from models import hub
 from models.replace import FarConfig, build, load_model, pack
 from plots.pictures import find_images, find_models
-from tests.conftest import QUIET, write_images
+from tests.conftest import QUIET, report, write_images
 from utils.checkpoint import save
 from utils.configs import PictureConfig
 from utils.preprocessing import Preprocessing
@@ -107,8 +106,8 @@ def result(how, weights, data, out):
     script, flags = door(how, weights)
     assert script([*flags, *data, "--output-dir", str(out)]) == 0
     if how == "prune":
-        return json.loads((out / "prune_report.json").read_text())["rows"][0]
-    return json.loads((out / "result.json").read_text())
+        return report(out, "prune_report.json")["rows"][0]
+    return report(out)
 
 
 @pytest.mark.parametrize("how", ["eval", "prune", "train", "downstream", "teacher"])

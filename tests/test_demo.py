@@ -1,6 +1,5 @@
 """The demo goes through every mode, and goes on where it stopped."""
 
-import json
 import re
 import shutil
 import time
@@ -10,25 +9,24 @@ from functools import partial
 import benchmark
 import demo
 import visualization
-from datasets.loading import Data
 from deploy import rivals, timing
 from deploy.timing import ROUNDS
 from engine.evaluate import evaluate
 from models.replace import load_model
 from plots import pictures
-from utils.configs import DataConfig, Settings
+from tests.conftest import FLOAT32, digits, report
 from utils.distributed import Context
 from utils.recipe import Recipe
 
 
-def test_the_demo_writes_its_summary_page_and_figures(few_digits, tmp_path, monkeypatch, capsys):
+def test_the_demo_writes_its_summary_page_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "one_image", partial(demo.one_image, seconds=0.05))
     monkeypatch.setattr(demo, "visualize", lambda config: pictures.visualize(replace(config, count=1)))
     monkeypatch.setattr(pictures, "EXACT_UP_TO", 0)  # influence is sampled
-    assert demo.demo(["--epochs", "1", "--train-subset", "0.5"]) == 0
+    assert demo.demo(["--epochs", "1", "--train-subset", "0.07"]) == 0
     said, run = capsys.readouterr().out, tmp_path / "runs/demo"
-    summary = json.loads((run / "summary.json").read_text())
+    summary = report(run, "summary.json")
     agreements = [row["agreement"] for row in summary["rows"].values()]
     assert agreements[0] is agreements[4] is None and all(0 <= value <= 100 for value in agreements[1:4])
     assert [len(report["output_error"]) for report in summary["fidelity"].values()] == [4] * 4
@@ -44,7 +42,7 @@ def test_the_demo_writes_its_summary_page_and_figures(few_digits, tmp_path, monk
     assert "runs/demo/figures" in capsys.readouterr().out
 
 
-def test_a_recipe_leaves_finished_commands_alone_and_refuses_other_flags(few_digits, tmp_path, failure):
+def test_a_recipe_leaves_finished_commands_alone_and_refuses_other_flags(tmp_path, failure):
     def teach(seed, argv=(*demo.TEACHER, *demo.DIGITS)):
         recipe = Recipe(tmp_path, [*demo.COMMON, "--seed", str(seed)], epochs=1)
         return recipe.run("main.py", "teacher", *argv), recipe.seconds
@@ -72,7 +70,7 @@ def timed_once(call, seconds: float) -> list[float]:
     return [1e3 * (time.perf_counter() - start)]
 
 
-def test_benchmark_compares_and_writes(few_digits, tmp_path, monkeypatch, teacher, far):
+def test_benchmark_compares_and_writes(tmp_path, monkeypatch, teacher, far):
     for name, weights in (("teacher", teacher), ("far", far / "best.pth"), ("sweep/keep-0.5", far / "best.pth")):
         (tmp_path / "run" / name).mkdir(parents=True)
         shutil.copy(weights, tmp_path / "run" / name / "best.pth")
@@ -82,7 +80,7 @@ def test_benchmark_compares_and_writes(few_digits, tmp_path, monkeypatch, teache
     monkeypatch.setattr(timing, "measure", timed_once)  # of layers; whole models have processes of their own
     flags = "--quick --seconds 0.01 --batches 1 --image-size 32 224 --runs run --runtimes".split()
     assert benchmark.benchmark([*flags, "timm eager"]) == 0
-    out = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())
+    out = report(tmp_path / "runs/benchmark", "benchmark.json")
     layer = out["layer, batch 1, threads 1"]
     assert {"attention", "dense BiLSTM", "FAR fused", "FAR pruned 0.25"} <= layer.keys() and layer["attention"][
         "repeats"
@@ -96,8 +94,7 @@ def test_benchmark_compares_and_writes(few_digits, tmp_path, monkeypatch, teache
     rows = {row["name"]: row for row in out["accuracy"]}
     assert {"DeiT-Micro (attention)", "FAR fused", "FAR fused, keep 0.5"} <= rows.keys()
     model, _ = load_model(far / "best.pth")
-    loader = Data(DataConfig("DIGITS", None, 32, num_workers=0), Context()).val_loader(60)
-    alone = evaluate(model, loader, Context(), Settings().autocast(Context().device))
+    alone = evaluate(model, digits().val_loader(60), Context(), FLOAT32)
     assert abs(rows["FAR fused"]["acc1"] - alone["acc1"]) < 2  # barely trained: ties tip over when maps are merged
     size = out["size"]
     assert size["DeiT-Tiny"]["parameters"] == 5_717_416 and size["FAR 0.25"]["macs"] < size["FAR"]["macs"]

@@ -1,6 +1,5 @@
 """docs/ARCHITECTURE.md's promise: whatever its table lists is one entry each."""
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +20,7 @@ from models.kernels.reference import reference
 from models.mixer import TokenMixer
 from models.operations import linear
 from models.replace import REPLACEMENTS, load_model
-from tests.conftest import BATCH, BLOCK_BATCH, QUIET
+from tests.conftest import BATCH, BLOCK_BATCH, QUIET, report
 from utils import names
 
 
@@ -111,6 +110,6 @@ def test_one_of_each_is_added_and_trains(monkeypatch, tmp_path):
     few = "--ft-epochs 1 --ft-batch-size 64 --keep-ratio 0.5 --reg 4 --score alike".split()
     assert prune.main([*short, *few, *weight]) == 0
     assert load_model(tmp_path / "multi-lstm/best.pth")[1].replaced == (1,)
-    report = json.loads((tmp_path / "prune/prune_report.json").read_text())
-    assert report["rows"][-1]["units"] == report["rows"][0]["units"] / 2
+    rows = report(tmp_path / "prune", "prune_report.json")["rows"]
+    assert rows[-1]["units"] == rows[0]["units"] / 2
     assert calls == {"replacement", "kernel", "data set", "regularizer", "term", "score", "ranking"}

@@ -1,7 +1,6 @@
 """benchmark.py --device cuda from end to end, on a CPU and with made times; the tables that it prints."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from deploy import gpu_speed
 from deploy.gpu_speed import Case, GpuConfig
 from models import choosing, kernels
 from models.replace import replacements
+from tests.conftest import report
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_everything_is_measured_and_shown(config, capsys):
     assert attention.split()[:4] == ["DeiT-Micro", "attention", "(SDPA)", "1"] and " MB" in attention
     assert [line.split()[1] for line in (gru, mingru, stock)] == ["GRU", "minGRU", "torch"] and " MB" in mingru
     assert failing.count("no kernel image") == 1
-    written = json.loads((config.output_dir / "gpu.json").read_text())
+    written = report(config.output_dir, "gpu.json")
     assert len(written["cases"]) == 2 * 2 * 2 * 5 and sum("failed" in case for case in written["cases"]) == 8
     assert written["about"]["torch"] == torch.__version__
     assert [row["kernel"] for row in written["auto"]] == ["torch"] * 2

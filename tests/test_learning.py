@@ -1,6 +1,5 @@
 """Teacher, swap, distillation and pruning together, on the digits: how near each step's weights are to the teacher."""
 
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -10,11 +9,10 @@ import torch
 import main
 import prune
 from datasets import loading, registry
-from datasets.loading import Augmented, Data, Transformed
+from datasets.loading import Augmented, Transformed
 from engine.fidelity import fidelity
 from models.replace import load_model, swap_attention
-from tests.conftest import BATCH, BLOCK_BATCH, EVAL, QUIET
-from utils.configs import DataConfig, Settings
+from tests.conftest import BATCH, BLOCK_BATCH, EVAL, FLOAT32, QUIET, digits, rows
 from utils.distributed import Context
 
 SEED, SIDE = 0, 12  # 12 pixels a side are 3 x 3 patches and the class token
@@ -51,8 +49,7 @@ class Mislabelled(registry.Digits):
 
 def distance(student, teacher: Path) -> dict[str, float]:
     """How far a model is from the teacher in a file, on the evaluation split: 0 is equal."""
-    loader = Data(DataConfig("DIGITS", Path(), SIDE, num_workers=0), Context()).val_loader(64)
-    report = fidelity(student, load_model(teacher)[0], loader, Context(), Settings().autocast(Context().device))
+    report = fidelity(student, load_model(teacher)[0], digits(size=SIDE).val_loader(64), Context(), FLOAT32)
     z = 1 - mean(report["z_similarity"].values())
     return {"disagreement": 100 - report["agreement"], "kl": report["kl"], "z": z}
 
@@ -83,16 +80,12 @@ def prepared_once():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     weight = train(main, tmp_path_factory.mktemp("learning"), *SIZE, *STEP, *TEACHER)
-    last = (weight.parent / "log.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last)["val"]["acc1"] > 80  # 96
+    assert rows(weight.parent)[-1]["val"]["acc1"] > 80  # 96
     return weight
 
 
 @pytest.mark.parametrize("rep_by", LIMITS)
 def test_distillation_and_pruning_without_labels_keep_the_teachers_function(rep_by, teacher, tmp_path, monkeypatch):
-    def read(name: str) -> list[dict]:
-        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-
     def check(name: str, weight: Path) -> None:
         now = distance(load_model(weight)[0], teacher)
         left = {key: round(now[key] / untrained[key], 3) for key in now}
@@ -111,12 +104,12 @@ def test_distillation_and_pruning_without_labels_keep_the_teachers_function(rep_
     check("attn", attn)
     if "block" in LIMITS[rep_by]:
         far = train(main, tmp_path / "block", *distil, *BLOCK, "--attn-weight", str(attn))
-        assert read("block/log.jsonl")[0]["val"] == read("attn/log.jsonl")[-1]["val"]  # starts where stage attn ended
+        assert rows(tmp_path / "block")[0]["val"] == rows(tmp_path / "attn")[-1]["val"]  # starts where stage attn ended
         check("block", far)
 
     preserve = ["--base-weight", str(teacher), "--distill-loss", "preserve", "--model-path", str(far)]
     pruned = train(prune, tmp_path / "pruned", *STEP, *PRUNE, *preserve)
-    steps = read("pruned/regularize/steps.jsonl")
+    steps = rows(tmp_path / "pruned/regularize", "steps.jsonl")
     assert steps[-1]["hoyer_square"] < 0.985 * steps[0]["hoyer_square"]  # 0.974 and 0.959; 1.000 unregularized
     units = [sum(map(sum, sizes)) for sizes in load_model(pruned)[1].units.values()]
     assert sum(units) == 256  # of 512

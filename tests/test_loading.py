@@ -9,18 +9,13 @@ from PIL import Image
 
 from datasets.loading import Augmented, Data, naming_dead_workers
 from datasets.registry import build_split
-from tests.conftest import image_folder
+from tests.conftest import digits, image_folder
 from utils.configs import DataConfig
 from utils.distributed import Context
 from utils.errors import FarError
 
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's, as published
-
-
-def digits(seed=0, **kwargs):
-    context = Context(kwargs.pop("rank", 0), kwargs.pop("world", 1))
-    return Data(DataConfig("DIGITS", None, 32, **{"num_workers": 0, "seed": seed, **kwargs}), context)
 
 
 def batches(data, epoch=0, size=64, start=0):

@@ -8,7 +8,6 @@ import torch
 from timm.data import ImageNetInfo
 
 import main
-from datasets.loading import Data
 from datasets.registry import SOURCES
 from datasets.streams import PACKAGES
 from deploy.export import TARGETS
@@ -22,11 +21,9 @@ from engine.ranking import RANKINGS
 from models.deit import TEACHERS, create_teacher, load_published_weights
 from models.kernels import BACKENDS
 from models.replace import REPLACEMENTS
-from tests.conftest import PLAIN, QUIET, TRAIN, image_folder, launch, report, run_ranks
+from tests.conftest import PLAIN, QUIET, TRAIN, digits, image_folder, launch, run_ranks
 from utils import names
 from utils.checkpoint import load
-from utils.configs import DataConfig
-from utils.distributed import Context
 from utils.errors import FarError
 
 
@@ -98,7 +95,7 @@ def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, 
 
 def test_more_processes_than_images_is_refused():
     with pytest.raises(FarError, match="--nproc_per_node"):
-        Data(DataConfig("DIGITS", None, 32, train_subset=0.001), Context(0, 2))
+        digits(0, 2, train_subset=0.001)
 
 
 def test_help_is_grouped_and_shows_defaults(capsys):

@@ -9,6 +9,7 @@ from models.deit import create_teacher
 from models.replace import FarConfig, build, pack
 from tests.conftest import DIGITS, EVAL, QUIET, TRAIN, image_folder, write_images
 from tests.test_prune import SMALL
+from tests.test_streams import write_tars
 from tests.test_unlabelled import PRESERVE
 from utils.checkpoint import save
 
@@ -23,6 +24,8 @@ def world(tmp_path_factory):
     write_images(root / "pictures", 12)
     (root / "broken").mkdir()
     (root / "broken/broken.png").write_bytes(b"no image")
+    write_tars(root / "tars")
+    (write_tars(root / "lost") / "digits-validation-0001.tar").unlink()
     torch.save(create_teacher("DeiT-Tiny", 10, 32).state_dict(), root / "tiny.pth")
     for rep_by in ("gru", "mixer"):
         config = FarConfig("DeiT-Micro", 10, 32, rep_by, replaced=(1,))
@@ -84,6 +87,16 @@ MISTAKES = {  # by what a line begins with: how it goes on, and what is said
     f"main.py --mode eval {' '.join(EVAL)}": {
         "--far-weight tiny.pth": "not a FAR checkpoint",
         "--far-weight TEACHER": "holds a teacher",
+    },
+    "main.py --mode teacher --dataset wds/x --data-path tars": {
+        "--data-path nowhere": "--data-path nowhere/_info.json: .*put the tars' _info.json there",
+        "--data-path lost": "lost/digits-validation-0001.tar: not there, but _info.json names it",
+        "--nb-classes 9": "--nb-classes 9: --dataset wds/x has 10",
+        "--holdout 0.1": "--holdout: not with --dataset wds/x",
+        "--train-subset 0.5": "--train-subset: not with --dataset wds/x",
+        "--repeated-aug": "--repeated-aug: not with --dataset wds/x",
+        "--download": "--download: not with --dataset wds/x",
+        "--dataset hfds/mnist": "--dataset: hfds/mnist: .* take FOLDER, or .* take wds/NAME",
     },
     "main.py --mode downstream --dataset DIGITS": {
         "--ds-pruned --far-weight FAR": "--ds-pruned",

@@ -6,14 +6,12 @@ import pytest
 
 import main
 import prune
-from datasets.loading import Data
 from engine.distill import Distillation
 from engine.plan import weigh
 from engine.stages import Stage, select_trainable
 from models.deit import create_teacher
-from tests.conftest import DIGITS, QUIET, TRAIN
-from utils.configs import DataConfig, Optim, Settings
-from utils.distributed import Context
+from tests.conftest import DIGITS, QUIET, TRAIN, digits
+from utils.configs import Optim, Settings
 
 
 @pytest.mark.parametrize("mode", ["train", "teacher", "downstream", "prune"])
@@ -41,7 +39,7 @@ def test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing(mode, teacher,
 
 
 def test_memory_is_that_of_weights_optimiser_and_what_the_backward_pass_needs():
-    data = Data(DataConfig("DIGITS", None, 32, train_subset=0.05), Context())
+    data = digits(train_subset=0.05)
     model = create_teacher("DeiT-Micro", 10, 32)
     stage = Stage("head", (), (), "head", "classification", "output", Optim(1, 8, 0.1))
     select_trainable(model, stage)

@@ -9,14 +9,11 @@ import torch
 from timm.data import ImageNetInfo
 
 import main
-from datasets.loading import Data
 from datasets.registry import Digits, class_names
 from deploy.predict import Answer, as_text
 from models.replace import load_model
-from tests.conftest import BATCH, QUIET, image_folder, write_images
+from tests.conftest import BATCH, QUIET, digits, image_folder, write_images
 from utils.checkpoint import load, save
-from utils.configs import DataConfig
-from utils.distributed import Context
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def test_predict_gives_the_models_own_probabilities(pictures, far, tmp_path, fus
     out = tmp_path / "answers.csv"
     flags = ["--images", str(pictures), "--output", str(out), "--batch-size", "3", "--num-workers", workers]
     assert main.main(["--mode", "predict", "--far-weight", str(far / "best.pth"), *flags, *fuse]) == 0
-    data = Data(DataConfig("DIGITS", None, 32), Context())
+    data = digits()
     model, config = load_model(far / "best.pth")
     with torch.no_grad():
         expected = model(torch.stack([data.val[i][0] for i in range(7)])).softmax(1)

@@ -14,18 +14,7 @@ from models.bigru import DirectionGRU
 from models.bilstm import DirectionLSTM
 from models.mingru import DirectionMinGRU
 from models.replace import FarConfig, build, count_parameters, describe, load_model, mlps, replacements
-from tests.conftest import (
-    EVAL,
-    QUIET,
-    Started,
-    assert_equal,
-    relative_error,
-    report,
-    rows,
-    run_ranks,
-    wait_for,
-    weights,
-)
+from tests.conftest import QUIET, Started, assert_equal, relative_error, report, rows, run_ranks, wait_for, weights
 from utils.checkpoint import load
 
 UNITS = {"0": [[5, 32], [1, 7]], "2": [[32, 32], [3, 2]]}
@@ -284,16 +273,3 @@ def test_two_processes_prune_the_same_shapes_as_one(far, tmp_path):
             torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-2, atol=1e-3)
     points = report(tmp_path / "a", "prune_report.json")["sweep"]
     assert [p["units"] for p in points] == [256, 102] and (tmp_path / "a/sweep.png").stat().st_size > 5000
-
-
-def test_a_gru_trains_prunes_and_fuses(teacher, tmp_path):
-    short = ["--dataset", "DIGITS", "--train-subset", "0.05", "--holdout", "0.02", *QUIET, "--batch-size", "64"]
-    train = ["--mode", "train", "--rep-by", "gru", *short, "--base-weight", str(teacher), "--epochs", "1"]
-    assert main.main([*train, "--block-ft-epochs", "0", "--output-dir", str(tmp_path / "far")]) == 0
-    far, pruned = (str(tmp_path / name / "best.pth") for name in ("far", "prune"))
-    half = "--keep-ratio 0.5 --prune-mlp --epochs 0 --ft-epochs 0".split()
-    assert prune.main([*short, *half, "--model-path", far, "--output-dir", str(tmp_path / "prune")]) == 0
-    model, config = load_model(pruned)
-    assert config.rep_by == "gru" and sum(sum(map(sum, sizes)) for sizes in config.units.values()) == 4 * 4 * 32 / 2
-    assert count_parameters(model) < 0.6 * count_parameters(load_model(far)[0])
-    assert main.main(["--mode", "eval", *EVAL, "--holdout", "0.02", "--far-weight", pruned, "--fuse", "float32"]) == 0

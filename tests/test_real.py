@@ -1,6 +1,5 @@
 """real.py in a small setting: its rows, its table and page, several processes."""
 
-import json
 import re
 import shutil
 from functools import partial
@@ -13,6 +12,7 @@ import prune
 import real
 from deploy.latency import in_engine
 from deploy.speed import ENGINE, one_image
+from tests.conftest import report
 from tests.test_datasets import solar_cells
 from utils.errors import FarError
 from utils.recipe import Recipe
@@ -49,7 +49,7 @@ def test_rows_are_trained_measured_and_drawn(tmp_path, teacher, monkeypatch, cap
     assert real.main(["--input-size", "28", "--epochs", "1", "--all"]) == 0
     assert all(path.is_file() for path in (drawn[0].base_weight, drawn[0].far_weight, drawn[0].pruned_weight))
     said = capsys.readouterr().out
-    rows = json.loads((tmp_path / "runs/real/28px/rows.json").read_text())["0"]
+    rows = report(tmp_path / "runs/real/28px", "rows.json")["0"]
     assert set(rows) == {"teacher", *real.SWAPPED, *real.PRUNED}
     assert rows["teacher"]["agreement"] == 100 and rows["teacher"]["kl"] == 0
     sizes = [rows[row]["parameters"] for row in ("FAR", "kept 0.25", real.SMALLEST)]

@@ -195,24 +195,6 @@ def test_an_evaluation_that_is_not_of_every_picture_is_one_line(tmp_path):
         list(stream(root).val_loader(4))
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--data-path nowhere", "--data-path nowhere/_info.json: .*put the tars' _info.json there"),
-        ("--data-path lost", "lost/digits-validation-0001.tar: not there, but _info.json names it"),
-        ("--nb-classes 9", "--nb-classes 9: --dataset wds/x has 10"),
-        ("--holdout 0.1", "--holdout: not with --dataset wds/x"),
-        ("--train-subset 0.5", "--train-subset: not with --dataset wds/x"),
-        ("--repeated-aug", "--repeated-aug: not with --dataset wds/x"),
-        ("--download", "--download: not with --dataset wds/x"),
-        ("--dataset hfds/mnist", "--dataset: hfds/mnist: .* take FOLDER, or .* take wds/NAME"),
-    ],
-)
-def test_mistakes_are_one_line_and_nothing_is_written(flags, said, tars, tmp_path, mistake):
-    (write_tars(tmp_path / "lost") / "digits-validation-0001.tar").unlink()
-    mistake(f"{' '.join(TEACH)} --data-path {tars} {flags}", said)
-
-
 def test_more_processes_than_tars_and_a_missing_package_are_told(tars, monkeypatch):
     with pytest.raises(FarError, match="--nproc_per_node: 4 processes but 3 training tars"):
         stream(tars, 0, 4)

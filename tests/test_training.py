@@ -87,7 +87,7 @@ def test_evaluation_agrees_with_one_pass_by_hand(far):
     assert got["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("rep_by", "source"), [("lstm", "teacher"), ("mixer", "student")])
+@pytest.mark.parametrize(("rep_by", "source"), [("lstm", "teacher"), ("mixer", "student"), ("gru", "student")])
 def test_every_replacement_trains_from_either_input(rep_by, source, teacher, tmp_path):
     flags = "--finetune-head --train-loss similarity --block-ft-train-loss combine"
     run = distil(teacher, tmp_path / "run", f"{flags} --rep-by {rep_by} --distill-input {source}")

@@ -10,7 +10,7 @@ from datasets.loading import Data, preprocessing
 from models.deit import create_teacher
 from models.replace import load_model
 from models.weights import load_teacher_weights, read
-from tests.conftest import BATCH, BLOCK_BATCH, QUIET, TRAIN, assert_equal, report, weights, write_images
+from tests.conftest import BATCH, BLOCK_BATCH, QUIET, TRAIN, assert_equal, digits, report, weights, write_images
 from utils.configs import DataConfig
 from utils.distributed import Context
 
@@ -69,6 +69,6 @@ def test_each_process_evaluates_by_its_own_answers():
     wanted = torch.randint(10, (360,)).tolist()
     for world in (1, 3):
         for rank in range(world):
-            data = Data(DataConfig("DIGITS", None, 32, num_workers=0), Context(rank, world))
+            data = digits(rank, world)
             data.set_labels(wanted[rank::world], 10)
             assert [label for _, labels in data.val_loader(50) for label in labels.tolist()] == wanted[rank::world]
