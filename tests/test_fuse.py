@@ -85,6 +85,12 @@ def test_loading_into_a_fused_model_is_refused_before_anything_is_written():
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
+def test_a_fused_model_without_the_kernel_moves_freely():
+    m = layer(UNITS[1]).double()
+    x = torch.randn(2, 9, 192)
+    torch.testing.assert_close(m.merged().float()(x), m.float()(x), rtol=1e-3, atol=1e-4)
+
+
 def test_a_fused_layer_refuses_to_differentiate():
     f = layer(UNITS[0]).merged()
     x = torch.randn(1, 5, 192, requires_grad=True)

@@ -225,6 +225,8 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
 def test_no_memory_left_is_one_line():
     with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
         torch.empty(2**60)  # bytes that no machine has
+    with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 # Who owns a folder.
