@@ -51,8 +51,13 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
                 sys.stdout.flush()
                 return code
             except FarError as error:
+                lost = isinstance(error, LostContact)
                 if not error.told:
-                    tell(f"error: {error}", late=error.code == LostContact.code)
+                    tell(f"error: {error}", late=lost)
+                if lost:  # the frames that it holds end gloo's threads, which wait for Python, which waits for them
+                    with contextlib.suppress(OSError):
+                        sys.stdout.flush()
+                    os._exit(error.code)
                 return error.code
             except signals.Stopped as stopped:
                 with contextlib.suppress(OSError):
