@@ -38,10 +38,10 @@ from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
 
 AFTER = {"regularize": "regularized", "fine-tune": "fine-tuned"}  # what the report calls a model after a training
-Parts = Mapping[int, BlockPart]  # by block
+BlockParts = Mapping[int, BlockPart]  # by block
 
 # What ranks units, largest first: from parts, and from what is seen of them on images where that is asked for.
-SCORES: dict[str, Callable[[Parts, Callable[[], Grams]], Norms]] = {
+SCORES: dict[str, Callable[[BlockParts, Callable[[], Grams]], Norms]] = {
     "norm": lambda parts, seen: unit_norms(parts),
     "carried": lambda parts, seen: activation_score(parts, seen()),
 }
@@ -186,7 +186,7 @@ class Pruning:
         """Selects, refits, shrinks and fine-tunes. Returns the model and what was measured after each training."""
         autocast, context = self.settings.autocast(self.context.device), self.context
 
-        def seen(parts: Parts) -> Grams:
+        def seen(parts: BlockParts) -> Grams:
             """What the units of parts carry on training images."""
             images = first_batches(self.data, self.regularize.optim.batch_size, context)
             return unit_grams(model, parts, images, context, autocast)
@@ -210,7 +210,7 @@ class Pruning:
             save_figure(kept_units({str(i): part.sizes for i, part in parts.items()}, most), run.path / "units.png")
         return model, [{**pruned, **timed}, tuned]
 
-    def select(self, model, ratio: float | None, scores: Callable[[Parts], Norms]) -> tuple[Kept, Kept]:
+    def select(self, model, ratio: float | None, scores: Callable[[BlockParts], Norms]) -> tuple[Kept, Kept]:
         """What the flags keep: (of the replacements' units, this share where one is given; of MLP units)."""
         command, norms, mlp = self.command, scores(replacements(model)), {}
         if command.prune_mlp:

@@ -53,7 +53,7 @@ class Hybrids:
         return [(self.student if i in replaced else self.teacher).blocks[i] for i in range(self.depth)]
 
     @torch.no_grad()
-    def toggled(self, replaced: Iterable[int], blocks: Sequence[int], desc: str = "ranking") -> dict[int, Cost]:
+    def toggle_costs(self, replaced: Iterable[int], blocks: Sequence[int], desc: str = "ranking") -> dict[int, Cost]:
         """By each of `blocks`: the cost of the hybrid with `replaced` blocks, but that one on the other side."""
         replaced, model = frozenset(replaced), self.teacher
         hidden = None if self.context.main else True
@@ -93,13 +93,13 @@ class Hybrids:
 
 def alone(hybrids: Hybrids) -> dict[int, float]:
     """KL with that block alone replaced."""
-    return {i: cost.kl for i, cost in hybrids.toggled((), range(hybrids.depth)).items()}
+    return {i: cost.kl for i, cost in hybrids.toggle_costs((), range(hybrids.depth)).items()}
 
 
 def restore(hybrids: Hybrids) -> dict[int, float]:
     """By how much KL falls where all blocks are replaced and that one gets its attention back."""
     every = range(hybrids.depth)
-    without = hybrids.toggled(every, every)
+    without = hybrids.toggle_costs(every, every)
     most = max(cost.kl for cost in without.values())
     return {i: most - cost.kl for i, cost in without.items()}
 
@@ -108,7 +108,7 @@ def greedy(hybrids: Hybrids) -> dict[int, float]:
     """KL after each step of taking, by turns, the block that costs least beside those taken."""
     scores: dict[int, float] = {}
     while left := [i for i in range(hybrids.depth) if i not in scores]:
-        costs = hybrids.toggled(scores, left, f"ranking {len(scores) + 1}/{hybrids.depth}")
+        costs = hybrids.toggle_costs(scores, left, f"ranking {len(scores) + 1}/{hybrids.depth}")
         best = min(left, key=lambda i: costs[i].kl)
         scores[best] = max([costs[best].kl, *scores.values()])  # a step that gains something does not come earlier
     return scores
@@ -161,7 +161,7 @@ def rank_blocks(name: str, hybrids: Hybrids) -> Ranking:
     """Ranks all blocks, and measures what the first so many of them cost together."""
     scores = RANKINGS[name](hybrids)
     order = tuple(sorted(scores, key=scores.get))
-    path = [hybrids.toggled(order[:k], [i], "costs")[i] for k, i in enumerate(order)]
+    path = [hybrids.toggle_costs(order[:k], [i], "costs")[i] for k, i in enumerate(order)]
     return Ranking(name, scores, order, tuple(path))
 
 

@@ -29,20 +29,22 @@ class Stage:
     select: str = ""
 
 
-class Parts(NamedTuple):
+class Trainable(NamedTuple):
     """Which modules train; `behind`: some lie behind the last block, where only a loss on the logits reaches them."""
 
     pick: Callable[[VisionTransformer, Iterable[int]], list[nn.Module]]
     behind: bool = False
 
 
-PARTS: dict[str, Parts] = {
-    "mixing": Parts(lambda model, blocks: [part for i in blocks for part in model.blocks[i].attn.mixing_parts()]),
-    "block": Parts(lambda model, blocks: [model.blocks[i] for i in blocks]),
-    "FC": Parts(lambda model, blocks: [model.blocks[i].mlp for i in blocks]),
-    "FC+head": Parts(lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), *classifiers(model)], behind=True),
-    "head": Parts(lambda model, blocks: classifiers(model), behind=True),
-    "full": Parts(lambda model, blocks: [model], behind=True),
+PARTS: dict[str, Trainable] = {
+    "mixing": Trainable(lambda model, blocks: [part for i in blocks for part in model.blocks[i].attn.mixing_parts()]),
+    "block": Trainable(lambda model, blocks: [model.blocks[i] for i in blocks]),
+    "FC": Trainable(lambda model, blocks: [model.blocks[i].mlp for i in blocks]),
+    "FC+head": Trainable(
+        lambda model, blocks: [*(model.blocks[i].mlp for i in blocks), *classifiers(model)], behind=True
+    ),
+    "head": Trainable(lambda model, blocks: classifiers(model), behind=True),
+    "full": Trainable(lambda model, blocks: [model], behind=True),
 }
 
 

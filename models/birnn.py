@@ -48,7 +48,7 @@ class Direction(nn.Module):
                 starts.get(name, nn.init.zeros_)(rows)
 
     @torch.no_grad()
-    def remember_up_to(self, tokens: int) -> None:
+    def chrono_init(self, tokens: int) -> None:
         """Chrono initialisation (arXiv 1804.11188): biases log U(1, N - 1), so that states last for 1 to N tokens."""
         bias = torch.empty(self.units).uniform_(1, max(2, tokens - 1)).log()
         for gate, sign in self.memory.items():
@@ -141,7 +141,7 @@ class MultiHeadBiRNN(Replacement):
         if init == "chrono":
             for head in self.lstm:
                 for direction in head:
-                    direction.remember_up_to(self.num_tokens)
+                    direction.chrono_init(self.num_tokens)
         if init in ("value", "chrono"):
             with torch.no_grad():
                 self.pre_proj.weight.copy_(attn.qkv.weight[-self.dim :])

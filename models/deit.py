@@ -10,7 +10,7 @@ from timm.models import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.vit import Teacher, adopt, prefix_positions, timm_teacher
+from models.vit import Teacher, adapt_mlps, prefix_positions, timm_teacher
 from utils.checkpoint import load_into
 from utils.configs import ModelName
 from utils.errors import FarError
@@ -84,7 +84,7 @@ def create_teacher(base_model: str, num_classes: int, img_size: int, drop: float
     """A teacher with fresh weights: images (B, 3, img_size, img_size) to logits (B, num_classes)."""
     check_size(base_model, img_size)
     build = find_teacher(base_model).build
-    return adopt(build(num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path))
+    return adapt_mlps(build(num_classes=num_classes, img_size=img_size, drop_rate=drop, drop_path_rate=drop_path))
 
 
 def resize_positions(state: dict[str, Tensor], model: VisionTransformer, source: str) -> dict[str, Tensor]:

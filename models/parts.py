@@ -79,7 +79,7 @@ class BlockPart(abc.ABC):
 class Mlp(timm.layers.Mlp, BlockPart):
     """timm's MLP; its hidden units can be pruned."""
 
-    full_sizes = 0  # `models.vit.adopt` sets it
+    full_sizes = 0  # `models.vit.adapt_mlps` sets it
 
     @property
     def sizes(self) -> int:

@@ -11,7 +11,7 @@ from models.deit import resize_positions
 from models.hub import data_config
 from models.infer import infer_far
 from models.replace import build_on_meta, set_input_size, swap_attention
-from models.vit import adopt
+from models.vit import adapt_mlps
 from utils.errors import FarError
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class FarDeiT(VisionTransformer):
     def __init__(self, adopts: frozenset[str] = frozenset(), **kwargs):
         super().__init__(**kwargs)
         self.adopts: frozenset[str] | None = adopts
-        swap_attention(adopt(self), range(len(self.blocks)), "multi-lstm")
+        swap_attention(adapt_mlps(self), range(len(self.blocks)), "multi-lstm")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         if self.adopts is not None:

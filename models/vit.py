@@ -102,7 +102,7 @@ def timm_teacher(name: str) -> Teacher:
     )
 
 
-def adopt(model: VisionTransformer) -> VisionTransformer:
+def adapt_mlps(model: VisionTransformer) -> VisionTransformer:
     """Makes the plain MLPs of timm's model prunable, in place."""
     for block in model.blocks:
         mlp = block.mlp

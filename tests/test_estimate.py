@@ -27,7 +27,7 @@ from deploy.crossbars import (
 from deploy.fuse import merge_blocks
 from models.operations import Counts, Operation, count, operations
 from models.replace import REPLACEMENTS, FarConfig, build, pack, pruned_to, set_backend, swap_attention
-from models.vit import adopt
+from models.vit import adapt_mlps
 from tests.conftest import ROOT, report
 from utils.checkpoint import save
 
@@ -38,7 +38,7 @@ ISAAC = Hardware.read(ROOT / "hardware/isaac.toml")
 def toy(rep_by="multi-lstm"):
     """Two blocks, the second one replaced: 4 patches of 4 pixels and a class token, D 8, 2 heads, MLPs of 16."""
     model = VisionTransformer(8, 4, num_classes=3, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2)
-    swap_attention(adopt(model), [1], rep_by)
+    swap_attention(adapt_mlps(model), [1], rep_by)
     return model.eval()
 
 

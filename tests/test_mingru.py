@@ -76,6 +76,6 @@ def test_a_cpu_walks_and_a_compiled_model_scans(monkeypatch):
 def test_chrono_init_spreads_memory_over_the_tokens():
     m = MultiHeadBiMinGRU(256, 1, 65)
     for direction in m.lstm[0]:
-        direction.remember_up_to(65)
+        direction.chrono_init(65)
         memory = 1 / torch.sigmoid(direction.bias_ih[:256])  # tokens until a state has decayed, at zero input
         assert memory.min() < 5 and memory.max() > 50 and (direction.bias_ih[256:] == 0).all()

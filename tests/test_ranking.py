@@ -59,7 +59,7 @@ def cost_by_hand(pair, images, replaced) -> Cost:
 
 @pytest.mark.parametrize("replaced", [(), (2,), (0, 1, 3), (0, 1, 2, 3)])
 def test_costs_are_those_of_hybrids_built_by_hand(replaced, pair, images, hybrids):
-    for block, cost in hybrids.toggled(replaced, (3, 0, 2)).items():
+    for block, cost in hybrids.toggle_costs(replaced, (3, 0, 2)).items():
         expected = cost_by_hand(pair, images, set(replaced) ^ {block})
         assert cost.kl == pytest.approx(expected.kl, rel=1e-5, abs=1e-6)
         assert cost.agreement == pytest.approx(expected.agreement)

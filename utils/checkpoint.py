@@ -114,7 +114,7 @@ def load(path: str | Path, flag: str = "") -> dict[str, Any]:
         FarError: no file, damaged, or a pickle of more than tensors and plain data (refused, never executed).
     """
     source = f"{flag} {path}".strip()
-    return distributed.everywhere(lambda file: parse(file, source), Path(path))
+    return distributed.load_from_rank_0(lambda file: parse(file, source), Path(path))
 
 
 def parse(path: Path, source: str) -> dict[str, Any]:

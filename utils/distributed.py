@@ -83,7 +83,7 @@ def broadcast(work: Callable[[], Any]) -> Any:
     return result
 
 
-def everywhere(load: Callable[[Path], Any], path: Path) -> Any:
+def load_from_rank_0(load: Callable[[Path], Any], path: Path) -> Any:
     """Returns `load(path)` of rank 0's file on every process: they may share no disk. Raises rank 0's FarError."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return load(path)
