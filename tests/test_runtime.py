@@ -19,7 +19,7 @@ import export
 from datasets.images import read_image
 from datasets.registry import Digits, photographs
 from deploy.engine_file import LINE, PROGRAM, ROOT, checksum, to_bytes, why_no_program
-from deploy.packed import natural_form
+from deploy.packed import Natural, natural_form
 from models.replace import FarConfig, build, load_model
 from tests.test_engine import MODELS, images_for
 from tests.test_int8 import far_run_on_aarch64
@@ -199,6 +199,10 @@ DAMAGES = {
     "2^62 classes": (lambda c: with_plan(c, 12, 2**62), "its plan does not fit"),
     "a table of cells over the blocks": (lambda c: with_plan(c, RECORDS + EACH + 6, RECORDS), "its plan does not fit"),
     "packed": (lambda c: with_plan(c, 1, 8), "packed for another kind of CPU"),
+    "huge part": (lambda c: damaged(c, 32, "<q", 2**39), "is cut short"),
+    "another precision": (lambda c: with_plan(c, 2, 2), "its plan does not fit"),
+    "weights kept in float32": (lambda c: with_plan(c, 20, 1), "its plan does not fit"),
+    "2^40 blocks": (lambda c: with_plan(c, 11, 2**40), "its plan does not fit"),
 }
 
 
@@ -207,6 +211,22 @@ def test_a_damaged_file_is_refused_in_words(name, model_file, tmp_path):
     damage, said = DAMAGES[name]
     (tmp_path / "bad.far").write_bytes(damage(model_file.read_bytes()))
     assert said in far_run(tmp_path / "bad.far", "--bench", code=2).decode()
+
+
+def test_records_that_share_their_weights_are_refused(tmp_path):
+    """A small file, each of whose maps begins at the first weight, would be packed into a large model."""
+    plan, vectors, products = natural_form(micro(), torch.float32)
+    numbers, most = plan.tolist(), 0
+    blocks = range(RECORDS, RECORDS + EACH * numbers[11], EACH)
+    for place in (16, 21, *(block + at for block in blocks for at in (10, 15, 20, 25))):
+        most = max(most, numbers[place] * numbers[place + 1])
+        numbers[place + 2] = 0
+    for block in blocks:
+        for cell in range(numbers[block + 6], numbers[block + 6] + 8 * numbers[block + 7], 8):
+            numbers[cell + 4] = numbers[cell + 5] = 0
+    small = Natural(torch.tensor(numbers), vectors, products[:most])
+    (tmp_path / "small.far").write_bytes(to_bytes(small, FACTS))
+    assert "its plan does not fit" in far_run(tmp_path / "small.far", "--bench", code=2).decode()
 
 
 def test_flipped_bits_are_refused_or_answered_under_the_sanitizers(model_file, int8_file, tmp_path):
