@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import kernels
-from models.merged import Merged, MergedBiRNN
+from models.merged import Merged, MergedBiRNN, hooked
 from models.operations import Operation, gelu, linear
 from utils.errors import FarError
 
@@ -149,7 +149,7 @@ class Replacement(nn.Module, BlockPart):
 
     def merged(self) -> nn.Module:
         """The same function for inference, called like this one, of its weights as they are now."""
-        maps = self.maps()
+        maps = None if hooked(self) else self.maps()
         return MergedBiRNN(maps) if maps else self
 
     def maps(self) -> Merged | None:

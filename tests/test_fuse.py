@@ -121,3 +121,10 @@ def test_what_the_operator_does_not_cover_is_merged_with_one_log_line(caplog):
     caplog.clear()
     fuse(micro())
     assert not caplog.records
+
+
+def test_a_hook_on_a_replacement_is_called_in_a_fused_model():
+    model, x = micro(), torch.randn(2, 3, 32, 32)
+    model.blocks[1].attn.register_forward_hook(lambda module, args, output: 2 * output)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-3, atol=1e-4)

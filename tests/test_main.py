@@ -1,5 +1,6 @@
 """main.py from the outside: commands as written, flags that act, mistakes told in one line."""
 
+import json
 import shutil
 
 import pytest
@@ -91,6 +92,11 @@ def test_resume_with_other_arguments_names_the_first_that_differs(failure, far, 
     args = [*TRAIN, "--base-weight", teacher, "--epochs", "1", "--output-dir", run, "--block-ft-epochs"]
     assert "--block-ft-epochs 1, not 2" in failure(*args, "2", "--resume")
     assert "already holds a run" in failure(*args, "1")
+    record = json.loads((run / "args.json").read_text())
+    del record["args"]["mixup_prob"]
+    for damaged, said in ((record, "another version of FAR"), ({**record, "contents": None}, "damaged")):
+        (run / "args.json").write_text(json.dumps(damaged))
+        assert said in failure(*args, "1", "--resume")
 
 
 def test_more_processes_than_images_is_refused():

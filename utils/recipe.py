@@ -21,7 +21,7 @@ def recipe_parser(description: str, folder: str, seeds: Sequence[int] = (0,)) ->
     """The flags that every recipe has. folder, seeds: their defaults."""
     parser = Parser(description=description)
     parser.add_argument("--output-dir", type=path, default=Path(folder), help="where everything goes")
-    parser.add_argument("--seeds", type=SEED, nargs="+", default=seeds, help="one run each, several in folders")
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=seeds, help="one run each; several have a folder each")
     parser.add_argument("--epochs", type=SIZE, help="every stage's epochs, to try it out")
     parser.add_argument("--train-subset", type=PART, default=1.0, help="share of the training images, to try it out")
     return parser

@@ -199,16 +199,16 @@ def _flag(key: str) -> str:
 
 def _check_same(path: Path, record: dict[str, Any], held: dict[str, str]) -> None:
     mend = "give the same arguments or another --output-dir"
-    stored = read_record(path / "args.json")
-    before, known = stored["args"], stored.get("contents", {})
+    before, known = (read_record(path / "args.json", part)[part] for part in ("args", "contents"))
     # Which sample comes when follows from the loader processes where each reads a part of a stream.
     free = (FREE_ON_RESUME | LOCATIONS) - ({"num_workers"} if names.is_stream(record.get("dataset", "")) else set())
+    if before.keys() != record.keys():
+        other = f"--resume: {path} was run by another script or another version of FAR"
+        raise FarError(f"{other}; finish it with that, or name another --output-dir")
     for key in sorted(known.keys() | held.keys()):
         if known.get(key) != held.get(key):
             where = f"{_flag(key)} {record.get(key) or ''}".strip()
             raise FarError(f"--resume: {where}: does not hold what {path} was run with; {mend}")
-    for key in sorted(before.keys() | record.keys()):
-        if key not in free and before.get(key) != record.get(key):
-            raise FarError(
-                f"--resume: {path} was run with {_flag(key)} {before.get(key)}, not {record.get(key)}; {mend}"
-            )
+    for key in sorted(record):
+        if key not in free and before[key] != record[key]:
+            raise FarError(f"--resume: {path} was run with {_flag(key)} {before[key]}, not {record[key]}; {mend}")

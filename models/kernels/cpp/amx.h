@@ -12,7 +12,13 @@
 
 #include "dots.h"
 
-#if FAR_BFLOAT16 && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__)
+#if (defined(__AMX_BF16__) && defined(__AMX_INT8__)) || (defined(__AMXBF16__) && defined(__AMXINT8__))  // older clang
+#define FAR_TILES 1
+#else
+#define FAR_TILES 0
+#endif
+#if FAR_TILES && FAR_BFLOAT16 && defined(__AVX512VNNI__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define FAR_AMX 1
@@ -29,11 +35,15 @@ template <class X>
 constexpr int DEPTH = 64 / sizeof(X);  // k in a tile
 
 #if FAR_AMX
-// Whether this CPU has tiles and the system lets this process use them.
+// Whether this CPU has tiles and the system lets this process use them. __builtin_cpu_supports is no in zig's programs.
 inline bool here() {
-  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM and what it is asked for
-  static const bool granted = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
-                              syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;         // ARCH_REQ_XCOMP_PERM and what it is asked for
+  constexpr unsigned BITS = 1 << 22 | 1 << 24 | 1 << 25;  // of bfloat16, tiles and int8
+  static const bool granted = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BITS) == BITS &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  }();
   return granted;
 }
 

@@ -14,10 +14,9 @@ const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vector
                   vectors.is_contiguous() && products.is_contiguous(),
               "a plan in int64, vectors in float32");
   const auto type = products.scalar_type();
-  const auto int8 = natural ? at::kChar : INT8_TYPE;
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == int8,
-              "products must be float32, bfloat16 or int8");
-  const int64_t precision = type == int8            ? far_engine::INT8
+  const bool int8 = type == at::kChar || (type == at::kShort && !natural);  // the plan says which of the two it is
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || int8, "products must be float32, bfloat16 or int8");
+  const int64_t precision = int8                    ? far_engine::INT8
                             : type == at::kBFloat16 ? far_engine::BFLOAT16
                                                     : far_engine::FLOAT32;
   const int64_t* from = plan.const_data_ptr<int64_t>();
