@@ -20,6 +20,9 @@ from PIL import Image
 import main
 import models  # noqa: F401  (makes torchvision importable, which test files import first)
 from datasets.loading import Data
+from deploy.engine_file import why_no_program
+from engine import modes, pruning, steps
+from plots import figures
 from tests import child
 from utils.checkpoint import load
 from utils.configs import DataConfig, Settings
@@ -35,6 +38,12 @@ BATCH, BLOCK_BATCH = ["--batch-size", "64"], ["--block-ft-batch-size", "64"]
 TEACH = ["--mode", "teacher", *DIGITS, *BATCH]
 TRAIN = ["--mode", "train", *DIGITS, *BATCH, *BLOCK_BATCH]
 FLOAT32 = Settings().autocast(torch.device("cpu"))
+
+
+def pytest_sessionstart() -> None:
+    """Of two test processes the first soon compiles the kernels: the second makes far-run rather than wait for them."""
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+        why_no_program()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -193,6 +202,23 @@ def alike() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_drawn_once() -> Iterator[None]:
+    """A recipe's figure takes half a second: of each name the first is drawn, the later ones are copies of it."""
+    drawn, save_figure = {}, figures.save_figure
+
+    def save(figure, path: Path) -> None:
+        if path.name not in drawn:
+            save_figure(figure, path)
+            drawn[path.name] = path.read_bytes()
+        path.write_bytes(drawn[path.name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, modes, pruning, steps):
+            patch.setattr(module, "save_figure", save)
+        yield
 
 
 @pytest.fixture(scope="session")
