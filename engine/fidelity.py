@@ -21,10 +21,12 @@ def fidelity(
     context: Context,
     autocast: Callable,
     blocks: Iterable[int] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a student and its teacher in one pass, each on its own running state, over the shares of all processes.
 
     blocks: those compared inside, of both models' indices; all by default, none for a student whose blocks were fused.
+    check: as in `batches`.
 
     Returns a dictionary with
         loss, acc1, acc5, balanced_acc1, images: the student's, as `evaluate` has them; and the same of the teacher but
@@ -42,7 +44,7 @@ def fidelity(
     student.eval(), teacher.eval()
     scores = torch.stack([sums_of(teacher.num_classes, context)] * 2)
     totals = torch.zeros(4 + 3 * len(blocks), dtype=torch.float64, device=context.device)
-    for images, targets in batches(loader, context):
+    for images, targets in batches(loader, context, check):
         with autocast():
             if blocks:
                 ours, theirs = (forward_features(model, images, blocks) for model in (student, teacher))

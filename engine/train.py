@@ -24,7 +24,7 @@ from engine.fidelity import fidelity
 from engine.resume import Position, fingerprint, read_position
 from engine.stages import Stage, select_trainable
 from models.choosing import choose_kernels
-from models.replace import FarConfig, pack, swap_attention
+from models.replace import FarConfig, pack, replacements, swap_attention
 from utils import checkpoint, signals
 from utils.configs import Optim, Settings
 from utils.distributed import Context, say
@@ -106,6 +106,7 @@ class Trainer:
         if not self.context.main:  # a stopped epoch's totals are stored once, for all processes
             self.at.sums = dict.fromkeys(self.at.sums, 0.0)
         self.curves: list[dict[str, float]] = []  # this process's losses by step, not yet written
+        self.handed_on: tuple[int, dict[str, Any]] = 0, {}  # batch size and evaluation of what best.pth holds, if known
         self.autocast = self.settings.autocast(device)
         self.mixup = self.settings.mixer(self.data.num_classes)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.precision(device) == "fp16")
@@ -122,10 +123,11 @@ class Trainer:
         with signals.deferred() as self.request:
             while self.at.stage < len(self.stages):
                 self.train_stage(self.stages[self.at.stage])
-        loader = self.data.val_loader(self.stages[-1].optim.batch_size)
-        if self.teacher is None:
-            return evaluate(self.model, loader, self.context, self.autocast)
-        return fidelity(self.model, self.teacher, loader, self.context, self.autocast)
+        last = self.stages[-1].optim.batch_size
+        batch_size, val = self.handed_on
+        if batch_size == last and (self.teacher is None or "agreement" in val):
+            return val
+        return self.evaluate(self.model, self.data.val_loader(last), compare=True)  # an epoch before it was the best
 
     def train_stage(self, stage: Stage) -> None:
         """The stage's epochs from the position on; the model then has the weights that it hands on."""
@@ -140,7 +142,9 @@ class Trainer:
         with compiled(task) if settings.compile else contextlib.nullcontext():
             if at.epoch == 0 and at.step == 0:
                 self.save_last()  # before best.pth changes: a kill in between must find weights of one stage
-                val = evaluate(self.evaluated, val_loader, self.context, self.autocast, stop_if_asked)
+                batch_size, val = self.handed_on
+                if batch_size != optim.batch_size:  # else the stage before has evaluated it, in the same batches
+                    val = self.evaluate(self.evaluated, val_loader, check=stop_if_asked)
                 self.report(stage, {}, val)
             while at.epoch < optim.epochs:
                 started = time.perf_counter()
@@ -150,7 +154,8 @@ class Trainer:
                 number, last = at.epoch + 1, at.epoch + 1 == optim.epochs
                 val = {}
                 if last or number % settings.eval_every == 0:
-                    val = evaluate(self.evaluated, val_loader, self.context, self.autocast, stop_if_asked)
+                    compare = last and stage is self.stages[-1]
+                    val = self.evaluate(self.evaluated, val_loader, compare, stop_if_asked)
                 totals = self.totals()
                 train = {name: total / totals["images"] for name, total in totals.items() if name != "images"}
                 at.epoch, at.step, at.sums = number, 0, {}
@@ -173,6 +178,8 @@ class Trainer:
             # The first stage's modules follow from the run's seed; a later stage is reached with other generator states
             # where the run was resumed in between.
             seed_all(self.settings.seed, self.at.stage)
+        if set(stage.swapped) - set(replacements(self.model)):
+            self.handed_on = 0, {}
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
         self.place(stage)
         count = select_trainable(self.model, stage)
@@ -306,6 +313,14 @@ class Trainer:
         """What is evaluated and handed on: the averaged weights where there are some, else the trained ones."""
         return self.ema.module if self.ema else self.model
 
+    def evaluate(
+        self, model: VisionTransformer, loader: Loader, compare: bool = False, check: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        """`evaluate` or, to compare with the teacher where there is one, `fidelity`."""
+        if compare and self.teacher is not None:
+            return fidelity(model, self.teacher, loader, self.context, self.autocast, check=check)
+        return evaluate(model, loader, self.context, self.autocast, check)
+
     def stop(self, stage: Stage, signal_number: int) -> None:
         self.save_last()
         where = (
@@ -339,6 +354,7 @@ class Trainer:
         if val and (select_last or (val["acc1"], -val["loss"]) > (self.at.best, -self.at.best_loss)):
             self.at.best, self.at.best_loss = val["acc1"], val["loss"]
             self.run.save("best.pth", pack(self.evaluated, self.config))
+            self.handed_on = stage.optim.batch_size, val
         row = {
             "stage": stage.name,
             "stage_index": self.at.stage,
