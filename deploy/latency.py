@@ -4,6 +4,7 @@ A cell is computed in vectors of the CPU's width, so time is a staircase over a 
 the table.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -61,14 +62,18 @@ def load_or_measure(
 ) -> LatencyTable:
     """The table of a run that goes on, else a new one. mlp: the share of MLP units that will stay."""
     if run.resume and run.output_dir and (path := run.output_dir / FILE).exists():
-        return read_table(path)
+        return read_table(path, max(places(model)))
     return measure(model, config, batch, mlp, precision)
 
 
-def read_table(path: Path) -> LatencyTable:
-    """The table that a run wrote."""
+def read_table(path: Path, most: int) -> LatencyTable:
+    """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
     record = read_record(path, "table")["table"]
-    return LatencyTable(**{**record, "ms": {int(units): ms for units, ms in record["ms"].items()}})
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        table = LatencyTable(**{**record, "ms": {int(units): float(ms) for units, ms in record["ms"].items()}})
+        if {1, most} <= table.ms.keys():
+            return table
+    raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
 
 
 def measure(

@@ -160,7 +160,7 @@ def openvino(model: nn.Module, precision: str, folder: str) -> Call:
 
 
 class Runtime(NamedTuple):
-    """A runtime.
+    """A program that runs models.
 
     make: (model, precision, a folder for files that its programs share) to a function of images. packages: what must be
     installed, by precision.

@@ -215,10 +215,15 @@ def test_a_packed_model_can_be_copied_and_pickled():
 
 
 def test_a_model_packed_for_another_cpu_is_refused_and_not_misread():
-    engine = PackedModel(micro())
+    engine, images = PackedModel(micro()), torch.randn(1, 3, 32, 32)
     engine.plan[1] = 4
     with pytest.raises(RuntimeError, match="another kind of CPU"):
-        engine(torch.randn(1, 3, 32, 32))
+        engine(images)
+    engine = PackedModel(micro(), torch.int8)  # in 8 bits or in 16, by the CPU
+    other = torch.int16 if engine.products.dtype == torch.int8 else torch.int8
+    engine.products = nn.Parameter(engine.products.to(other), requires_grad=False)
+    with pytest.raises(RuntimeError, match="another kind of CPU"):
+        engine(images)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-6])

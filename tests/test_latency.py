@@ -75,7 +75,11 @@ def test_a_table_is_measured_at_full_vectors_and_read_back_as_it_was(tmp_path, m
     assert times == sorted(times) and times[0] > 0 and table.teacher_ms > 0
     file = tmp_path / latency.FILE
     file.write_text(json.dumps({"table": asdict(table)}))
-    assert latency.read_table(file) == table
+    assert latency.read_table(file, 32) == table
+    for ms, most in (({}, 32), (table.ms, 64)):  # nothing in it; of a model with fewer units
+        file.write_text(json.dumps({"table": {**asdict(table), "ms": ms}}))
+        with pytest.raises(FarError, match="damaged"):
+            latency.read_table(file, most)
 
 
 def test_models_timed_are_the_shapes_that_pruning_leaves(monkeypatch):
@@ -103,7 +107,7 @@ def test_prune_meets_a_latency_and_a_resumed_run_decides_the_same(far, tmp_path,
     assert "ms, target 6.00 ms (" in capsys.readouterr().out
     found = report["rows"][2]["latency"]
     assert 3 <= found["predicted_ms"] <= found["target_ms"] == 6 and found["measured_ms"] > 0
-    assert latency.read_table(tmp_path / "run" / latency.FILE) == TABLE_32
+    assert latency.read_table(tmp_path / "run" / latency.FILE, 32) == TABLE_32
     units = load_model(tmp_path / "run/best.pth")[1].units
     sizes = [u for heads in units.values() for pair in heads for u in pair]
     assert set(sizes) <= {1, 16, 32} and TABLE_32.predict([*sizes, *[32] * (16 - len(sizes))]) <= 6

@@ -71,7 +71,7 @@ def test_damage_inside_a_log_is_told_by_line(damage, tmp_path):
 def test_a_record_that_is_none_is_one_line(text, tmp_path):
     path = tmp_path / "args.json"
     path.write_bytes(b'{"args": {"seed": 1}}')
-    assert read_record(path) == {"args": {"seed": 1}}
+    assert read_record(path, "args") == {"args": {"seed": 1}}
     path.unlink() if text is None else path.write_bytes(text)
     with pytest.raises(FarError, match=f"^{path}: .*--output-dir$"):
-        read_record(path)
+        read_record(path, "args")

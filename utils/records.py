@@ -27,10 +27,10 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_record(path: str | Path, part: str | None = "args") -> dict[str, Any]:
-    """A JSON file that holds an object, and in it another one, `part`. Raises FarError on anything else."""
+def read_record(path: str | Path, *parts: str) -> dict[str, Any]:
+    """A JSON file that holds an object, and in it others, `parts`. Raises FarError on anything else."""
     record = _parse(_read(path))
-    if not isinstance(record, dict) or (part and not isinstance(record.get(part), dict)):
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in parts):
         raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
     return record
 

@@ -90,7 +90,7 @@ class RunFolder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote, on every process. Raises FarError where it is damaged."""
-        return self.context.on_main(lambda: read_record(self.path / name, part=None))
+        return self.context.on_main(lambda: read_record(self.path / name))
 
     def rows(self, name: str = "log.jsonl") -> list[dict[str, Any]]:
         """A log's rows; a last line cut by a kill is dropped."""
@@ -199,7 +199,8 @@ def _flag(key: str) -> str:
 
 def _check_same(path: Path, record: dict[str, Any], held: dict[str, str]) -> None:
     mend = "give the same arguments or another --output-dir"
-    before, known = (read_record(path / "args.json", part)[part] for part in ("args", "contents"))
+    stored = read_record(path / "args.json", "args", "contents")
+    before, known = stored["args"], stored["contents"]
     # Which sample comes when follows from the loader processes where each reads a part of a stream.
     free = (FREE_ON_RESUME | LOCATIONS) - ({"num_workers"} if names.is_stream(record.get("dataset", "")) else set())
     if before.keys() != record.keys():

@@ -12,12 +12,9 @@
 
 #include "dots.h"
 
-#if (defined(__AMX_BF16__) && defined(__AMX_INT8__)) || (defined(__AMXBF16__) && defined(__AMXINT8__))  // older clang
-#define FAR_TILES 1
-#else
-#define FAR_TILES 0
-#endif
-#if FAR_TILES && FAR_BFLOAT16 && defined(__AVX512VNNI__) && defined(__linux__)
+// Older clangs spell the last two macros without a second underscore.
+#if FAR_BFLOAT16 && defined(__AVX512VNNI__) && defined(__linux__) && \
+    (defined(__AMX_BF16__) || defined(__AMXBF16__)) && (defined(__AMX_INT8__) || defined(__AMXINT8__))
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>

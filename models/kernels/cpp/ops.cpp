@@ -14,8 +14,10 @@ const far_engine::Plan& plan_of(const at::Tensor& plan, const at::Tensor& vector
                   vectors.is_contiguous() && products.is_contiguous(),
               "a plan in int64, vectors in float32");
   const auto type = products.scalar_type();
-  const bool int8 = type == at::kChar || (type == at::kShort && !natural);  // the plan says which of the two it is
+  const bool int8 = type == at::kChar || type == at::kShort;
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || int8, "products must be float32, bfloat16 or int8");
+  TORCH_CHECK(!int8 || type == (natural ? at::kChar : INT8_TYPE),
+              "packed for another kind of CPU: load the unfused model and fuse it here");
   const int64_t precision = int8                    ? far_engine::INT8
                             : type == at::kBFloat16 ? far_engine::BFLOAT16
                                                     : far_engine::FLOAT32;
