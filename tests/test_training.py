@@ -14,6 +14,7 @@ from datasets.loading import Data
 from engine import train
 from engine.distill import Distillation
 from engine.evaluate import evaluate
+from engine.fidelity import fidelity
 from engine.stages import Stage
 from engine.train import Trainer, make_optimizer
 from models.deit import create_teacher
@@ -99,6 +100,22 @@ def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(failure, teac
     line = failure(*TRAIN, "--base-weight", teacher, *flags, "--output-dir", tmp_path / "run")
     assert "step" in line and "stage attn" in line and str(tmp_path / "run/last.pth") in line
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(("block_batch", "evaluations"), [("16", 2), ("8", 3)])
+def test_no_weights_are_evaluated_twice(block_batch, evaluations, teacher, tmp_path, monkeypatch):
+    counted = []
+
+    def counting(function):
+        return lambda *args, **kwargs: counted.append(function) or function(*args, **kwargs)
+
+    for function in (evaluate, fidelity):
+        monkeypatch.setattr(f"engine.train.{function.__name__}", counting(function))
+    run = distil(teacher, tmp_path / "run", f"--select last --block-ft-batch-size {block_batch}")
+    _, attn, before_block, block = (row["val"] for row in rows(run))
+    assert counted == [evaluate] * evaluations + [fidelity] and before_block == pytest.approx(attn)
+    result = report(run)
+    assert block == {name: result[name] for name in block}
 
 
 def test_a_finished_run_resumed_says_its_result_again_and_writes_nothing_else(far, teacher, tmp_path):
