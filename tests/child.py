@@ -3,6 +3,7 @@
 `python3 main.py` spends seconds on imports; a child forked from such a process spends none of them again.
 """
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -26,6 +27,7 @@ def run(script: str, argv: list[str], cwd: Path, env: dict[str, str], stdout: Pa
     os.environ.update(env)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    faulthandler.enable(2)
     torch.set_num_threads(1)
     for module in (figures, modes, pruning, steps):  # a figure takes half a second; the process of the tests draws them
         module.save_figure = lambda figure, path: path.touch()

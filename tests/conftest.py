@@ -1,9 +1,12 @@
 """Shared fixtures: small runs of main.py, fake data in real layouts, weights made here."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -110,7 +113,10 @@ class Started:
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "it does not end"
+        if self.process.exitcode is None:
+            self.send_signal(signal.SIGABRT)  # it says where it stands
+            self.process.join(10)
+            pytest.fail(f"it does not end:\n{self.said()}")
         out, err = (file.read_text() if file.exists() else "" for file in self.files)
         for file in self.files:
             file.unlink(missing_ok=True)
@@ -131,9 +137,12 @@ def run_ranks(script: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    """A port below those that systems hand out, so that no connection of another test takes it in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def torchrun(*flags: str, script: str = "main.py", processes: int = 2, before: tuple[str, ...] = ()) -> list[str]:

@@ -222,6 +222,26 @@ def test_what_nobody_foresaw_keeps_its_traceback_after_one_line(tmp_path):
     assert done.returncode == 1 and "a fault of FAR" in first and "ZeroDivisionError" in rest[-1]
 
 
+@pytest.mark.parametrize(("error", "code"), [("FarError('--flag: wrong')", 2), ("RuntimeError()", 1)])
+def test_a_process_of_several_ends_without_freeing_what_an_error_holds(tmp_path, error, code):
+    """As freeing torch's process group may wait for ever; __del__ stands for it."""
+    program = f"""
+import sys, time
+from utils.errors import FarError
+from utils.script import run_script
+class Group:
+    def __del__(self):
+        time.sleep(1000)
+def main(argv):
+    group = Group()
+    print("trains")
+    raise {error}
+sys.exit(run_script(main))
+"""
+    done = launch("-c", program, cwd=tmp_path, timeout=60, RANK="1")
+    assert done.returncode == code and done.stdout == "trains\n" and "error:" in done.stderr
+
+
 def test_no_memory_left_is_one_line():
     with pytest.raises(FarError, match="--batch-size"), distributed.joined(False, "cpu"):
         torch.empty(2**60)  # bytes that no machine has

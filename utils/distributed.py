@@ -193,6 +193,9 @@ def joined(distributed: bool, device: str = "auto", minutes: float = 30.0) -> It
                     f"the processes did not find one another within {wait} (--dist-timeout): {one_line(str(error))}"
                 ) from error
         yield Context(rank, world, where)
+        if distributed:  # not after an error, see run_script
+            control_group = None
+            dist.destroy_process_group()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # a GPU's, the CPU's
             mend = "lower the stage's batch size (--batch-size or its like) and raise its --accum-steps as much"
@@ -204,7 +207,3 @@ def joined(distributed: bool, device: str = "auto", minutes: float = 30.0) -> It
                 "what it says itself is the cause"
             ) from error
         raise
-    finally:
-        if dist.is_initialized():
-            control_group = None
-            dist.destroy_process_group()

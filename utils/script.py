@@ -50,31 +50,37 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
                 code = main(argv)
                 sys.stdout.flush()
                 return code
-            except FarError as error:
-                lost = isinstance(error, LostContact)
-                if not error.told:
-                    tell(f"error: {error}", late=lost)
-                if lost:  # the frames that it holds end gloo's threads, which wait for Python, which waits for them
+            except (Exception, signals.Stopped) as error:  # noqa: BLE001  (the last resort; the traceback is shown)
+                code = exit_code(error)
+                if "RANK" in os.environ:
+                    # The error's frames hold torch's process group. Freed, it joins its threads while it holds Python's
+                    # lock, which they may wait for; and the other processes wait until this one's connections close.
                     with contextlib.suppress(OSError):
                         sys.stdout.flush()
-                    os._exit(error.code)
-                return error.code
-            except signals.Stopped as stopped:
-                with contextlib.suppress(OSError):
-                    print(stopped, end="\n" if str(stopped) else "", flush=True)
-                return stopped.code
-            except BrokenPipeError:  # `... | head` has read enough; Python is not to try again at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 1
-            except Exception as error:  # noqa: BLE001  (the last resort; the traceback is shown)
-                if getattr(error, "errno", None) == errno.ENOSPC:  # files say by themselves that they are full
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                    tell(
-                        f"error: standard output: cannot be written ({error.strerror}); make room, or send it elsewhere"
-                    )
-                    return 2
-                request = "please report it with the command, its args.json if there is one, and the lines below"
-                tell(f"error: a fault of FAR, not of yours: {request}\n{traceback.format_exc().rstrip()}")
-                return 1
+                    os._exit(code)
+                return code
     except signals.Stopped as stopped:  # it came while the script was already ending
         return stopped.code
+
+
+def exit_code(error: BaseException) -> int:
+    """Says what ended a script and returns its exit code."""
+    match error:
+        case FarError():
+            if not error.told:
+                tell(f"error: {error}", late=isinstance(error, LostContact))
+            return error.code
+        case signals.Stopped():
+            with contextlib.suppress(OSError):
+                print(error, end="\n" if str(error) else "", flush=True)
+            return error.code
+        case BrokenPipeError():  # `... | head` has read enough; Python is not to try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        case OSError(errno=errno.ENOSPC):  # files say by themselves that they are full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            tell(f"error: standard output: cannot be written ({error.strerror}); make room, or send it elsewhere")
+            return 2
+    request = "please report it with the command, its args.json if there is one, and the lines below"
+    tell(f"error: a fault of FAR, not of yours: {request}\n{traceback.format_exc().rstrip()}")
+    return 1
