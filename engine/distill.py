@@ -104,16 +104,16 @@ class Distillation(nn.Module):
 
     Args:
         student: the model that trains.
-        teacher: frozen attention model, or None where no loss needs it.
         stage: which loss, on which blocks.
         criterion: (logits, targets) to a scalar.
+        teacher: frozen attention model, or None where no loss needs it.
         distill_input: `teacher`: a student block reads the teacher's input to that block; `student`: the running state.
 
     forward(images (B, 3, S, S), targets) returns (loss, its terms as detached scalars). It runs both models as far as
     the loss reads: up to the stage's last block, or to the logits.
     """
 
-    def __init__(self, student, teacher, stage: Stage, criterion: nn.Module, distill_input: str = "student"):
+    def __init__(self, student, stage: Stage, criterion: nn.Module, teacher=None, distill_input: str = "student"):
         super().__init__()
         self.student, self.loss, self.stage = student, find_loss(stage.loss), stage
         self.teacher = teacher if self.loss.reads & {"teacher_features", "teacher_logits"} else None

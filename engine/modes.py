@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
 from engine.plan import show_plan
 from engine.ranking import ASIDE, RANKING_FILE, Hybrids, block_by_block, rank_blocks, read_ranking, terms_of_blocks
-from engine.stages import Stage, distillation
+from engine.stages import MakeTask, Stage, distillation
 from engine.steps import (
     check_labelled,
     check_stages,
@@ -44,7 +45,7 @@ from models.replace import (
 )
 from models.weights import Weights, load_teacher_weights, read, teacher_config
 from plots.figures import cost_of_blocks, save_figure
-from utils.configs import ModeCommand, ModelConfig
+from utils.configs import ModeCommand, ModelConfig, Settings
 from utils.distributed import Context, say
 from utils.errors import FarError
 from utils.run_folder import RunFolder, open_run
@@ -56,9 +57,9 @@ def train(command: ModeCommand, context: Context) -> None:
     With --replace auto the attention stages train every block, and `choose_blocks` keeps the cheapest for the others.
     """
     torch.manual_seed(command.settings.seed)
-    plan = command.plan
+    plan, more = command.plan, ""
     if command.ranks:
-        command = prepare_ranking(command)
+        command, more = prepare_ranking(command), f", {RANKING_FILE}, ranking.png, attn/"
     teacher, config, data = open_teacher(command, context)
     REPLACEMENTS[config.rep_by].check_backend(command.settings.lstm_backend, context.device)
     label_by_teacher(data, teacher, command.settings, context)
@@ -74,9 +75,17 @@ def train(command: ModeCommand, context: Context) -> None:
     if command.ranks:
         attn_stages = [block_by_block(stage) for stage in stages if stage.parts == "mixing"]
         stages = [*attn_stages, *distillation(blocks[: command.keep], plan, None, block)]
-    result = run_stages(command, context, student, config, stages, data, teacher)
-    if result:
-        say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
+    stages = those_that_train(stages, data, command.settings)
+    make_task = partial(Distillation, teacher=teacher, distill_input=command.distill_input)
+    if command.run.dry_run:
+        show_plan(command, student, config, stages, make_task, data, more)
+        return
+    with open_run(command.run, context, data.fingerprint) as run:
+        teacher.to(context.device)
+        if command.ranks:
+            student, stages = choose_blocks(run, command, student, config, stages, data, teacher)
+        result = train_and_report(run, command, student, config, stages, make_task, data, teacher)
+    say(context, f"its teacher: top-1 {result['teacher_acc1']:.2f}; the student {summary(result)}")
 
 
 def open_weights(command: ModeCommand, context: Context, trains: bool = True) -> tuple[Weights | None, FarConfig, Data]:
@@ -154,40 +163,33 @@ def copy_of(teacher: VisionTransformer, flags: ModelConfig, config: FarConfig) -
     return model
 
 
-def run_stages(
-    command: ModeCommand,
-    context: Context,
-    model: VisionTransformer,
-    config: FarConfig,
-    stages: list[Stage],
-    data: Data,
-    teacher: VisionTransformer | None = None,
-) -> dict[str, Any] | None:
-    """Trains the stages in the run's folder and reports on the model that they hand on; --dry-run only says what would.
-
-    teacher: where stages distil from one; the report then says how close the model is to it. Returns the report.
-    """
-
-    def make_task(model: VisionTransformer, stage: Stage, criterion: torch.nn.Module) -> Distillation:
-        return Distillation(model, teacher, stage, criterion, command.distill_input)
-
+def those_that_train(stages: list[Stage], data: Data, settings: Settings) -> list[Stage]:
+    """The stages with epochs. Raises FarError where none has any, or one could not train."""
     stages = [stage for stage in stages if stage.optim.epochs]
     if not stages:
         raise FarError("--epochs: every stage has 0 epochs, nothing would train; set one above 0")
-    check_stages(stages, data, command.settings)
-    if command.run.dry_run:
-        more = f", {RANKING_FILE}, ranking.png, attn/" if command.ranks else ""
-        show_plan(command, model, config, stages, make_task, data, more)
-        return None
-    with open_run(command.run, context, data.fingerprint) as run:
-        if teacher is not None:
-            teacher.to(context.device)
-        if command.ranks:
-            model, stages = choose_blocks(run, command, model, config, stages, data, teacher)
-        model, result = train_stages(run, command, model, config, stages, make_task, data, teacher)
-        run.write_json("result.json", {**result, "parameters": count_parameters(model)})
+    check_stages(stages, data, settings)
+    return stages
+
+
+def train_and_report(
+    run: RunFolder,
+    command: ModeCommand,
+    model: VisionTransformer,
+    config: FarConfig,
+    stages: list[Stage],
+    make_task: MakeTask,
+    data: Data,
+    teacher: VisionTransformer | None = None,
+) -> dict[str, Any]:
+    """Trains the stages in the run's folder and reports on the model that they hand on.
+
+    teacher: where stages distil from one; the report then says how close the model is to it. Returns the report.
+    """
+    model, result = train_stages(run, command, model, config, stages, make_task, data, teacher)
+    run.write_json("result.json", {**result, "parameters": count_parameters(model)})
     say(
-        context,
+        run.context,
         f"top-1 {result['acc1']:.2f} top-5 {result['acc5']:.2f} loss {result['loss']:.4f} "
         f"on {result['images']} images; weights in {run.path / 'best.pth'}",
     )
@@ -221,9 +223,6 @@ def choose_blocks(
     brings all replacements.
     """
 
-    def make_task(model: VisionTransformer, stage: Stage, criterion: torch.nn.Module) -> Distillation:
-        return Distillation(model, teacher, stage, criterion, "teacher")  # so that each block is right on its own
-
     context, block = run.context, stages[-1].optim
     attn_stages = [stage for stage in stages if stage.parts == "mixing"]
     if attn_stages:
@@ -231,6 +230,7 @@ def choose_blocks(
         if folder.resumed and folder.has("result.json"):
             model = load_best(folder, command)
         else:
+            make_task = partial(Distillation, teacher=teacher, distill_input="teacher")  # each block right on its own
             model, result = train_stages(folder, command, model, config, attn_stages, make_task, data, teacher)
             folder.write_json("result.json", result)
     model.to(context.device)
@@ -268,7 +268,12 @@ def train_teacher(command: ModeCommand, context: Context) -> None:
         load_teacher_weights(model, weights, keep_head=keeps)
     optim = command.scaled(command.optim, context.world)
     stage = Stage("teacher", (), (), "full", "classification", "output", optim)
-    run_stages(command, context, model, config, [stage], data)
+    stages = those_that_train([stage], data, command.settings)
+    if command.run.dry_run:
+        show_plan(command, model, config, stages, Distillation, data)
+        return
+    with open_run(command.run, context, data.fingerprint) as run:
+        train_and_report(run, command, model, config, stages, Distillation, data)
 
 
 def downstream(command: ModeCommand, context: Context) -> None:
@@ -285,7 +290,12 @@ def downstream(command: ModeCommand, context: Context) -> None:
     optim = command.scaled(command.optim, context.world)
     blocks = tuple(range(len(model.blocks)))
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
-    run_stages(command, context, model, with_data(config, data), [stage], data)
+    config, stages = with_data(config, data), those_that_train([stage], data, command.settings)
+    if command.run.dry_run:
+        show_plan(command, model, config, stages, Distillation, data)
+        return
+    with open_run(command.run, context, data.fingerprint) as run:
+        train_and_report(run, command, model, config, stages, Distillation, data)
 
 
 def load_replaced(command: ModeCommand, context: Context) -> tuple[VisionTransformer, FarConfig]:

@@ -3,14 +3,13 @@
 import copy
 import math
 import time
-from collections.abc import Callable
 from itertools import islice
 
 import torch
 from torch import nn
 
 from datasets.loading import Data
-from engine.stages import Stage, select_trainable
+from engine.stages import MakeTask, Stage, select_trainable
 from models.replace import FarConfig, count_parameters, describe, replacements, set_backend, swap_attention
 from utils.configs import Command, Settings
 
@@ -53,7 +52,7 @@ def show_plan(
     model: nn.Module,
     config: FarConfig,
     stages: list[Stage],
-    make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module],
+    make_task: MakeTask,
     data: Data,
     more: str = "",
 ) -> None:

@@ -115,7 +115,7 @@ class Pruning:
             self.select(self.model, ratio, unit_norms)  # what cannot be met is told before hours of training
 
     def task(self, model, stage: Stage, criterion) -> torch.nn.Module:
-        task, command = Distillation(model, self.teacher, stage, criterion), self.command
+        task, command = Distillation(model, stage, criterion, self.teacher), self.command
         if stage.name != "regularize":
             return task
         threshold = command.sensitivity or names.SENSITIVITY["norm"]  # of what is counted while norms are regularized

@@ -29,6 +29,10 @@ class Stage:
     select: str = ""
 
 
+# (model, stage, criterion) to a module whose forward(images, targets) gives the loss and its parts.
+MakeTask = Callable[[nn.Module, Stage, nn.Module], nn.Module]
+
+
 class Trainable(NamedTuple):
     """Which modules train; `behind`: some lie behind the last block, where only a loss on the logits reaches them."""
 

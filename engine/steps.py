@@ -1,6 +1,5 @@
 """What the modes of main.py and prune.py share: opening weights and data, checks before a training, the training."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from datasets.loading import Data
 from datasets.streams import open_data
 from engine.compiling import check_compiler
 from engine.distill import LOSSES, find_loss
-from engine.stages import PARTS, Stage
+from engine.stages import PARTS, MakeTask, Stage
 from engine.train import Trainer, make_optimizer
 from models.deit import create_teacher, load_published_weights
 from models.replace import REPLACEMENTS, FarConfig, load_model, read_config, resize, restore, set_backend
@@ -132,7 +131,7 @@ def train_stages(
     model: VisionTransformer,
     config: FarConfig,
     stages: list[Stage],
-    make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module],
+    make_task: MakeTask,
     data: Data,
     teacher: VisionTransformer | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:

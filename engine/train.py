@@ -22,7 +22,7 @@ from engine.compiling import compiled
 from engine.evaluate import ACCURACY, evaluate
 from engine.fidelity import fidelity
 from engine.resume import Position, fingerprint, read_position
-from engine.stages import Stage, select_trainable
+from engine.stages import MakeTask, Stage, select_trainable
 from models.choosing import choose_kernels
 from models.replace import FarConfig, pack, replacements, swap_attention
 from utils import checkpoint, signals
@@ -83,15 +83,12 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(eq=False)
 class Trainer:
-    """Runs stages, in order, on one model, from the content of last.pth on where the run is `resumed`.
-
-    make_task(model, stage, criterion) is a module whose forward(images, targets) gives the loss and its parts.
-    """
+    """Runs stages, in order, on one model, from the content of last.pth on where the run is `resumed`."""
 
     model: VisionTransformer  # the student; its blocks are swapped as the stages say
     config: FarConfig  # stored with every checkpoint
     stages: list[Stage]
-    make_task: Callable[[nn.Module, Stage, nn.Module], nn.Module]
+    make_task: MakeTask
     data: Data
     run: RunFolder  # that it writes to
     context: Context

@@ -46,7 +46,7 @@ def test_blocks_are_compiled_within_and_as_before_afterwards():
     teacher, student = (create_teacher("DeiT-Micro", 10, 32) for _ in range(2))
     swap_attention(student, (0, 1), "multi-lstm")
     stage = Stage("s", (0, 1), (0, 1), "mixing", "similarity", "z", Optim(1, 2, 1e-3))
-    task = Distillation(student.eval(), teacher, stage, torch.nn.CrossEntropyLoss()).eval()
+    task = Distillation(student.eval(), stage, torch.nn.CrossEntropyLoss(), teacher).eval()
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     expected, _ = task(images, labels)
     with compiled(task):

@@ -86,7 +86,7 @@ def test_losses_are_the_sums_their_names_say(loss, target, source):
     with torch.no_grad():
         student.head.bias.normal_()  # else both give nearly the same answers
     x, y = torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3])
-    value, parts = Distillation(student, teacher, stage(loss, target), nn.CrossEntropyLoss(), source)(x, y)
+    value, parts = Distillation(student, stage(loss, target), nn.CrossEntropyLoss(), teacher, source)(x, y)
     own, theirs = (forward_features(m, x, (1, 2)) for m in (student, teacher))
     compared = "output" if loss == "combine" else target
     read, ours = own.inputs if source == "student" else theirs.inputs, {}
@@ -116,7 +116,7 @@ def test_both_models_run_once_and_no_deeper_than_the_loss_reads(loss):
         for i, block in enumerate(model.blocks):
             block.register_forward_pre_hook(lambda *_, i=i, seen=seen: seen.__setitem__(i, seen[i] + 1))
         counts.append(seen)
-    task = Distillation(student, teacher, stage(loss, blocks=(0, 1)), nn.CrossEntropyLoss()).train()
+    task = Distillation(student, stage(loss, blocks=(0, 1)), nn.CrossEntropyLoss(), teacher).train()
     task(torch.randn(2, 3, 16, 16), torch.tensor([1, 2]))
     assert tuple(counts) == DEPTHS[loss]
 
@@ -126,7 +126,7 @@ def test_only_the_named_parts_get_gradients_and_the_teacher_none(parts):
     student, teacher = pair()
     trained = stage("combine", parts=parts)
     count = select_trainable(student, trained)
-    task = Distillation(student, teacher, trained, nn.CrossEntropyLoss()).train()
+    task = Distillation(student, trained, nn.CrossEntropyLoss(), teacher).train()
     task(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))[0].backward()
     got = {name for name, p in student.named_parameters() if p.grad is not None}
     pattern = {

@@ -227,18 +227,20 @@ def test_a_process_of_several_ends_without_freeing_what_an_error_holds(tmp_path,
     """As freeing torch's process group may wait for ever; __del__ stands for it."""
     program = f"""
 import sys, time
+import torch.distributed as dist
 from utils.errors import FarError
 from utils.script import run_script
 class Group:
     def __del__(self):
         time.sleep(1000)
 def main(argv):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = Group()
     print("trains")
     raise {error}
 sys.exit(run_script(main))
 """
-    done = launch("-c", program, cwd=tmp_path, timeout=60, RANK="1")
+    done = launch("-c", program, cwd=tmp_path, timeout=60)
     assert done.returncode == code and done.stdout == "trains\n" and "error:" in done.stderr
 
 

@@ -43,7 +43,7 @@ def test_memory_is_that_of_weights_optimiser_and_what_the_backward_pass_needs():
     model = create_teacher("DeiT-Micro", 10, 32)
     stage = Stage("head", (), (), "head", "classification", "output", Optim(1, 8, 0.1))
     select_trainable(model, stage)
-    task = Distillation(model, None, stage, Settings().criterion())
+    task = Distillation(model, stage, Settings().criterion())
     fixed, image = weigh(task, data, Settings())
     parameters, head = sum(p.numel() for p in model.parameters()), 64 * 10 + 10
     assert fixed == 4 * parameters + 3 * 4 * head

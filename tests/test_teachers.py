@@ -92,7 +92,7 @@ def test_a_teacher_is_replaced_distilled_pruned_and_read_back(name, tmp_path):
 
     stage = Stage("attn", config.replaced, config.replaced, "full", "preserve", "z", Optim(1, 1, 1e-3))
     select_trainable(student, stage)
-    distillation = Distillation(student, teacher, stage, nn.CrossEntropyLoss()).train()
+    distillation = Distillation(student, stage, nn.CrossEntropyLoss(), teacher).train()
     loss, parts = distillation(torch.randn(2, 3, size, size), torch.tensor([0, 1]))
     loss.backward()
     assert parts["similarity"] > 0 and parts["squared_error"] > 0 and parts["kl"] > -1e-6  # rounded
@@ -205,7 +205,7 @@ def test_images_are_prepared_as_the_teacher_expects_them(words, mean, std, crop,
     content["config"]["preprocessing"] = {"mean": (0.1,) * 3, "std": (0.3,) * 3}
     save(tmp_path / "t.pth", content)
     calls = []
-    monkeypatch.setattr(modes, "run_stages", lambda *args: calls.append((args[3].preprocessing, args[5])))
+    monkeypatch.setattr(modes, "train_and_report", lambda *args: calls.append((args[3].preprocessing, args[6])))
     words = words.replace("TEACHER", str(tmp_path / "t.pth")).split()
     assert main.main(["--mode", "teacher", *words, *ONE]) == 0
     ((found, data),) = calls

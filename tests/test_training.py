@@ -164,11 +164,7 @@ def digits() -> Data:
     return Data(DataConfig("DIGITS", None, 16, train_subset=24 / 1423, holdout=0.01, num_workers=0), ALONE)
 
 
-def classification(model, stage, criterion):
-    return Distillation(model, None, stage, criterion)
-
-
-def make_trainer(folder, optim=SGD, make_task=classification, rank=0, resume=False, settings=LAST, drop=0.0):
+def make_trainer(folder, optim=SGD, make_task=Distillation, rank=0, resume=False, settings=LAST, drop=0.0):
     """A trainer of one stage. One folder and one data set serve whichever rank trains."""
     torch.manual_seed(0)
     model = create_teacher("DeiT-Micro", 10, 16, drop)
@@ -268,7 +264,7 @@ class Loud(torch.nn.Module):
 
 
 def loud(fail_at=0):
-    return lambda model, stage, criterion: Distillation(model, None, stage, Loud(criterion, fail_at))
+    return lambda model, stage, criterion: Distillation(model, stage, Loud(criterion, fail_at))
 
 
 @pytest.mark.parametrize("settings", [replace(LAST, amp="fp16"), replace(LAST, model_ema=0.6)], ids=["fp16", "ema"])

@@ -51,8 +51,8 @@ def run_script(main: Callable[[list[str] | None], int], argv: list[str] | None =
                 sys.stdout.flush()
                 return code
             except (Exception, signals.Stopped) as error:  # noqa: BLE001  (the last resort; the traceback is shown)
-                code = exit_code(error)
-                if "RANK" in os.environ:
+                code, dist = exit_code(error), sys.modules.get("torch.distributed")
+                if isinstance(error, LostContact) or (dist and dist.is_initialized()):
                     # The error's frames hold torch's process group. Freed, it joins its threads while it holds Python's
                     # lock, which they may wait for; and the other processes wait until this one's connections close.
                     with contextlib.suppress(OSError):
