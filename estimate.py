@@ -66,7 +66,7 @@ def show(counts: dict[str, Any], costs: dict[str, Any], turns: dict[str, Any]) -
     rows = [["energy over attention's cheapest", "ratio", "a constant halved or doubled", "even where"]]
     for name, by in turns.items():
         ratios = [ratio for turn in by.values() for ratio in (turn.halved, turn.doubled)]
-        even = [f"{key} x {turn.at:.2f}" for key, turn in by.items() if turn.at and 0.1 < turn.at < 10]
+        even = [f"{key} x {turn.even:.2f}" for key, turn in by.items() if turn.even and 0.1 < turn.even < 10]
         now = next(iter(by.values())).now
         rows.append([name, f"{now:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", ", ".join(even) or "-"])
     if turns:

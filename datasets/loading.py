@@ -320,7 +320,7 @@ class Data:
         period = 1 if self.config.repeated_aug else len(self.train)
         return self._loader(self.train, batch_sampler=Batches(self._sampler(), batch_size, period))
 
-    def at(self, loader: Loader, epoch: int, start: int = 0) -> Loader:
+    def seek(self, loader: Loader, epoch: int, start: int = 0) -> Loader:
         """Sets a training loader to batch `start` of an epoch."""
         loader.batch_sampler.sampler.set_epoch(epoch + (self.config.seed if self.config.repeated_aug else 0))
         loader.batch_sampler.start, loader.batch_sampler.epoch = start, epoch

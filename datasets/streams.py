@@ -249,7 +249,7 @@ class Streams(Data):
         """Full batches of `batch_size`, equally many a process."""
         return self._loader(self.train, batch_size)
 
-    def at(self, loader: StreamLoader, epoch: int, start: int = 0) -> StreamLoader:
+    def seek(self, loader: StreamLoader, epoch: int, start: int = 0) -> StreamLoader:
         """Sets a training loader to batch `start` of an epoch."""
         loader.dataset.epoch, loader.start = epoch, start
         key = np.random.SeedSequence([self.config.seed, epoch, self.context.rank])

@@ -316,7 +316,7 @@ class Turn(NamedTuple):
     now: float
     halved: float
     doubled: float
-    at: float | None  # the factor of the constant at which both cost the same; None where no factor does it
+    even: float | None  # the factor of the constant at which both cost the same; None where no factor does it
 
 
 def find_turns(model: Estimate, rivals: Sequence[Estimate], hardware: Hardware) -> dict[str, Turn]:

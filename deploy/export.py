@@ -159,7 +159,9 @@ def open_model(args: ExportConfig) -> tuple[VisionTransformer, FarConfig]:
     if config.preprocessing or not args.dataset:
         prepared = preprocessing_of(config)
     else:
-        prepared = preprocessing(DataConfig("", None, config.img_size), SOURCES[args.dataset], config.reading)
+        prepared = preprocessing(
+            DataConfig("", None, config.img_size), SOURCES[args.dataset], config.expected_preprocessing
+        )
     return model, describe(model, replace(config, preprocessing=prepared))
 
 
@@ -168,7 +170,10 @@ def batches(args: ExportConfig, config: FarConfig) -> Iterable[tuple[Tensor, Ten
     size = config.img_size
     if args.dataset:
         data = Data(
-            DataConfig(args.dataset, args.data_path, size, num_workers=0), Context(), config.reading, trains=False
+            DataConfig(args.dataset, args.data_path, size, num_workers=0),
+            Context(),
+            config.expected_preprocessing,
+            trains=False,
         )
         check_classes(str(args.weight), config, data, "name the data set it was trained on")
         yield from ((images, labels if data.labelled else None) for images, labels in data.val_loader(BATCH))

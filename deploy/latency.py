@@ -45,13 +45,13 @@ class LatencyTable:
     ms: dict[int, float]
     precision: str = "float32"
 
-    def at(self, units: int) -> float:
+    def ms_at(self, units: int) -> float:
         """On the staircase: as long as the next number in the table takes."""
         return next(ms for level, ms in self.ms.items() if level >= units)
 
     def predict(self, sizes: Iterable[int]) -> float:
         """A model with so many units by place: each place has its share of the time."""
-        return mean(map(self.at, sizes))
+        return mean(map(self.ms_at, sizes))
 
     def target_ms(self, target: Latency) -> float:
         return target.amount / 100 * self.teacher_ms if target.percent else target.amount

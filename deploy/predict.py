@@ -50,9 +50,9 @@ class Answer:
 
 def preprocessing_of(config: FarConfig) -> Preprocessing:
     """How a checkpoint, or its teacher's weights, say that images are prepared; else ImageNet's, with a warning."""
-    if config.reading is None:
+    if config.expected_preprocessing is None:
         log.warning("the checkpoint does not say how pictures are prepared; taken as ImageNet's")
-    return config.reading or Preprocessing()
+    return config.expected_preprocessing or Preprocessing()
 
 
 def picture_loader(files: list[Path], config: FarConfig, batch: int, workers: int) -> DataLoader:

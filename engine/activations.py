@@ -23,7 +23,7 @@ Grams = dict[tuple[Place, ...], Tensor]
 
 def first_batches(data: Data, batch_size: int, context: Context) -> Iterator[Tensor]:
     """The images of the first BATCHES training batches of this process, on its device."""
-    for images, _ in islice(data.at(data.train_loader(batch_size), 0), BATCHES):
+    for images, _ in islice(data.seek(data.train_loader(batch_size), 0), BATCHES):
         yield images.to(context.device)
 
 

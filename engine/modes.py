@@ -15,9 +15,9 @@ from deploy.packed import PRECISIONS
 from deploy.predict import as_text, find_pictures, picture_loader, write
 from deploy.predict import predict as predicted
 from engine.distill import Distillation
+from engine.dry_run import show_dry_run
 from engine.evaluate import evaluate
 from engine.fidelity import fidelity, summary
-from engine.plan import show_plan
 from engine.ranking import ASIDE, RANKING_FILE, Hybrids, block_by_block, rank_blocks, read_ranking, terms_of_blocks
 from engine.stages import MakeTask, Stage, distillation
 from engine.steps import (
@@ -78,7 +78,7 @@ def train(command: ModeCommand, context: Context) -> None:
     stages = those_that_train(stages, data, command.settings)
     make_task = partial(Distillation, teacher=teacher, distill_input=command.distill_input)
     if command.run.dry_run:
-        show_plan(command, student, config, stages, make_task, data, more)
+        show_dry_run(command, student, config, stages, make_task, data, more)
         return
     with open_run(command.run, context, data.fingerprint) as run:
         teacher.to(context.device)
@@ -270,7 +270,7 @@ def train_teacher(command: ModeCommand, context: Context) -> None:
     stage = Stage("teacher", (), (), "full", "classification", "output", optim)
     stages = those_that_train([stage], data, command.settings)
     if command.run.dry_run:
-        show_plan(command, model, config, stages, Distillation, data)
+        show_dry_run(command, model, config, stages, Distillation, data)
         return
     with open_run(command.run, context, data.fingerprint) as run:
         train_and_report(run, command, model, config, stages, Distillation, data)
@@ -292,7 +292,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
     config, stages = with_data(config, data), those_that_train([stage], data, command.settings)
     if command.run.dry_run:
-        show_plan(command, model, config, stages, Distillation, data)
+        show_dry_run(command, model, config, stages, Distillation, data)
         return
     with open_run(command.run, context, data.fingerprint) as run:
         train_and_report(run, command, model, config, stages, Distillation, data)

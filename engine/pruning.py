@@ -9,10 +9,10 @@ from datasets.classes import check_classes
 from deploy import latency
 from engine.activations import Grams, activation_score, first_batches, refit, unit_grams
 from engine.distill import Distillation
+from engine.dry_run import show_dry_run
 from engine.evaluate import evaluate
 from engine.fidelity import farthest, fidelity, of_teacher
 from engine.hoyer import Norms, Regularized, unit_norms
-from engine.plan import show_plan
 from engine.shrink import Kept, keep_above, keep_share, keep_within, relative, shrink
 from engine.stages import Stage
 from engine.steps import (
@@ -54,11 +54,11 @@ def keep_fast(norms: Norms, table: latency.LatencyTable, target: Latency) -> Kep
     table. Raises FarError where one unit a place takes longer.
     """
     limit, ms = table.target_ms(target), table.ms
-    if table.at(1) > limit:
+    if table.ms_at(1) > limit:
         raise FarError(
-            f"--target-latency {target}: is {limit:.2f} ms, and one unit a head and direction takes {table.at(1):.2f} "
-            f"(batch {table.batch}, {table.threads} threads; the teacher {table.teacher_ms:.2f}); raise it (or shrink "
-            "the MLPs too, --prune-mlp)"
+            f"--target-latency {target}: is {limit:.2f} ms, and one unit a head and direction takes "
+            f"{table.ms_at(1):.2f} (batch {table.batch}, {table.threads} threads; the teacher {table.teacher_ms:.2f}); "
+            "raise it (or shrink the MLPs too, --prune-mlp)"
         )
     ranked = {place: s.sort(descending=True, stable=True) for place, s in relative(norms).items()}
     sums = {place: [0.0, *s.values.double().cumsum(0).tolist()] for place, s in ranked.items()}
@@ -67,7 +67,7 @@ def keep_fast(norms: Norms, table: latency.LatencyTable, target: Latency) -> Kep
     def prices() -> Iterable[tuple[float, Place, int]]:
         for place, size in sizes.items():
             for level in ms:
-                if level < size and (saved := table.at(size) - ms[level]) > 0:
+                if level < size and (saved := table.ms_at(size) - ms[level]) > 0:
                     yield (sums[place][size] - sums[place][level]) / saved, place, level
 
     while table.predict(sizes.values()) > limit:
@@ -128,7 +128,7 @@ class Pruning:
         """
         command, context, config = self.command, self.context, self.config
         if command.run.dry_run:
-            show_plan(command, self.model, config, self.trained, self.task, self.data)
+            show_dry_run(command, self.model, config, self.trained, self.task, self.data)
             return {}
         with open_run(command.run, context, self.data.fingerprint) as run:
             if self.table:

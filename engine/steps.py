@@ -30,7 +30,7 @@ def load_data(data_config: DataConfig, config: FarConfig, context: Context, trai
 
     trains: False where the training split is not needed and may be missing.
     """
-    return open_data(replace(data_config, input_size=config.img_size), context, config.reading, trains)
+    return open_data(replace(data_config, input_size=config.img_size), context, config.expected_preprocessing, trains)
 
 
 def check_labelled(data: Data) -> None:

@@ -99,9 +99,9 @@ class Trainer:
     def __post_init__(self):
         device, last = self.context.device, self.run.path / "last.pth"
         self.fingerprint = fingerprint(self.config, self.stages, self.context.world)
-        self.at = read_position(self.resumed, self.fingerprint, last) if self.resumed else Position()
+        self.position = read_position(self.resumed, self.fingerprint, last) if self.resumed else Position()
         if not self.context.main:  # a stopped epoch's totals are stored once, for all processes
-            self.at.sums = dict.fromkeys(self.at.sums, 0.0)
+            self.position.sums = dict.fromkeys(self.position.sums, 0.0)
         self.curves: list[dict[str, float]] = []  # this process's losses by step, not yet written
         self.handed_on: tuple[int, dict[str, Any]] = 0, {}  # batch size and evaluation of what best.pth holds, if known
         self.autocast = self.settings.autocast(device)
@@ -116,10 +116,10 @@ class Trainer:
         device = self.context.device
         if device.type == "cuda":
             say(self.context, f"{torch.cuda.get_device_name(device)}: {self.settings.products(device)}")
-        self.place(self.stages[min(self.at.stage, len(self.stages) - 1)])
+        self.place(self.stages[min(self.position.stage, len(self.stages) - 1)])
         with signals.deferred() as self.request:
-            while self.at.stage < len(self.stages):
-                self.train_stage(self.stages[self.at.stage])
+            while self.position.stage < len(self.stages):
+                self.train_stage(self.stages[self.position.stage])
         last = self.stages[-1].optim.batch_size
         batch_size, val = self.handed_on
         if batch_size == last and (self.teacher is None or "agreement" in val):
@@ -128,7 +128,7 @@ class Trainer:
 
     def train_stage(self, stage: Stage) -> None:
         """The stage's epochs from the position on; the model then has the weights that it hands on."""
-        optim, settings, at = stage.optim, self.settings, self.at
+        optim, settings, position = stage.optim, self.settings, self.position
         loader, val_loader = self.data.train_loader(optim.batch_size), self.data.val_loader(optim.batch_size)
         task = self.prepare(stage, len(loader))
 
@@ -137,32 +137,32 @@ class Trainer:
                 self.stop(stage, signal_number)  # the epoch's steps are saved, its evaluation comes again
 
         with compiled(task) if settings.compile else contextlib.nullcontext():
-            if at.epoch == 0 and at.step == 0:
+            if position.epoch == 0 and position.step == 0:
                 self.save_last()  # before best.pth changes: a kill in between must find weights of one stage
                 batch_size, val = self.handed_on
                 if batch_size != optim.batch_size:  # else the stage before has evaluated it, in the same batches
                     val = self.evaluate(self.evaluated, val_loader, check=stop_if_asked)
                 self.report(stage, {}, val)
-            while at.epoch < optim.epochs:
+            while position.epoch < optim.epochs:
                 started = time.perf_counter()
                 images, waited = self.train_one_epoch(task, stage, loader)
                 seconds = time.perf_counter() - started
-                at.step = len(loader)  # where a stop during the evaluation goes on
-                number, last = at.epoch + 1, at.epoch + 1 == optim.epochs
+                position.step = len(loader)  # where a stop during the evaluation goes on
+                number, last = position.epoch + 1, position.epoch + 1 == optim.epochs
                 val = {}
                 if last or number % settings.eval_every == 0:
                     compare = last and stage is self.stages[-1]
                     val = self.evaluate(self.evaluated, val_loader, compare, stop_if_asked)
                 totals = self.totals()
                 train = {name: total / totals["images"] for name, total in totals.items() if name != "images"}
-                at.epoch, at.step, at.sums = number, 0, {}
+                position.epoch, position.step, position.sums = number, 0, {}
                 self.report(stage, train, val, seconds, images * self.context.world, waited)
                 if last or number % settings.save_every == 0:
                     self.save_last()
         state = checkpoint.load(self.run.path / "best.pth", "--output-dir")["model"]
         checkpoint.load_into(self.model, state, f"--output-dir {self.run.path / 'best.pth'}")
-        self.at = Position(stage=at.stage + 1)
-        if self.at.stage == len(self.stages):
+        self.position = Position(stage=position.stage + 1)
+        if self.position.stage == len(self.stages):
             self.save_last()
 
     def place(self, stage: Stage) -> None:
@@ -171,10 +171,10 @@ class Trainer:
 
     def prepare(self, stage: Stage, steps: int) -> nn.Module:
         """Swaps and freezes as the stage says, and makes its optimizer; `steps` an epoch. Returns its task."""
-        if self.at.stage:
+        if self.position.stage:
             # The first stage's modules follow from the run's seed; a later stage is reached with other generator states
             # where the run was resumed in between.
-            seed_all(self.settings.seed, self.at.stage)
+            seed_all(self.settings.seed, self.position.stage)
         if set(stage.swapped) - set(replacements(self.model)):
             self.handed_on = 0, {}
         swap_attention(self.model, stage.swapped, self.config.rep_by, self.settings.rep_init)
@@ -214,11 +214,11 @@ class Trainer:
         read_every, curve_every = (1 if device.type == "cpu" else 20), math.ceil(total / 50)
         count, waited, loss_shown = 0, 0.0, math.nan
         task.train()
-        self.data.at(loader, self.at.stage * 10_000 + self.at.epoch, self.at.step)
+        self.data.seek(loader, self.position.stage * 10_000 + self.position.epoch, self.position.step)
         bar = tqdm(
             total=total,
-            initial=self.at.step,
-            desc=f"{stage.name} {self.at.epoch + 1}/{optim.epochs}",
+            initial=self.position.step,
+            desc=f"{stage.name} {self.position.epoch + 1}/{optim.epochs}",
             unit="step",
             leave=False,
             disable=not self.context.main,
@@ -226,11 +226,11 @@ class Trainer:
         )
         with naming_dead_workers(loader.num_workers), bar:
             started = ended = time.perf_counter()
-            for step, (images, targets) in zip(range(self.at.step, total), loader, strict=True):
+            for step, (images, targets) in zip(range(self.position.step, total), loader, strict=True):
                 waited += time.perf_counter() - ended
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 # From here on all draws follow from the step's place: a resumed run draws the same.
-                seed_all(self.settings.seed, self.context.rank, self.at.stage, self.at.epoch, step)
+                seed_all(self.settings.seed, self.context.rank, self.position.stage, self.position.epoch, step)
                 if self.mixup:
                     even = len(images) // 2 * 2  # Mixup pairs images
                     images, targets = self.mixup(images[:even], targets[:even])
@@ -246,7 +246,7 @@ class Trainer:
                 losses.append((step, len(images), {"loss": loss.detach(), **parts}))
                 count += len(images)
                 if updates:
-                    self.scheduler.step_update(self.at.epoch * self.updates + update)
+                    self.scheduler.step_update(self.position.epoch * self.updates + update)
                     if optim.clip_grad is not None:
                         self.scaler.unscale_(self.optimizer)
                         dispatch_clip_grad(trainable, optim.clip_grad)
@@ -257,7 +257,7 @@ class Trainer:
                     self.scaler.update()
                     self.optimizer.zero_grad(set_to_none=True)
                     if self.ema:
-                        self.ema.update(self.model, self.at.epoch * self.updates + update + 1)
+                        self.ema.update(self.model, self.position.epoch * self.updates + update + 1)
 
                 seconds = time.perf_counter() - started
                 bar.update()
@@ -270,7 +270,7 @@ class Trainer:
                 )
                 if updates and (signal_number := self.context.most(self.request.number)):
                     self.read_losses(losses, stage, curve_every)  # a loss that is not finite must not be saved
-                    self.at.step = step + 1
+                    self.position.step = step + 1
                     self.stop(stage, signal_number)
                 ended = time.perf_counter()  # what follows is waiting for images; other processes were waited for above
         return count, waited
@@ -280,7 +280,7 @@ class Trainer:
 
         Raises FarError on the first that is not finite.
         """
-        value = math.nan
+        value, position = math.nan, self.position
         tensors = [part.float() for _, _, parts in losses for part in parts.values()]
         values = iter(torch.stack(tensors).tolist() if tensors else [])  # in one transfer
         for step, size, parts in losses:
@@ -288,22 +288,22 @@ class Trainer:
             value = parts["loss"]
             if not math.isfinite(value):
                 raise FarError(
-                    f"loss is {value} at step {step + 1} of epoch {self.at.epoch + 1}, stage {stage.name}; the last "
+                    f"loss is {value} at step {step + 1} of epoch {position.epoch + 1}, stage {stage.name}; the last "
                     f"good checkpoint is {self.run.path / 'last.pth'}; lower the rate, set --clip-grad or --amp off"
                 )
             for name, part in [("images", 1.0), *parts.items()]:
-                self.at.sums[name] = self.at.sums.get(name, 0.0) + part * size
+                position.sums[name] = position.sums.get(name, 0.0) + part * size
             if step % curve_every == 0:
-                self.curves.append({"stage_index": self.at.stage, "epoch": self.at.epoch, "step": step, **parts})
+                self.curves.append({"stage_index": position.stage, "epoch": position.epoch, "step": step, **parts})
         losses.clear()
         return value
 
     def totals(self) -> dict[str, float]:
         """The epoch's sums over all processes; none before its first step."""
-        if not self.at.sums:
+        if not self.position.sums:
             return {}
-        values = self.context.sum(torch.tensor(list(self.at.sums.values()), dtype=torch.float64)).tolist()
-        return dict(zip(self.at.sums, values, strict=True))
+        values = self.context.sum(torch.tensor(list(self.position.sums.values()), dtype=torch.float64)).tolist()
+        return dict(zip(self.position.sums, values, strict=True))
 
     @property
     def evaluated(self) -> VisionTransformer:
@@ -320,21 +320,19 @@ class Trainer:
 
     def stop(self, stage: Stage, signal_number: int) -> None:
         self.save_last()
-        where = (
-            f"stage {stage.name}, epoch {self.at.epoch + 1}, step {self.at.step}: {self.run.path / 'last.pth'} holds it"
-        )
-        message = f"stopped at {where}; the same command with --resume goes on" if self.context.main else ""
+        where = f"stage {stage.name}, epoch {self.position.epoch + 1}, step {self.position.step}"
+        held = f"{self.run.path / 'last.pth'} holds it"
+        message = f"stopped at {where}: {held}; the same command with --resume goes on" if self.context.main else ""
         raise signals.Stopped(signal_number, message, saved=True)
 
     def save_last(self) -> None:
-        position = {**vars(self.at), "sums": self.totals()}
         # The log first: a kill in between runs its rows again, which then replace themselves.
         self.run.append("steps.jsonl", self.curves)
         content = {
             **pack(self.model, self.config),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "position": position,
+            "position": {**vars(self.position), "sums": self.totals()},
             "fingerprint": self.fingerprint,
             **({"ema": self.ema.module.state_dict()} if self.ema else {}),
         }
@@ -348,14 +346,14 @@ class Trainer:
         """Keeps the stage's best weights and logs the epoch; `val` is empty where it was not evaluated."""
         select_last = (stage.select or self.settings.select) == "last"
         # Of two of one top-1 the lower loss.
-        if val and (select_last or (val["acc1"], -val["loss"]) > (self.at.best, -self.at.best_loss)):
-            self.at.best, self.at.best_loss = val["acc1"], val["loss"]
+        if val and (select_last or (val["acc1"], -val["loss"]) > (self.position.best, -self.position.best_loss)):
+            self.position.best, self.position.best_loss = val["acc1"], val["loss"]
             self.run.save("best.pth", pack(self.evaluated, self.config))
             self.handed_on = stage.optim.batch_size, val
         row = {
             "stage": stage.name,
-            "stage_index": self.at.stage,
-            "epoch": self.at.epoch,
+            "stage_index": self.position.stage,
+            "epoch": self.position.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train": train,
             "val": {name: val[name] for name in (*ACCURACY, "images")} if val else {},
@@ -366,6 +364,6 @@ class Trainer:
         }
         self.run.append("log.jsonl", [row])
         losses = " ".join(f"{name} {value:.4f}" for name, value in train.items())
-        when = f"epoch {self.at.epoch}/{stage.optim.epochs}" if train else "before training"
+        when = f"epoch {self.position.epoch}/{stage.optim.epochs}" if train else "before training"
         accuracy = f"top-1 {val['acc1']:.2f} top-5 {val['acc5']:.2f} val loss {val['loss']:.4f} " if val else ""
         say(self.context, f"  {when}: {accuracy}{losses}".rstrip())

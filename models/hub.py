@@ -33,5 +33,5 @@ def load(
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "label_names": config.classes}
-    model.pretrained_cfg = model.default_cfg = data_config(model, config.reading or Preprocessing())
+    model.pretrained_cfg = model.default_cfg = data_config(model, config.expected_preprocessing or Preprocessing())
     return model

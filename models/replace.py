@@ -61,7 +61,7 @@ class FarConfig:
     classes: tuple[str, ...] = ()
 
     @property
-    def reading(self) -> Preprocessing | None:
+    def expected_preprocessing(self) -> Preprocessing | None:
         """How images become its input: as stored, else as the teacher was trained; None is unknown."""
         return self.preprocessing or find_teacher(self.base_model).preprocessing
 

@@ -143,7 +143,7 @@ def find_images(args: PictureConfig, config: FarConfig) -> Images:
         total = len(split)
     indices = np.linspace(0, total - 1, min(args.count, total)).round().astype(int).tolist()
     names, pictures = zip(*map(read, indices), strict=True)
-    prepared = config.preprocessing or preprocessing(data_config, source, config.reading)
+    prepared = config.preprocessing or preprocessing(data_config, source, config.expected_preprocessing)
     images = torch.stack(list(map(prepared.transform(size), pictures)))
     mean, std = (torch.tensor(v)[:, None, None] for v in (prepared.mean, prepared.std))
     return Images(images, (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy(), names, classes)

@@ -106,7 +106,7 @@ def test_each_data_set_reads_its_own_layout(name, tmp_path, monkeypatch):
     train, val = (build_split(name, tmp_path, t) for t in (True, False))
     assert (len(train), len(val), count_classes(name, train)) == (train_size, val_size, classes)
     data = Data(DataConfig(name, tmp_path, 48, num_workers=0), Context())
-    images, labels = next(iter(data.at(data.train_loader(2), 0)))
+    images, labels = next(iter(data.seek(data.train_loader(2), 0)))
     assert images.shape == (2, 3, 48, 48) and images.dtype == torch.float32 and labels.max() < (classes or 1)
     assert len(next(iter(data.val_loader(2)))[0]) == 2
 

@@ -286,10 +286,10 @@ def test_where_two_models_cost_the_same_they_do():
     turns = find_turns(estimate(far, ISAAC), rivals, ISAAC)
     met = Counter()
     for key, turn in turns.items():
-        for factor, ratio in ((0.5, turn.halved), (2, turn.doubled), (turn.at, 1)):
+        for factor, ratio in ((0.5, turn.halved), (2, turn.doubled), (turn.even, 1)):
             if factor:
                 moved = replace(ISAAC, constants={**ISAAC.constants, key: factor * ISAAC.constants[key]})
                 cheapest = min(estimate(attention, moved, mapping).total_uj[1] for mapping in MAPPINGS)
                 assert estimate(far, moved).total_uj[1] / cheapest == pytest.approx(ratio)
-                met[factor == turn.at] += 1
+                met[factor == turn.even] += 1
     assert met[True]

@@ -155,12 +155,12 @@ import os, sys, main
 from datasets import loading
 from utils.errors import FarError
 from utils.script import run_script
-at = loading.Data.at
+seek = loading.Data.seek
 def broken(self, loader, *place):
     if os.environ["RANK"] == "1":
         raise FarError("picture.jpg: not a readable image; mend or remove the file")
-    return at(self, loader, *place)
-loading.Data.at = broken
+    return seek(self, loader, *place)
+loading.Data.seek = broken
 sys.exit(run_script(main.main, sys.argv[1:]))
 """
     jobs = start_ranks("-c", program, "--distributed", *short, "--output-dir", "run", cwd=tmp_path)

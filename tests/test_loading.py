@@ -19,7 +19,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # 
 
 
 def batches(data, epoch=0, size=64, start=0):
-    return [(x.clone(), y) for x, y in data.at(data.train_loader(size), epoch, start)]
+    return [(x.clone(), y) for x, y in data.seek(data.train_loader(size), epoch, start)]
 
 
 def test_evaluation_shares_hold_every_image_once():
@@ -75,7 +75,7 @@ def test_a_view_follows_from_seed_epoch_place_and_copy():
 def test_order_changes_by_epoch_and_seed_and_starts_where_it_is_told(repeated):
     def order(seed, epoch, start=0):
         data = digits(seed=seed, repeated_aug=repeated)
-        loader = data.at(data.train_loader(7), epoch, start)
+        loader = data.seek(data.train_loader(7), epoch, start)
         return [index for batch in loader.batch_sampler for index, *_ in batch]
 
     first = order(0, 0)
@@ -92,7 +92,7 @@ def test_loader_processes_live_on_from_epoch_to_epoch_and_see_each_as_it_is(monk
     assert loader.num_workers == 2  # no more than there are cores
     pids = set()
     for epoch in (0, 1, 2):
-        for (x, _), (y, _) in zip(batches(alone, epoch, 8), many.at(loader, epoch), strict=True):
+        for (x, _), (y, _) in zip(batches(alone, epoch, 8), many.seek(loader, epoch), strict=True):
             assert torch.equal(x, y)
         pids.add(tuple(worker.pid for worker in loader._iterator._workers))
     assert len(pids) == 1
@@ -112,7 +112,7 @@ def picture(root, split, colour=None, size=(90, 60)):
 def load(root, size, train, epochs=1, **kwargs):
     """The one picture's views (epochs, 3, H, W) as the real loader gives them, in float64."""
     data = Data(DataConfig("FOLDER", root, size, num_workers=0, **kwargs), Context())
-    shown = [next(iter(data.at(data.train_loader(1), e) if train else data.val_loader(1)))[0] for e in range(epochs)]
+    shown = [next(iter(data.seek(data.train_loader(1), e) if train else data.val_loader(1)))[0] for e in range(epochs)]
     return torch.cat(shown).double().numpy()
 
 

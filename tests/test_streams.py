@@ -77,7 +77,7 @@ def numbers(images: torch.Tensor, transform) -> list[int]:
 
 
 def batches(data, epoch=0, size=4, start=0):
-    return [(x.clone(), y.clone()) for x, y in data.at(data.train_loader(size), epoch, start)]
+    return [(x.clone(), y.clone()) for x, y in data.seek(data.train_loader(size), epoch, start)]
 
 
 def order(data, epoch=0, size=4, start=0):

@@ -137,7 +137,7 @@ def test_evaluations_and_saves_come_as_often_as_asked_and_a_resumed_run_is_the_s
 
     def broken(self, stage, *given):
         report(self, stage, *given)
-        if self.at.epoch == 4:  # whose weights are not saved: those of 3 are the last
+        if self.position.epoch == 4:  # whose weights are not saved: those of 3 are the last
             raise RuntimeError("power is gone")
 
     monkeypatch.setattr(Trainer, "report", broken)
@@ -237,7 +237,7 @@ def test_the_smaller_last_group_of_an_epoch_counts_each_of_its_batches_in_full(t
     torch.manual_seed(0)
     expected, data = create_teacher("DeiT-Micro", 10, 16), digits()
     for epoch, rate in ((0, 0.1), (1, 0.01)):
-        batches = list(data.at(data.train_loader(8), epoch))
+        batches = list(data.seek(data.train_loader(8), epoch))
         assert len(batches) == 3
         for group in (batches[:2], batches[2:]):
             x, y = map(torch.cat, zip(*group, strict=True))

@@ -50,7 +50,9 @@ def test_a_folder_of_pictures_is_enough(pictures, teacher, tmp_path):
     reference = create_teacher("DeiT-Micro", 10, 32).eval()
     load_teacher_weights(reference, read(teacher))
     files = sorted(pictures.rglob("*.jpg"))
-    read_as = preprocessing(DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"], config.reading)
+    read_as = preprocessing(
+        DataConfig("IMAGES", pictures, 32), registry.SOURCES["IMAGES"], config.expected_preprocessing
+    )
     transform = read_as.transform(32)
     batch = torch.stack([transform(registry.read_image(file)) for file in files[::10]])
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import main
 import prune
 from engine.distill import Distillation
-from engine.plan import weigh
+from engine.dry_run import weigh
 from engine.stages import Stage, select_trainable
 from models.deit import create_teacher
 from tests.conftest import DIGITS, QUIET, TRAIN, digits

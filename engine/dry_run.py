@@ -47,7 +47,7 @@ def weigh(task: nn.Module, data: Data, settings: Settings) -> tuple[int, int]:
     return fixed + (1 + STATES) * trained, sum(kept.values()) // count
 
 
-def show_plan(
+def show_dry_run(
     command: Command,
     model: nn.Module,
     config: FarConfig,
