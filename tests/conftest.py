@@ -137,9 +137,10 @@ def run_ranks(script: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def free_port() -> str:
-    """A port below those that systems hand out, so that no connection of another test takes it in the meantime."""
+    """A port below those that systems hand out and of this process of the tests, so that nobody takes it meanwhile."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(20_000 + worker, 32_000, 16)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             return str(port)
