@@ -22,6 +22,7 @@ from torchvision import transforms
 from datasets.classes import Relabelled, UnknownClass, match_classes
 from datasets.images import skipping
 from datasets.registry import SOURCES, Source, build_split, class_names, count_classes
+from utils import signals
 from utils.configs import DataConfig
 from utils.distributed import Context, cores
 from utils.errors import FarError
@@ -107,7 +108,10 @@ def naming_dead_workers(num_workers: int) -> Iterator[None]:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose dead worker is one line."""
+    """A DataLoader whose dead worker is one line, and whose workers end by a SIGTERM of this process alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, worker_init_fn=signals.end_by_parent_alone, **kwargs)
 
     def __iter__(self):
         with naming_dead_workers(self.num_workers):

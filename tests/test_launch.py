@@ -113,6 +113,26 @@ def test_a_signal_to_one_process_stops_all_within_the_step_and_resume_ends_bit_e
     assert_equal(weights(tmp_path / "run"), weights(undisturbed))
 
 
+def test_a_signal_to_a_whole_group_of_processes_leaves_loaders_until_the_training_is_saved(tmp_path):
+    """As torchrun and job managers send it: torch's loader processes would end by it, and the training with them."""
+    program = """
+import os, sys, main
+from datasets import loading
+from utils.script import run_script
+os.setpgrp()
+loading.cores = lambda: 2
+sys.exit(run_script(main.main, sys.argv[1:]))
+"""
+    flags = "--mode teacher --dataset DIGITS --scale Micro --epochs 9 --batch-size 8 --num-workers 2 --output-dir run"
+    run = spawn("-c", program, *flags.split(), cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, run)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGTERM)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and "--resume goes on" in said, said
+    assert load(tmp_path / "run/last.pth", "--test")["position"]["step"] > 0
+
+
 def process_of_rank(rank: int, folder: Path) -> int:
     """The worker that torchrun started in a folder."""
     for entry in Path("/proc").glob("[0-9]*"):

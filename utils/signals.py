@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -50,6 +51,23 @@ def ending_at_once() -> contextlib.AbstractContextManager[None]:
 def by_default() -> contextlib.AbstractContextManager[None]:
     """Inside, signals do what the system does by default: for calls that block where no Python handler would run."""
     return _handled(signal.SIG_DFL)
+
+
+def end_by_parent_alone(worker: int) -> None:
+    """In a loader's process: a SIGTERM that is not its parent's, sent to a whole group of processes, does not end it.
+
+    torch's handler ends it by any, and so ends a training that the same signal asks to stop where it can be saved.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
