@@ -1,6 +1,5 @@
 """What a training would do, said before it begins: --dry-run."""
 
-import copy
 import math
 import time
 from itertools import islice
@@ -10,7 +9,7 @@ from torch import nn
 
 from datasets.loading import Data
 from engine.stages import MakeTask, Stage, select_trainable
-from models.replace import FarConfig, count_parameters, describe, replacements, set_backend, swap_attention
+from models.replace import FarConfig, count_parameters, describe, set_backend, swap_attention
 from utils.configs import Command, Settings
 
 IMAGES = 2  # on which the activations are weighed
@@ -55,8 +54,12 @@ def show_dry_run(
     make_task: MakeTask,
     data: Data,
     more: str = "",
+    teacher: nn.Module | None = None,
 ) -> None:
-    """Prints data, model, stages, memory and files; the model is swapped as the stages would. more: files besides."""
+    """Prints data, model, stages, memory and files; the model is swapped as the stages would.
+
+    more: files besides. teacher: a copy, in which --replace auto replaces the blocks that it chooses.
+    """
     context, settings, run = data.context, command.settings, command.run
     if not context.main:
         return
@@ -74,10 +77,9 @@ def show_dry_run(
         ("", f"{count / seconds:,.0f} images a second and loader process, {data.workers} of them"),
         ("model", f"{config.base_model}, {config.img_size} px: {count_parameters(model):,} parameters"),
     ]
-    start = copy.deepcopy(model)
     for stage in stages:
-        if set(replacements(model)) - set(stage.swapped):  # behind --replace auto, fewer
-            model = copy.deepcopy(start)
+        if teacher is not None and stage.parts != "mixing":
+            model, teacher = teacher, None
         swap_attention(model, stage.swapped, config.rep_by, settings.rep_init)
         set_backend(model, settings.lstm_backend)
         model.to(context.device)
@@ -95,4 +97,5 @@ def show_dry_run(
     left = describe(model, config)
     lines.append(("leaves", f"{len(left.replaced)} of {len(model.blocks)} blocks replaced by {config.rep_by}"))
     lines.append(("files", f"{run.output_dir or f'runs/{run.mode}-<time>'}: {WRITTEN}{more}"))
-    print("\n".join(f"{title:<14}{text}" for title, text in lines), flush=True)
+    width = max(14, *(len(title) + 2 for title, _ in lines))
+    print("\n".join(f"{title:<{width}}{text}" for title, text in lines), flush=True)

@@ -57,9 +57,9 @@ def train(command: ModeCommand, context: Context) -> None:
     With --replace auto the attention stages train every block, and `choose_blocks` keeps the cheapest for the others.
     """
     torch.manual_seed(command.settings.seed)
-    plan, more = command.plan, ""
+    plan = command.plan
     if command.ranks:
-        command, more = prepare_ranking(command), f", {RANKING_FILE}, ranking.png, attn/"
+        command = prepare_ranking(command)
     teacher, config, data = open_teacher(command, context)
     REPLACEMENTS[config.rep_by].check_backend(command.settings.lstm_backend, context.device)
     label_by_teacher(data, teacher, command.settings, context)
@@ -78,7 +78,11 @@ def train(command: ModeCommand, context: Context) -> None:
     stages = those_that_train(stages, data, command.settings)
     make_task = partial(Distillation, teacher=teacher, distill_input=command.distill_input)
     if command.run.dry_run:
-        show_dry_run(command, student, config, stages, make_task, data, more)
+        auto = ()
+        if command.ranks:
+            attn = ", attn/" if stages[0].parts == "mixing" else ""
+            auto = f", {RANKING_FILE}, ranking.png{attn}", copy_of(teacher, command.model, config)
+        show_dry_run(command, student, config, stages, make_task, data, *auto)
         return
     with open_run(command.run, context, data.fingerprint) as run:
         teacher.to(context.device)

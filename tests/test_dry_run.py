@@ -28,6 +28,7 @@ def test_a_dry_run_says_what_the_run_then_does_and_leaves_nothing(mode, teacher,
     said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert "DIGITS: " in said and "10 classes (0, 1, 2, ...)" in said and f"runs/{mode}-<time>" in said
+    assert all(re.search(r"\S  +\d", line) for line in said.splitlines() if line.startswith("stage"))
     if mode == "train":
         assert main.main([*line, "--epochs", "1", "--block-ft-epochs", "1", "--output-dir", "run"]) == 0
         ran = capsys.readouterr().out

@@ -175,8 +175,12 @@ def test_a_ranking_is_read_back(tmp_path):
     assert read_ranking(file) == RANKED
 
 
-def test_a_dry_run_says_what_is_left_and_written(teacher, capsys):
-    assert main.main([*AUTO, "--base-weight", str(teacher), "--dry-run"]) == 0
+@pytest.mark.parametrize("given", [False, True])
+def test_a_dry_run_says_what_is_left_and_written(given, teacher, far, capsys):
+    """Of all blocks replaced by --attn-weight, too, those that are not chosen get their attention back."""
+    flags = ["--skip-train-attn", "--attn-weight", str(far / "best.pth")] if given else []
+    assert main.main([*AUTO, "--base-weight", str(teacher), *flags, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "leaves        2 of 4 blocks" in said and "ranking.json, ranking.png, attn/" in said
+    assert "leaves        2 of 4 blocks" in said and "159,232 of 267,338 parameters" in said
+    assert "ranking.json, ranking.png" in said and ("attn/" in said) != given
     assert "126 training, 172 to rank blocks on" in said
