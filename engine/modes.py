@@ -239,7 +239,7 @@ def choose_blocks(
             folder.write_json("result.json", result)
     model.to(context.device)
     if run.resumed and run.has(RANKING_FILE):
-        ranking = context.on_main(lambda: read_ranking(run.path / RANKING_FILE))
+        ranking = context.on_main(lambda: read_ranking(run.path / RANKING_FILE, len(model.blocks)))
     else:
         choose_kernels(model, command.settings.lstm_backend, block.batch_size, context, needs_grad=False)
         images = [images.to(context.device) for images, _ in data.aside_loader(block.batch_size)]

@@ -4,6 +4,7 @@ The student's replacements were trained on the teacher's own inputs, so that eac
 teacher with the student's blocks in some places.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,12 +166,16 @@ def rank_blocks(name: str, hybrids: Hybrids) -> Ranking:
     return Ranking(name, scores, order, tuple(path))
 
 
-def read_ranking(path: Path) -> Ranking:
-    """The ranking that a run keeps, as {"ranking": its fields}. Raises FarError where the file is damaged."""
+def read_ranking(path: Path, depth: int) -> Ranking:
+    """The ranking of so many blocks that a run keeps, as {"ranking": its fields}. Raises FarError on anything else."""
     record = read_record(path, "ranking")["ranking"]
-    scores = {int(block): score for block, score in record["scores"].items()}
-    costs = tuple(Cost(**cost) for cost in record["path"])
-    return Ranking(record["rank"], scores, tuple(record["order"]), costs)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        scores = {int(block): float(score) for block, score in record["scores"].items()}
+        costs = tuple(Cost(float(cost["kl"]), float(cost["agreement"])) for cost in record["path"])
+        order = tuple(record["order"])
+        if sorted(order) == sorted(scores) == list(range(depth)) and len(costs) == depth:
+            return Ranking(record["rank"], scores, order, costs)
+    raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
 
 
 def terms_of_blocks(loss: str) -> dict[str, float]:

@@ -172,7 +172,14 @@ def test_images_are_kept_aside_from_all_of_a_sorted_folder_and_never_trained_on(
 def test_a_ranking_is_read_back(tmp_path):
     file = tmp_path / "ranking.json"
     file.write_text(json.dumps({"ranking": asdict(RANKED)}))
-    assert read_ranking(file) == RANKED
+    assert read_ranking(file, 4) == RANKED
+    for change in ({"scores": {}}, {"order": "1"}, {"path": []}, {"path": [{}] * 4}):
+        file.write_text(json.dumps({"ranking": {**asdict(RANKED), **change}}))
+        with pytest.raises(FarError, match="damaged"):
+            read_ranking(file, 4)
+    file.write_text(json.dumps({"ranking": asdict(RANKED)}))
+    with pytest.raises(FarError, match="damaged"):
+        read_ranking(file, 5)  # of another model
 
 
 @pytest.mark.parametrize("given", [False, True])
