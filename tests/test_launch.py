@@ -229,6 +229,24 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert run.wait(timeout=10) == -signal.SIGINT
 
 
+def test_a_request_that_comes_again_while_a_stopped_training_ends_is_the_same(tmp_path):
+    program = """
+import os, signal, sys
+from utils import signals
+from utils.script import run_script
+def main(argv):
+    try:
+        with signals.deferred() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise signals.Stopped(request.number, "saved", saved=True)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(run_script(main))
+"""
+    done = launch("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
+
+
 def test_outside_a_training_a_signal_ends_with_one_line(tmp_path):
     run = spawn("-c", SCRIPT.format("print('ready', flush=True) or time.sleep(60)"), cwd=tmp_path)
     assert run.stdout.readline() == "ready\n"

@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP: they end a script at once with one line, and a training at its next safe point."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAME_REQUEST_S = 1.0  # a job manager often signals a process and, through its launcher, the same process again
+noted_at = -math.inf  # when a training last took a signal for a request to stop
 
 
 class Stopped(BaseException):
@@ -20,9 +22,9 @@ class Stopped(BaseException):
 
 
 class Request:
-    """Which signal came, and when; `number` is 0 until one does."""
+    """Which signal came; `number` is 0 until one does."""
 
-    number, at = 0, 0.0
+    number = 0
 
 
 @contextlib.contextmanager
@@ -36,14 +38,18 @@ def _handled(handler: Callable[[int, object], None] | signal.Handlers) -> Iterat
 
 
 def ending_at_once() -> contextlib.AbstractContextManager[None]:
-    """Inside, a signal raises Stopped. A forked child (a loader's process) dies of it, silently, as by default."""
+    """Inside, a signal raises Stopped, unless it is the request again that has stopped a training.
+
+    A forked child (a loader's process) dies of it, silently, as by default.
+    """
     owner = os.getpid()
 
     def end(number: int, frame) -> None:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        raise Stopped(number, f"stopped by {signal.Signals(number).name}")
+        if time.monotonic() - noted_at > SAME_REQUEST_S:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name}")
 
     return _handled(end)
 
@@ -76,16 +82,19 @@ def deferred() -> Iterator[Request]:
 
     Children ignore it.
     """
+    global noted_at
     owner, request = os.getpid(), Request()
 
     def note(number: int, frame) -> None:
+        global noted_at
         if os.getpid() == owner and not request.number:
-            request.number, request.at = number, time.monotonic()
-        elif os.getpid() == owner and time.monotonic() - request.at > SAME_REQUEST_S:
+            request.number, noted_at = number, time.monotonic()
+        elif os.getpid() == owner and time.monotonic() - noted_at > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     with _handled(note):
         yield request
     if request.number:  # it came too late for the training to notice
+        noted_at = -math.inf
         os.kill(os.getpid(), request.number)
