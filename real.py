@@ -125,7 +125,7 @@ def table_rows(seeds: list[dict[str, dict]]) -> list[list[str]]:
 def by_count(weights: Path) -> list[tuple[float, float, float, str]]:
     """Of every number of blocks replaced, the cheapest first: ms, agreement and KL after stage attn, the number."""
     teacher, student = (load_model(weights / name / "best.pth")[0] for name in ("teacher", "far"))
-    ranking, hybrids = read_ranking(weights / folder_name(HYBRID) / RANKING_FILE), {}
+    ranking, hybrids = read_ranking(weights / folder_name(HYBRID) / RANKING_FILE, len(teacher.blocks)), {}
     for count in range(1, len(teacher.blocks) + 1):
         teacher.blocks[ranking.order[count - 1]].attn = student.blocks[ranking.order[count - 1]].attn
         hybrids[count] = copy.deepcopy(teacher)

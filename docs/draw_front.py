@@ -59,7 +59,8 @@ def measure(weight: str, dataset: str, runs: dict[str, Path]) -> dict:
     trained, evaluated = list(first_batches(data, 32, context)), DataLoader(list(data.val_loader(32)), batch_size=None)
     models, kept, engine = {"teacher": teacher}, {}, fuse(teacher)
     for name, run in runs.items():
-        student, order = load_model(run / "attn/best.pth")[0], read_ranking(run / RANKING_FILE).order
+        student, _ = load_model(run / "attn/best.pth")
+        order = read_ranking(run / RANKING_FILE, len(teacher.blocks)).order
         for count in COUNTS:
             whole = copy.deepcopy(teacher)
             for i in order[:count]:
