@@ -133,6 +133,51 @@ sys.exit(run_script(main.main, sys.argv[1:]))
     assert load(tmp_path / "run/last.pth", "--test")["position"]["step"] > 0
 
 
+def test_a_loader_that_hangs_ends_with_its_training(tmp_path):
+    """torch's loader processes ask between batches alone whether their parent lives; signals do not end them."""
+    program = """
+import os, time
+from pathlib import Path
+from datasets.loading import Loader
+class Hanging:
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        Path("pid").write_text(str(os.getpid()))
+        time.sleep(1000)
+list(Loader(Hanging(), num_workers=1))
+"""
+    run = spawn("-c", program, cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "pid") == 1, run)
+    run.kill()
+    run.communicate(timeout=20)  # the worker holds its output open
+
+
+def test_an_interrupt_to_a_whole_group_with_loaders_is_one_line(tmp_path):
+    """As a terminal sends it: torch tells of each of its loader processes that a signal ends, by a traceback."""
+    program = """
+import os, sys, time
+from pathlib import Path
+from datasets.loading import Loader
+from utils.script import run_script
+class Slow:
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        Path("pid").write_text(str(os.getpid()))
+        time.sleep(0.1)
+        return index
+os.setpgrp()
+sys.exit(run_script(lambda argv: list(Loader(Slow(), num_workers=2))))
+"""
+    run = spawn("-c", program, cwd=tmp_path)
+    wait_for(lambda: lines_in(tmp_path / "pid") == 1, run)
+    for _ in range(3):
+        time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=60)[0] == "stopped by SIGINT\n" and run.returncode == 130
+
+
 def process_of_rank(rank: int, folder: Path) -> int:
     """The worker that torchrun started in a folder."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -241,7 +286,9 @@ def main(argv):
             raise signals.Stopped(request.number, "saved", saved=True)
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
-sys.exit(run_script(main))
+code = run_script(main)
+os.kill(os.getpid(), signal.SIGTERM)  # while Python ends
+sys.exit(code)
 """
     done = launch("-c", program, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAME_REQUEST_S = 1.0  # a job manager often signals a process and, through its launcher, the same process again
-noted_at = -math.inf  # when a training last took a signal for a request to stop
+PARENT_S = 1.0  # how often a loader's process asks whether its parent lives
+noted_at = -math.inf  # when a signal was last taken for a request to stop
 
 
 class Stopped(BaseException):
@@ -37,21 +38,30 @@ def _handled(handler: Callable[[int, object], None] | signal.Handlers) -> Iterat
             signal.signal(number, old)
 
 
-def ending_at_once() -> contextlib.AbstractContextManager[None]:
-    """Inside, a signal raises Stopped, unless it is the request again that has stopped a training.
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside, a signal raises Stopped, unless it is the last request again.
 
+    Right after a request signals are ignored outside too: Python's own end takes a second, and by default the same
+    request would change the exit code there.
     A forked child (a loader's process) dies of it, silently, as by default.
     """
     owner = os.getpid()
 
     def end(number: int, frame) -> None:
+        global noted_at
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if time.monotonic() - noted_at > SAME_REQUEST_S:
+            noted_at = time.monotonic()
             raise Stopped(number, f"stopped by {signal.Signals(number).name}")
 
-    return _handled(end)
+    with _handled(end):
+        yield
+    if time.monotonic() - noted_at <= SAME_REQUEST_S:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def by_default() -> contextlib.AbstractContextManager[None]:
@@ -60,17 +70,24 @@ def by_default() -> contextlib.AbstractContextManager[None]:
 
 
 def end_by_parent_alone(worker: int) -> None:
-    """In a loader's process: a SIGTERM that is not its parent's, sent to a whole group of processes, does not end it.
+    """In a loader's process: signals do not end it, but for a SIGTERM of its parent's, and the end of its parent.
 
-    torch's handler ends it by any, and so ends a training that the same signal asks to stop where it can be saved.
+    torch's handler ends it by a SIGTERM to a whole group of processes, and so ends a training that the same signal asks
+    to stop where it can be saved; and a Ctrl-C would be told twice, by a traceback of torch's too.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+    for number in ENDING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):  # macOS, Windows
         return
+    parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        while os.getppid() == parent:  # a worker that hangs would outlive it: torch asks between batches alone
+            received = signal.sigtimedwait({signal.SIGTERM}, PARENT_S)
+            if received and received.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
