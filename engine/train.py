@@ -120,6 +120,8 @@ class Trainer:
         with signals.deferred() as self.request:
             while self.position.stage < len(self.stages):
                 self.train_stage(self.stages[self.position.stage])
+            if signal_number := self.context.most(self.request.number):
+                self.leave("after its last epoch", signal_number)  # all is saved but the report
         last = self.stages[-1].optim.batch_size
         batch_size, val = self.handed_on
         if batch_size == last and (self.teacher is None or "agreement" in val):
@@ -321,8 +323,11 @@ class Trainer:
     def stop(self, stage: Stage, signal_number: int) -> None:
         self.save_last()
         where = f"stage {stage.name}, epoch {self.position.epoch + 1}, step {self.position.step}"
+        self.leave(f"at {where}", signal_number)
+
+    def leave(self, where: str, signal_number: int) -> None:
         held = f"{self.run.path / 'last.pth'} holds it"
-        message = f"stopped at {where}: {held}; the same command with --resume goes on" if self.context.main else ""
+        message = f"stopped {where}: {held}; the same command with --resume goes on" if self.context.main else ""
         raise signals.Stopped(signal_number, message, saved=True)
 
     def save_last(self) -> None:

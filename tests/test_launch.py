@@ -31,7 +31,7 @@ from tests.conftest import (
     weights,
     write_images,
 )
-from utils import distributed
+from utils import checkpoint, distributed, signals
 from utils.checkpoint import load
 from utils.configs import DataConfig, RunConfig
 from utils.distributed import Context
@@ -292,6 +292,25 @@ sys.exit(code)
 """
     done = launch("-c", program, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
+
+
+def test_a_signal_behind_the_last_step_finds_the_training_saved(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def saved(path: Path, content: dict) -> None:
+        save(path, content)
+        if path.name == "last.pth" and content["position"]["stage"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    flags = "--mode teacher --dataset DIGITS --scale Micro --input-size 16 --train-subset 0.1 --epochs 1 --batch-size 9"
+    argv = [*flags.split(), "--num-workers", "0", "--output-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", saved)
+        said = "after its last epoch: .*--resume goes on"
+        with pytest.raises(signals.Stopped, match=said) as stopped, signals.ending_at_once():
+            main.main(argv)
+    assert stopped.value.code == 0
+    assert main.main([*argv, "--resume"]) == 0 and report(tmp_path)["images"] == 360
 
 
 def test_outside_a_training_a_signal_ends_with_one_line(tmp_path):
