@@ -4,7 +4,6 @@ A cell is computed in vectors of the CPU's width, so time is a staircase over a 
 the table.
 """
 
-import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from models.replace import FarConfig, build, describe, pruned_to, replacements, 
 from utils.arguments import Latency
 from utils.configs import RunConfig
 from utils.errors import FarError
-from utils.records import read_record
+from utils.records import read_part
 from utils.seeding import seeded
 
 FILE = "latency.json"  # in a run's folder: a resumed run chooses by the same table
@@ -68,12 +67,14 @@ def load_or_measure(
 
 def read_table(path: Path, most: int) -> LatencyTable:
     """What a run wrote of a model with at most so many units in a place. Raises FarError on anything else."""
-    record = read_record(path, "table")["table"]
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        table = LatencyTable(**{**record, "ms": {int(units): float(ms) for units, ms in record["ms"].items()}})
-        if {1, most} <= table.ms.keys():
-            return table
-    raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
+
+    def build(part: dict) -> LatencyTable:
+        table = LatencyTable(**{**part, "ms": {int(units): float(ms) for units, ms in part["ms"].items()}})
+        if not {1, most} <= table.ms.keys():
+            raise ValueError("of a model with other numbers of units")
+        return table
+
+    return read_part(path, "table", build)
 
 
 def measure(

@@ -80,8 +80,8 @@ def train(command: ModeCommand, context: Context) -> None:
     if command.run.dry_run:
         auto = ()
         if command.ranks:
-            attn = ", attn/" if stages[0].parts == "mixing" else ""
-            auto = f", {RANKING_FILE}, ranking.png{attn}", copy_of(teacher, command.model, config)
+            folder = ", attn/" if stages[0].parts == "mixing" else ""
+            auto = f", {RANKING_FILE}, ranking.png{folder}", copy_of(teacher, command.model, config)
         show_dry_run(command, student, config, stages, make_task, data, *auto)
         return
     with open_run(command.run, context, data.fingerprint) as run:
@@ -200,6 +200,18 @@ def train_and_report(
     return result
 
 
+def train_on_labels(
+    command: ModeCommand, context: Context, model: VisionTransformer, config: FarConfig, stage: Stage, data: Data
+) -> None:
+    """Trains one stage without a teacher and reports; --dry-run only says what would."""
+    stages = those_that_train([stage], data, command.settings)
+    if command.run.dry_run:
+        show_dry_run(command, model, config, stages, Distillation, data)
+        return
+    with open_run(command.run, context, data.fingerprint) as run:
+        train_and_report(run, command, model, config, stages, Distillation, data)
+
+
 def prepare_ranking(command: ModeCommand) -> ModeCommand:
     """The command with images kept aside to rank blocks on. Raises FarError where no trained replacements would be."""
     plan = command.plan
@@ -272,12 +284,7 @@ def train_teacher(command: ModeCommand, context: Context) -> None:
         load_teacher_weights(model, weights, keep_head=keeps)
     optim = command.scaled(command.optim, context.world)
     stage = Stage("teacher", (), (), "full", "classification", "output", optim)
-    stages = those_that_train([stage], data, command.settings)
-    if command.run.dry_run:
-        show_dry_run(command, model, config, stages, Distillation, data)
-        return
-    with open_run(command.run, context, data.fingerprint) as run:
-        train_and_report(run, command, model, config, stages, Distillation, data)
+    train_on_labels(command, context, model, config, stage, data)
 
 
 def downstream(command: ModeCommand, context: Context) -> None:
@@ -294,12 +301,7 @@ def downstream(command: ModeCommand, context: Context) -> None:
     optim = command.scaled(command.optim, context.world)
     blocks = tuple(range(len(model.blocks)))
     stage = Stage("downstream", (), blocks, command.ds_mode, "classification", "output", optim)
-    config, stages = with_data(config, data), those_that_train([stage], data, command.settings)
-    if command.run.dry_run:
-        show_dry_run(command, model, config, stages, Distillation, data)
-        return
-    with open_run(command.run, context, data.fingerprint) as run:
-        train_and_report(run, command, model, config, stages, Distillation, data)
+    train_on_labels(command, context, model, with_data(config, data), stage, data)
 
 
 def load_replaced(command: ModeCommand, context: Context) -> tuple[VisionTransformer, FarConfig]:

@@ -4,7 +4,6 @@ The student's replacements were trained on the teacher's own inputs, so that eac
 teacher with the student's blocks in some places.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from engine.stages import Stage
 from models.features import attention_inputs, attention_weights, embed, kl_divergence
 from utils.distributed import Context
 from utils.errors import FarError
-from utils.records import read_record
+from utils.records import read_part
 
 RANKING_FILE = "ranking.json"  # in a run's folder: a resumed run reuses it
 ASIDE = 512  # images, at most an eighth of the training split, on which blocks are ranked
@@ -168,14 +167,16 @@ def rank_blocks(name: str, hybrids: Hybrids) -> Ranking:
 
 def read_ranking(path: Path, depth: int) -> Ranking:
     """The ranking of so many blocks that a run keeps, as {"ranking": its fields}. Raises FarError on anything else."""
-    record = read_record(path, "ranking")["ranking"]
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        scores = {int(block): float(score) for block, score in record["scores"].items()}
-        costs = tuple(Cost(float(cost["kl"]), float(cost["agreement"])) for cost in record["path"])
-        order = tuple(record["order"])
-        if sorted(order) == sorted(scores) == list(range(depth)) and len(costs) == depth:
-            return Ranking(record["rank"], scores, order, costs)
-    raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
+
+    def build(part: dict) -> Ranking:
+        scores = {int(block): float(score) for block, score in part["scores"].items()}
+        costs = tuple(Cost(float(cost["kl"]), float(cost["agreement"])) for cost in part["path"])
+        order = tuple(part["order"])
+        if not (sorted(order) == sorted(scores) == list(range(depth)) and len(costs) == depth):
+            raise ValueError("of another number of blocks")
+        return Ranking(part["rank"], scores, order, costs)
+
+    return read_part(path, "ranking", build)
 
 
 def terms_of_blocks(loss: str) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """A run's text files as they may be after a crash: a cut last line is dropped, other damage is told by name."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import FarError
 
+T = TypeVar("T")
 PLACE = ("stage_index", "epoch")  # what every line of a run's logs begins with
 
 
@@ -31,8 +33,20 @@ def read_record(path: str | Path, *parts: str) -> dict[str, Any]:
     """A JSON file that holds an object, and in it others, `parts`. Raises FarError on anything else."""
     record = _parse(_read(path))
     if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in parts):
-        raise FarError(f"{path}: damaged, or written by something else; name another --output-dir")
+        raise _other(path)
     return record
+
+
+def read_part(path: str | Path, part: str, build: Callable[[dict[str, Any]], T]) -> T:
+    """What `build` makes of a record's part. Raises FarError where the file is damaged or `build` raises."""
+    try:
+        return build(read_record(path, part)[part])
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _other(path) from error
+
+
+def _other(path: str | Path) -> FarError:
+    return FarError(f"{path}: damaged, or written by something else; name another --output-dir")
 
 
 def _read(path: str | Path) -> bytes:
