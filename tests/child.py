@@ -5,6 +5,7 @@
 
 import faulthandler
 import importlib
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def run(script: str, argv: list[str], cwd: Path, env: dict[str, str], stdout: Pa
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     faulthandler.enable(2)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as python3 has it by default
     torch.set_num_threads(1)
     for module in (figures, modes, pruning, steps):  # a figure takes half a second; the process of the tests draws them
         module.save_figure = lambda figure, path: path.touch()

@@ -124,12 +124,12 @@ loading.cores = lambda: 2
 sys.exit(run_script(main.main, sys.argv[1:]))
 """
     flags = "--mode teacher --dataset DIGITS --scale Micro --epochs 9 --batch-size 8 --num-workers 2 --output-dir run"
-    run = spawn("-c", program, *flags.split(), cwd=tmp_path)
+    run = Started("-c", program, *flags.split(), cwd=tmp_path)
     wait_for(lambda: lines_in(tmp_path / "run/log.jsonl") >= 1, run)
     time.sleep(1)
-    os.killpg(run.pid, signal.SIGTERM)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 0 and "--resume goes on" in said, said
+    os.killpg(run.process.pid, signal.SIGTERM)
+    done = run.finish(timeout=60)
+    assert done.returncode == 0 and "--resume goes on" in done.stdout, done
     assert load(tmp_path / "run/last.pth", "--test")["position"]["step"] > 0
 
 
@@ -344,7 +344,7 @@ def main(argv):
     raise {error}
 sys.exit(run_script(main))
 """
-    done = launch("-c", program, cwd=tmp_path, timeout=60)
+    done = Started("-c", program, cwd=tmp_path).finish(timeout=60)
     assert done.returncode == code and done.stdout == "trains\n" and "error:" in done.stderr
 
 
